@@ -1,0 +1,1 @@
+# Leaves of the compiled data path: implementation, inlined into _fastpath.

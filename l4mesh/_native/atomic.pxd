@@ -1,0 +1,32 @@
+# Implementation, inlined into _fastpath: the few atomics that threads share, as gcc builtins that Cython can't express.
+#
+# Counters are relaxed: each is meaningful by itself. Pointers and ring positions use acquire and release.
+
+from libc.stdint cimport int64_t, uint64_t
+
+cdef extern from *:
+    """
+    #define l4_load(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+    #define l4_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+    #define l4_add(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
+    #define l4_load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+    #define l4_store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define l4_exchange(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
+    #define l4_drop_ref(p) (__atomic_sub_fetch((p), 1, __ATOMIC_ACQ_REL))
+    #define l4_load_pointer(p) ((void *) __atomic_load_n((p), __ATOMIC_ACQUIRE))
+    #define l4_store_pointer(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+    #define l4_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    """
+    int64_t load "l4_load"(const int64_t *p) noexcept nogil
+    uint64_t load_u "l4_load"(const uint64_t *p) noexcept nogil
+    void store "l4_store"(int64_t *p, int64_t value) noexcept nogil
+    void store_u "l4_store"(uint64_t *p, uint64_t value) noexcept nogil
+    int64_t add "l4_add"(int64_t *p, int64_t value) noexcept nogil
+    uint64_t add_u "l4_add"(uint64_t *p, uint64_t value) noexcept nogil
+    uint64_t load_acquire "l4_load_acquire"(const uint64_t *p) noexcept nogil
+    void store_release "l4_store_release"(uint64_t *p, uint64_t value) noexcept nogil
+    int64_t exchange "l4_exchange"(int64_t *p, int64_t value) noexcept nogil
+    int64_t drop_ref "l4_drop_ref"(int64_t *p) noexcept nogil
+    void *load_pointer "l4_load_pointer"(void **p) noexcept nogil
+    void store_pointer "l4_store_pointer"(void **p, void *value) noexcept nogil
+    void fence "l4_fence"() noexcept nogil

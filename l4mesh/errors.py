@@ -1,0 +1,146 @@
+"""Errors by blame: the operator's (``ConfigError``, ``CommandError``), the network's (``CloseReason``), ours (``InternalError``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+
+class L4meshError(Exception):
+    """Base of every error that l4mesh raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One mistake in a configuration: where it is and what would be right.
+
+    ``line`` counts from 1; 0 means that the problem belongs to the whole file.
+    """
+
+    file: str
+    line: int
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"
+
+
+class ConfigError(L4meshError):
+    """Every problem of a configuration at once; the configuration changes nothing."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = sorted(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class CommandError(L4meshError):
+    """A command can't do what was asked; the message says in one line what the user can do about it."""
+
+
+class InternalError(L4meshError):
+    """A bug of ours. Crash loudly rather than go on with a state that can't be trusted."""
+
+
+class Initiator(StrEnum):
+    """Who ended a connection."""
+
+    DOWNSTREAM = "downstream"
+    UPSTREAM = "upstream"
+    PROXY = "proxy"
+
+
+class CloseReason(IntEnum):
+    """Why a connection ended: exactly one each. The lower-case name is the metric label and the access log's value.
+
+    The numbers are those of ``CLOSE_*`` in ``_native/types.pxd``; a test compares them.
+    """
+
+    DOWNSTREAM_CLOSED = 0
+    """Both sides sent FIN and all bytes were delivered; downstream ended first."""
+    UPSTREAM_CLOSED = 1
+    """Both sides sent FIN and all bytes were delivered; upstream ended first."""
+    DOWNSTREAM_RESET = 2
+    UPSTREAM_RESET = 3
+    DOWNSTREAM_LOST = 4
+    """Keepalive or TCP_USER_TIMEOUT gave the downstream up."""
+    UPSTREAM_LOST = 5
+    DOWNSTREAM_LEFT = 6
+    """Downstream went away while we dialled; the dial was cancelled."""
+    IDLE_TIMEOUT = 7
+    HALF_CLOSED_TIMEOUT = 8
+    LIFETIME = 9
+    CONNECT_REFUSED = 10
+    CONNECT_TIMEOUT = 11
+    CONNECT_UNREACHABLE = 12
+    CONNECT_FAILED = 13
+    """The last attempt failed with an error that has no reason of its own."""
+    NO_ROUTE = 14
+    NO_ENDPOINT = 15
+    NO_ORIGINAL_DESTINATION = 16
+    """A captured connection whose destination the kernel does not know: refused, never guessed (fail closed)."""
+    SELF_CALL = 17
+    """The destination is one of our own listeners."""
+    LIMIT_LISTENER = 18
+    LIMIT_CLUSTER = 19
+    LIMIT_ENDPOINT = 20
+    """Every endpoint that could be picked is at its limit."""
+    LIMIT_SOURCE = 21
+    PROXY_PROTOCOL_INVALID = 22
+    PROXY_PROTOCOL_TIMEOUT = 23
+    LOCAL_EXHAUSTED = 24
+    """We ran out of ports, descriptors or memory. Never the endpoint's fault."""
+    SHUTDOWN = 25
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+    @property
+    def initiator(self) -> Initiator:
+        if self in _BY_DOWNSTREAM:
+            return Initiator.DOWNSTREAM
+        if self in _BY_UPSTREAM:
+            return Initiator.UPSTREAM
+        return Initiator.PROXY
+
+    @property
+    def is_error(self) -> bool:
+        """Whether ``access_log.when: errors`` records it. Ends that applications use every day are none."""
+        return self not in _ORDINARY
+
+
+_BY_DOWNSTREAM = frozenset(
+    {
+        CloseReason.DOWNSTREAM_CLOSED,
+        CloseReason.DOWNSTREAM_RESET,
+        CloseReason.DOWNSTREAM_LOST,
+        CloseReason.DOWNSTREAM_LEFT,
+        CloseReason.PROXY_PROTOCOL_INVALID,
+    }
+)
+_BY_UPSTREAM = frozenset(
+    {
+        CloseReason.UPSTREAM_CLOSED,
+        CloseReason.UPSTREAM_RESET,
+        CloseReason.UPSTREAM_LOST,
+        CloseReason.CONNECT_REFUSED,
+        CloseReason.CONNECT_TIMEOUT,
+        CloseReason.CONNECT_UNREACHABLE,
+        CloseReason.CONNECT_FAILED,
+    }
+)
+# PostgreSQL and many load testers end with a reset from the client side: a reset is counted, not an error by itself,
+# unless it comes from upstream.
+_ORDINARY = frozenset(
+    {
+        CloseReason.DOWNSTREAM_CLOSED,
+        CloseReason.UPSTREAM_CLOSED,
+        CloseReason.DOWNSTREAM_RESET,
+        CloseReason.DOWNSTREAM_LEFT,
+        CloseReason.IDLE_TIMEOUT,
+        CloseReason.LIFETIME,
+        CloseReason.SHUTDOWN,
+    }
+)

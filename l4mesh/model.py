@@ -1,0 +1,208 @@
+"""The nouns of a configuration as frozen values, with no I/O and no defaults of the language (those are ``config``'s).
+
+Units are in the names. An optional number is 0 when it is off, as the compiled tables want it. Two loads of an unchanged
+file give the *same* ``Cluster`` objects, so that a plan is rebuilt in proportion to what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network
+
+Network = IPv4Network | IPv6Network
+
+ORIGINAL_DESTINATION = "original_destination"
+"""Name of the cluster whose endpoint is the address that the client dialled. Define it to tune it; it has no endpoints."""
+
+
+class Balance(StrEnum):
+    ROUND_ROBIN = "round_robin"
+    LEAST_CONNECTIONS = "least_connections"
+    RANDOM = "random"
+    SOURCE_HASH = "source_hash"
+    MAGLEV = "maglev"
+
+
+class Capture(StrEnum):
+    NONE = "none"
+    REDIRECT = "redirect"
+    TPROXY = "tproxy"
+
+
+class Direction(StrEnum):
+    """Which traffic a capturing listener takes: what leaves this host's workloads, or what comes in to them."""
+
+    OUTBOUND = "outbound"
+    INBOUND = "inbound"
+
+
+class LogWhen(StrEnum):
+    ALWAYS = "always"
+    ERRORS = "errors"
+    NEVER = "never"
+
+
+class LogFormat(StrEnum):
+    JSON = "json"
+    LOGFMT = "logfmt"
+
+
+class ProxyProtocol(StrEnum):
+    OFF = "off"
+    V1 = "v1"
+    V2 = "v2"
+
+
+@dataclass(frozen=True, slots=True)
+class SocketAddress:
+    """An IP literal in canonical text and a port."""
+
+    host: str
+    port: int
+
+    @property
+    def is_v6(self) -> bool:
+        return ":" in self.host
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if self.is_v6 else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One address that can be dialled. ``host`` is an IP literal in canonical text, or a name to resolve."""
+
+    host: str
+    port: int
+    weight: int = 1
+    """0 to 256; 0 takes no new connections."""
+    zone: str = ""
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """TCP keepalive of both legs, seconds. ``idle_s`` 0 is off."""
+
+    idle_s: int
+    interval_s: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    name: str
+    endpoints: tuple[Endpoint, ...]
+    balance: Balance
+    connect_timeout_ms: int
+    connect_attempts: int
+    connect_budget_ms: int
+    idle_timeout_ms: int
+    half_closed_timeout_ms: int
+    lifetime_ms: int
+    lifetime_jitter: float
+    """Share of the lifetime, 0 to 1, by which a connection's own is shortened at random."""
+    max_connections: int
+    max_connections_per_endpoint: int
+    keepalive: Keepalive
+    user_timeout_ms: int
+    proxy_protocol: ProxyProtocol
+    zone_preference: bool
+    slow_start_ms: int
+    bounded_load: float
+    """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteMatch:
+    """All that is given must match; an empty tuple matches everything. Ports are inclusive ranges."""
+
+    destinations: tuple[Network, ...] = ()
+    ports: tuple[tuple[int, int], ...] = ()
+    sources: tuple[Network, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    match: RouteMatch
+    split: tuple[tuple[str, int], ...]
+    """(cluster, weight); a plain ``cluster:`` is one with weight 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureFilter:
+    """What a capture takes in or leaves out. Users are names or numeric ids as text."""
+
+    ports: tuple[tuple[int, int], ...] = ()
+    destinations: tuple[Network, ...] = ()
+    interfaces: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    name: str
+    binds: tuple[SocketAddress, ...]
+    capture: Capture
+    direction: Direction
+    preserve_source: bool
+    routes: tuple[Route, ...]
+    default: str
+    """A cluster's name (``ORIGINAL_DESTINATION`` included), or "" to reject."""
+    include: CaptureFilter
+    exclude: CaptureFilter
+    proxy_protocol_from: tuple[Network, ...]
+    proxy_protocol_timeout_ms: int
+    max_connections: int
+    keepalive: Keepalive
+    user_timeout_ms: int
+    backlog: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    value: int
+    mask: int
+
+    def __str__(self) -> str:
+        return f"{self.value:#x}/{self.mask:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class AccessLog:
+    path: str
+    """A file, or "-" for standard output."""
+    format: LogFormat
+    when: LogWhen
+    sample: float
+    """Share of the records that ``when`` lets through, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole valid configuration."""
+
+    node_name: str
+    node_zone: str
+    workers: int
+    """0 means one for each usable CPU."""
+    admin: str
+    """"host:port", "unix:path", or "" for none."""
+    access_log: AccessLog
+    max_connections: int
+    """0 means: derive it from RLIMIT_NOFILE."""
+    max_connections_per_source: int
+    splice: bool
+    mark: Mark
+    """Put on our upstream sockets, so that our own rules leave them alone."""
+    return_mark: Mark
+    """Connmark of flows whose answers must come back to us."""
+    listeners: Mapping[str, Listener]
+    clusters: Mapping[str, Cluster]
+    digest: str = field(default="", compare=False)
+    """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""

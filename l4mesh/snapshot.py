@@ -1,0 +1,134 @@
+"""What the data path reports upwards: counters, live connections and the record of each connection that ended.
+
+All times are nanoseconds or milliseconds as named, all counts since the start of the process. The clusters, listeners and
+endpoints of a snapshot are those of the current plan; what was counted for others stays in ``retired``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from l4mesh.errors import CloseReason
+
+CONNECT_BUCKETS_S: tuple[float, ...] = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+"""Upper bounds of the connect-time histogram, seconds; one more bucket, +Inf, follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    worker: int
+    active: int
+    """Live connections."""
+    accepted: int
+    accept_pauses: int
+    """Times that accepting paused because descriptors or the connection limit ran out."""
+    paused: bool
+    records_dropped: int
+    pipes: int
+    """Pipes open, in use or pooled."""
+    turns: int
+    """Turns of the event loop."""
+    bytes_copied: int
+    bytes_spliced: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerSnapshot:
+    name: str
+    active: int
+    opened: int
+    closed: dict[CloseReason, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSnapshot:
+    """``name`` is "" for connections that ended before a cluster was known."""
+
+    name: str
+    active: int
+    opened: int
+    closed: dict[CloseReason, int]
+    bytes_to_upstream: int
+    bytes_to_downstream: int
+    connect_attempts: int
+    connect_failures: int
+    connect_seconds_sum: float
+    connect_seconds_buckets: tuple[int, ...]
+    """Counts per bucket of ``CONNECT_BUCKETS_S`` and +Inf, not cumulative."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSnapshot:
+    cluster: str
+    address: str
+    weight: int
+    zone: str
+    active: int
+    opened: int
+    connect_failures: int
+    bytes_to_upstream: int
+    bytes_to_downstream: int
+    warming: bool
+    """In slow start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    generation: int
+    workers: tuple[WorkerSnapshot, ...]
+    listeners: tuple[ListenerSnapshot, ...]
+    clusters: tuple[ClusterSnapshot, ...]
+    retired: ClusterSnapshot
+    """Sum over clusters that no plan names any more; its name is "(removed)"."""
+    retired_listeners: ListenerSnapshot
+    plans_alive: int
+    max_connections: int
+
+
+class ConnectionSnapshot(NamedTuple):
+    """One live connection. ``state``: "preface" (waits for a PROXY header), "dialling", "relaying" or "resetting"."""
+
+    id: str
+    """worker.slot.generation: names it for as long as it lives."""
+    state: str
+    listener: str
+    cluster: str
+    endpoint: str
+    source: str
+    destination: str
+    """Original destination."""
+    age_ms: int
+    idle_ms: int
+    bytes_to_upstream: int
+    bytes_to_downstream: int
+    spliced: bool
+
+
+class ConnectionRecord(NamedTuple):
+    """One connection that ended: a line of the access log. Times that were never reached and unknown figures are -1."""
+
+    ended_unix_ms: int
+    worker: int
+    listener: str
+    cluster: str
+    endpoint: str
+    """Address of the endpoint that was connected, or of the last attempt; "" if none."""
+    source: str
+    destination: str
+    reason: CloseReason
+    attempts: int
+    errno: int
+    connect_us: int
+    """Accept to connected."""
+    first_byte_us: int
+    """Accept to the first byte from upstream."""
+    total_us: int
+    bytes_to_upstream: int
+    bytes_to_downstream: int
+    downstream_rtt_us: int
+    downstream_retransmits: int
+    upstream_rtt_us: int
+    upstream_retransmits: int
