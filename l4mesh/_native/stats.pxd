@@ -19,3 +19,52 @@ ctypedef struct endpoint_stat_t:
     uint64_t bytes_to_downstream
     uint64_t id
     uint64_t pad[2]
+
+ctypedef struct cluster_row_t:
+    # One worker's counts of one cluster; that worker alone writes.
+    uint64_t opened
+    uint64_t closed[CLOSE_REASONS]
+    uint64_t bytes_to_upstream
+    uint64_t bytes_to_downstream
+    uint64_t connect_attempts
+    uint64_t connect_failures
+    uint64_t connect_ns
+    uint64_t connect_buckets[CONNECT_BUCKETS]
+    uint64_t cursor      # round robin's place; outlives reloads, starts at random
+
+ctypedef struct cluster_stat_t:
+    int64_t active       # of all workers: the cluster's limit counts on it
+    uint64_t id
+    cluster_row_t *rows  # one a worker, in the same block
+
+ctypedef struct listener_row_t:
+    uint64_t opened
+    uint64_t closed[CLOSE_REASONS]
+
+ctypedef struct listener_stat_t:
+    int64_t active
+    uint64_t id
+    listener_row_t *rows
+
+
+cdef inline int connect_bucket(uint64_t ns) noexcept nogil:
+    # Index of the connect-time bucket; the bounds are `snapshot.CONNECT_BUCKETS_S`, and a test compares them.
+    cdef uint64_t us = ns // 1000
+    if us <= 5000:
+        if us <= 100: return 0
+        if us <= 250: return 1
+        if us <= 500: return 2
+        if us <= 1000: return 3
+        if us <= 2500: return 4
+        return 5
+    if us <= 10000: return 6
+    if us <= 25000: return 7
+    if us <= 50000: return 8
+    if us <= 100000: return 9
+    if us <= 250000: return 10
+    if us <= 500000: return 11
+    if us <= 1000000: return 12
+    if us <= 2500000: return 13
+    if us <= 5000000: return 14
+    if us <= 10000000: return 15
+    return 16

@@ -1,0 +1,1709 @@
+"""The compiled data path: epoll loops that run without the GIL, and the few objects through which Python steers them.
+
+Read it top to bottom and you follow a connection: accept, admit, dial, connected, relay, reset, close, record. Then comes the
+loop that calls these, then the Python face (``Cluster``, ``Plan``, ``Engine``). The leaves in ``_native/`` hold what has a name of its own:
+``relay`` one half, ``balance`` picking, ``route`` routing, ``wheel`` timers, ``slab`` slots, ``ring`` records.
+
+* **Threads.** Each worker owns its epoll, its connections, its pipes, its timers and its counters. Shared are only the published
+  plan (loaded once a turn), the counters that limits and balancing need (relaxed atomics) and the rings.
+* **Triggering.** Connections are edge-triggered and added once: what an edge said is kept in ``side_t.flags`` until a call says
+  otherwise. Listeners are level-triggered. A half that could go on for ever is put on the ready list when its budget is used up.
+* **Order of ends.** A FIN is passed on when everything before it was handed over; the second FIN closes both sockets. A reset
+  is passed on when everything before it was *acknowledged* (``SIOCOUTQ``), because a reset throws away what is still queued.
+* **Timeouts end with a reset.** Neither peer said that it was done, so neither is told so.
+* **Stale events.** Slot, generation and attempt are in the event's data; what does not match is of an earlier life.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memset
+from posix.stdlib cimport posix_memalign
+
+from l4mesh._native.address cimport address_equal, address_hash_ip, address_is_v4, address_t, mix64
+from l4mesh._native.atomic cimport add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release, store_u
+from l4mesh._native.balance cimport (
+    PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
+)
+from l4mesh._native.debug cimport L4_BUG
+from l4mesh._native.linux cimport *
+from l4mesh._native.proxy_protocol cimport PROXY_INVALID, PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
+from l4mesh._native.relay cimport half_drop, half_park, half_release_pipe, half_step, pipe_close
+from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.route cimport prefixes_hold, route_find
+from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
+from l4mesh._native.sources cimport source_give, source_take
+from l4mesh._native.stats cimport (
+    CLOSE_REASONS, CONNECT_BUCKETS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t, listener_stat_t,
+)
+from l4mesh._native.types cimport *
+from l4mesh._native.wheel cimport WHEEL_NONE, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove
+
+cdef extern from *:
+    """
+    #include <arpa/inet.h>
+    """
+    const char *inet_ntop(int family, const void *ip, char *text, socklen_t size) noexcept nogil
+
+cdef enum:
+    TAG_LISTENER = 0xffffffff     # in the place of a slot; the low half is the index of the armed listener
+    TAG_WAKE = 0xfffffffe
+    ACCEPT_BURST_MAX = 64
+    ACCEPT_PAUSE_MS = 100         # as long as it takes for descriptors to come back, short enough not to be noticed
+    SETTLE_MS = 2000              # keepalive is set on connections that live this long: most don't
+    LEFT_GRACE_MS = 100           # a client that ended without a byte is taken to have left if we still dial after this
+    LINGER_MAX_MS = 64            # longest step between two looks at a send queue that must drain before a reset
+    RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
+
+
+# -- small things ------------------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t clock_ns(int clock) noexcept nogil:
+    cdef timespec ts
+    clock_gettime(clock, &ts)
+    return <uint64_t> ts.tv_sec * 1000000000 + <uint64_t> ts.tv_nsec
+
+
+cdef inline uint64_t worker_random(worker_t *worker) noexcept nogil:
+    # xorshift64* (Vigna 2016)
+    cdef uint64_t x = worker.random
+    x ^= x >> 12
+    x ^= x << 25
+    x ^= x >> 27
+    worker.random = x
+    return x * <uint64_t> 0x2545f4914f6cdd1d
+
+
+cdef inline void address_from_sockaddr(address_t *address, const sockaddr_storage *storage) noexcept nogil:
+    cdef const sockaddr_in *v4 = <const sockaddr_in *> storage
+    cdef const sockaddr_in6 *v6 = <const sockaddr_in6 *> storage
+    memset(address, 0, sizeof(address_t))
+    if storage.ss_family == AF_INET6:
+        memcpy(address.ip, &v6.sin6_addr, 16)
+        address.port = ntohs(v6.sin6_port)
+    else:
+        address.ip[10] = 0xff
+        address.ip[11] = 0xff
+        memcpy(&address.ip[12], &v4.sin_addr, 4)
+        address.port = ntohs(v4.sin_port)
+
+
+cdef inline socklen_t address_to_sockaddr(const address_t *address, sockaddr_storage *storage) noexcept nogil:
+    cdef sockaddr_in *v4 = <sockaddr_in *> storage
+    cdef sockaddr_in6 *v6 = <sockaddr_in6 *> storage
+    memset(storage, 0, sizeof(sockaddr_in6))
+    if address_is_v4(address):
+        v4.sin_family = AF_INET
+        v4.sin_port = htons(address.port)
+        memcpy(&v4.sin_addr, &address.ip[12], 4)
+        return sizeof(sockaddr_in)
+    v6.sin6_family = AF_INET6
+    v6.sin6_port = htons(address.port)
+    memcpy(&v6.sin6_addr, address.ip, 16)
+    return sizeof(sockaddr_in6)
+
+
+cdef inline int socket_error(int fd) noexcept nogil:
+    cdef int error = 0
+    cdef socklen_t size = sizeof(error)
+    getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size)
+    return error
+
+
+cdef inline void socket_close(int fd, bint reset) noexcept nogil:
+    cdef linger now
+    if fd < 0:
+        return
+    if reset:
+        now.l_onoff = 1
+        now.l_linger = 0
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+    close(fd)
+
+
+cdef inline bint ip_is_unspecified(const address_t *address) noexcept nogil:
+    cdef int i
+    for i in range(12 if address_is_v4(address) else 0, 16):
+        if address.ip[i]:
+            return False
+    return True
+
+
+cdef bint ip_is_local(const address_t *address) noexcept nogil:
+    # Whether the address is one of this host's, asked of the kernel by binding to it: always current, no list to keep. When it
+    # can't be asked the answer is yes, because a wrong yes refuses one connection and a wrong no is a loop.
+    cdef sockaddr_storage storage
+    cdef address_t any_port = address[0]
+    cdef socklen_t size
+    cdef bint local
+    cdef int fd
+    any_port.port = 0
+    size = address_to_sockaddr(&any_port, &storage)
+    fd = socket(storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        return True
+    local = bind(fd, <sockaddr *> &storage, size) == 0 or errno != EADDRNOTAVAIL
+    close(fd)
+    return local
+
+
+cdef bint plan_is_own(const plan_t *plan, const address_t *address) noexcept nogil:
+    # Whether a connection to this address would arrive at one of our own listeners.
+    cdef uint32_t i
+    cdef const address_t *own
+    if plan.own_ports[address.port >> 3] & (1 << (address.port & 7)) == 0:
+        return False
+    for i in range(plan.n_own):
+        own = &plan.own[i]
+        if own.port != address.port or address_is_v4(own) != address_is_v4(address):
+            continue
+        if memcmp(own.ip, address.ip, 16) == 0 or ip_is_unspecified(address):
+            return True
+        if ip_is_unspecified(own) and ip_is_local(address):
+            return True
+    return False
+
+
+cdef inline uint64_t event_tag(const conn_t *conn, uint32_t slot, int side) noexcept nogil:
+    cdef uint64_t attempt = conn.attempts if side == UPSTREAM else 0
+    return (<uint64_t> slot << 32) | (<uint64_t> conn.generation << 8) | (attempt << 1) | <uint64_t> side
+
+
+cdef inline bint conn_watch(worker_t *worker, conn_t *conn, uint32_t slot, int side) noexcept nogil:
+    # Adds a side to the epoll, once and for all it may tell.
+    cdef epoll_event event
+    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
+    event.data.u64 = event_tag(conn, slot, side)
+    conn.watched |= side == DOWNSTREAM
+    return epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, conn.side[side].fd, &event) == 0
+
+
+cdef inline void conn_arm(worker_t *worker, conn_t *conn, uint32_t slot, uint64_t at_ms) noexcept nogil:
+    # Makes sure that the timer fires at `at_ms` or before. A timer that fires early looks again and goes on: traffic moves its
+    # deadline without touching the wheel.
+    if conn.timer.at_ms and conn.timer.at_ms <= at_ms:
+        return
+    wheel_remove(&worker.wheel, &conn.timer)
+    wheel_insert(&worker.wheel, slot, &conn.timer, at_ms)
+
+
+cdef inline void ready_push(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    if conn.queued:
+        return
+    conn.queued = 1
+    conn.ready_next = WHEEL_NONE
+    conn.ready_prev = worker.ready_tail
+    if worker.ready_tail == WHEEL_NONE:
+        worker.ready_head = slot
+    else:
+        conn_at(worker, worker.ready_tail).ready_next = slot
+    worker.ready_tail = slot
+
+
+cdef inline void ready_remove(worker_t *worker, conn_t *conn) noexcept nogil:
+    if not conn.queued:
+        return
+    conn.queued = 0
+    if conn.ready_prev == WHEEL_NONE:
+        worker.ready_head = conn.ready_next
+    else:
+        conn_at(worker, conn.ready_prev).ready_next = conn.ready_next
+    if conn.ready_next == WHEEL_NONE:
+        worker.ready_tail = conn.ready_prev
+    else:
+        conn_at(worker, conn.ready_next).ready_prev = conn.ready_prev
+
+
+# -- accept ------------------------------------------------------------------------------------------------------------------
+
+cdef void accept_pause(worker_t *worker) noexcept nogil:
+    # Leaves new connections in the kernel's queue until something is free again; what is connected goes on.
+    cdef epoll_event event
+    cdef uint32_t i
+    worker.accept_pauses += 1
+    worker.accept_paused_until_ms = worker.now_ms + ACCEPT_PAUSE_MS
+    for i in range(worker.n_armed):
+        epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
+
+
+cdef void accept_resume(worker_t *worker) noexcept nogil:
+    cdef epoll_event event
+    cdef uint32_t i
+    worker.accept_paused_until_ms = 0
+    for i in range(worker.n_armed):
+        event.events = EPOLLIN
+        event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
+        epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event)
+
+
+cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil:
+    # Takes as many connections as the queue was deep last time: the level-triggered epoll tells of the rest, which spares the
+    # call that only says EAGAIN.
+    cdef armed_t *armed = &worker.armed[armed_index]
+    cdef const listener_t *listener = &worker.plan.listeners[armed.listener]
+    cdef sockaddr_storage storage
+    cdef socklen_t size
+    cdef uint32_t taken = 0
+    cdef int fd
+    while taken < armed.burst:
+        if load(&worker.engine.active) >= worker.plan.max_connections:
+            accept_pause(worker)
+            return
+        size = sizeof(storage)
+        fd = accept4(armed.fd, <sockaddr *> &storage, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if fd < 0:
+            if errno == EAGAIN:
+                armed.burst = taken if taken else 1
+            elif errno == EMFILE or errno == ENFILE or errno == ENOBUFS or errno == ENOMEM:
+                accept_pause(worker)
+            # Anything else is an error of the one connection that was to be accepted (accept(2)).
+            return
+        taken += 1
+        if not conn_accept(worker, listener, fd, &storage):
+            accept_pause(worker)
+            return
+    armed.burst = armed.burst * 2 if armed.burst < ACCEPT_BURST_MAX else ACCEPT_BURST_MAX
+
+
+cdef bint conn_accept(
+    worker_t *worker, const listener_t *listener, int fd, const sockaddr_storage *storage
+) noexcept nogil:
+    # A connection from its descriptor on, which it owns. False: no memory.
+    cdef uint32_t slot
+    cdef conn_t *conn = slab_take(worker, &slot)
+    if conn == NULL:
+        socket_close(fd, True)
+        return False
+    conn.side[DOWNSTREAM].fd = fd
+    conn.side[DOWNSTREAM].flags = SIDE_NODELAY
+    conn.side[UPSTREAM].fd = -1
+    conn.accepted_ns = worker.now_ns
+    conn.active_ms = worker.now_ms
+    conn.listener_stat = listener.stat
+    conn.listener_flags = listener.flags
+    conn.cluster_stat = worker.engine.no_cluster
+    address_from_sockaddr(&conn.source, storage)
+    conn.state = CONN_PREFACE
+    worker.accepted += 1
+    worker.active += 1
+    add(&worker.engine.active, 1)
+    listener.stat.rows[worker.index].opened += 1
+    if add(&listener.stat.active, 1) >= listener.max_connections and listener.max_connections:
+        conn_refuse(worker, conn, slot, CLOSE_LIMIT_LISTENER)
+    elif not conn_destination(conn, listener):
+        conn_refuse(worker, conn, slot, CLOSE_NO_ORIGINAL_DESTINATION)
+    elif listener.flags & (LISTENER_REDIRECT | LISTENER_TPROXY) and plan_is_own(worker.plan, &conn.destination):
+        conn_refuse(worker, conn, slot, CLOSE_SELF_CALL)
+    elif prefixes_hold(worker.plan, listener.proxy_from, listener.proxy_from_end, conn.source.ip):
+        conn_arm(worker, conn, slot, worker.now_ms + listener.proxy_timeout_ms)
+        if not conn_watch(worker, conn, slot, DOWNSTREAM):
+            conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+    else:
+        conn_admit(worker, conn, slot, listener)
+    return True
+
+
+cdef bint conn_destination(conn_t *conn, const listener_t *listener) noexcept nogil:
+    # Where the client meant to go. False when a captured connection does not tell: it is refused, never guessed.
+    cdef sockaddr_storage storage
+    cdef socklen_t size = sizeof(storage)
+    cdef int fd = conn.side[DOWNSTREAM].fd
+    cdef int rc
+    if listener.flags & LISTENER_REDIRECT:
+        rc = getsockopt(
+            fd, SOL_IP if address_is_v4(&listener.address) else SOL_IPV6, L4_SO_ORIGINAL_DST, &storage, &size
+        )
+    elif listener.flags & (LISTENER_TPROXY | LISTENER_WILDCARD):
+        # With IP_TRANSPARENT the socket's own address is the destination; conntrack is not asked, its entry may be another's.
+        rc = getsockname(fd, <sockaddr *> &storage, &size)
+    else:
+        conn.destination = listener.address
+        return True
+    if rc != 0:
+        return False
+    address_from_sockaddr(&conn.destination, &storage)
+    return True
+
+
+cdef const listener_t *conn_listener(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # The listener of this generation, or NULL when a reload has removed it.
+    cdef uint32_t i
+    for i in range(worker.plan.n_listeners):
+        if worker.plan.listeners[i].stat == conn.listener_stat:
+            return &worker.plan.listeners[i]
+    return NULL
+
+
+cdef void conn_preface(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # Waits for a whole PROXY header, looking at the queue without taking from it, so that nothing after it is touched.
+    cdef const listener_t *listener
+    cdef ssize_t n = recv(conn.side[DOWNSTREAM].fd, worker.scratch, PROXY_MAX, MSG_PEEK)
+    cdef int header
+    if n < 0:
+        if errno != EAGAIN and errno != EINTR:
+            conn.errno_seen = errno
+            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_RESET, True)
+        return
+    header = proxy_parse(worker.scratch, <uint32_t> n, &conn.source, &conn.destination)
+    if header == PROXY_PARTIAL and n and not conn.side[DOWNSTREAM].flags & SIDE_FIN_SEEN:
+        return
+    if header < 0:
+        conn_refuse(worker, conn, slot, CLOSE_PROXY_PROTOCOL_INVALID)
+        return
+    recv(conn.side[DOWNSTREAM].fd, worker.scratch, <size_t> header, 0)
+    listener = conn_listener(worker, conn)
+    if listener == NULL:
+        conn_refuse(worker, conn, slot, CLOSE_NO_ROUTE)
+    else:
+        conn_admit(worker, conn, slot, listener)
+
+
+# -- admit -------------------------------------------------------------------------------------------------------------------
+
+cdef void conn_refuse(worker_t *worker, conn_t *conn, uint32_t slot, int reason) noexcept nogil:
+    conn_finish(worker, conn, slot, reason, True)
+
+
+cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener) noexcept nogil:
+    # Limits, then the route, then the first dial.
+    cdef const plan_t *plan = worker.plan
+    cdef int32_t index
+    cdef cluster_t *cluster
+    if plan.max_connections_per_source and not source_take(
+        worker.engine.sources, &conn.source, plan.max_connections_per_source, &conn.source_count
+    ):
+        conn_refuse(worker, conn, slot, CLOSE_LIMIT_SOURCE)
+        return
+    index = route_find(plan, listener, &conn.destination, &conn.source, worker_random(worker))
+    if index < 0:
+        conn_refuse(worker, conn, slot, CLOSE_NO_ROUTE)
+        return
+    cluster = plan.clusters[index]
+    conn.cluster_stat = <cluster_stat_t *> cluster.stat
+    conn.cluster_stat.rows[worker.index].opened += 1
+    if (
+        add(&conn.cluster_stat.active, 1) >= cluster.settings.max_connections
+        and cluster.settings.max_connections
+    ):
+        conn_refuse(worker, conn, slot, CLOSE_LIMIT_CLUSTER)
+        return
+    cluster_hold(cluster)
+    conn.state = CONN_DIALLING
+    memset(&conn.phase.dial, 0, sizeof(dial_t))
+    conn.phase.dial.cluster = cluster
+    conn.phase.dial.last_reason = CLOSE_NO_ENDPOINT
+    conn.phase.dial.deadline_ms = worker.now_ms + cluster.settings.connect_budget_ms
+    conn_copy_settings(worker, conn, &cluster.settings)
+    conn_dial(worker, conn, slot)
+
+
+cdef inline uint32_t clamp_ms(uint64_t ms) noexcept nogil:
+    return <uint32_t> -1 if ms > <uint32_t> -1 else <uint32_t> ms
+
+
+cdef void conn_copy_settings(worker_t *worker, conn_t *conn, const cluster_settings_t *settings) noexcept nogil:
+    # What the connection needs after the plan is gone.
+    cdef uint64_t jitter
+    conn.idle_ms = clamp_ms(settings.idle_timeout_ms)
+    conn.half_closed_ms = clamp_ms(settings.half_closed_timeout_ms)
+    conn.user_timeout_ms = settings.user_timeout_ms
+    conn.keepalive_idle_s = <uint16_t> settings.keepalive_idle_s
+    conn.keepalive_interval_s = <uint16_t> settings.keepalive_interval_s
+    conn.keepalive_count = <uint8_t> settings.keepalive_count
+    conn.proxy_protocol = settings.proxy_protocol
+    if settings.lifetime_ms:
+        # Shortened by chance, so that connections opened together don't all come back together.
+        jitter = settings.lifetime_ms * settings.lifetime_jitter_permille // 1000
+        conn.lifetime_at_ms = worker.now_ms + settings.lifetime_ms
+        if jitter:
+            conn.lifetime_at_ms -= worker_random(worker) % jitter
+
+
+# -- dial --------------------------------------------------------------------------------------------------------------------
+
+cdef bint dial_was_tried(const conn_t *conn, uint32_t index) noexcept nogil:
+    cdef uint32_t i
+    for i in range(conn.attempts):
+        if conn.phase.dial.tried[i] == index:
+            return True
+    return False
+
+
+cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
+    # Chooses the next endpoint and counts it as active. False: none is left, and last_reason says why.
+    cdef dial_t *dial = &conn.phase.dial
+    cdef cluster_t *cluster = dial.cluster
+    cdef const endpoint_t *endpoint
+    cdef pick_t pick
+    cdef int32_t index
+    if cluster.settings.original_destination:
+        if conn.attempts and dial.last_reason != CLOSE_CONNECT_TIMEOUT:
+            return False
+        conn.endpoint = conn.destination
+        conn.endpoint_stat = NULL
+        return True
+    memset(&pick, 0, sizeof(pick))
+    pick.source_hash = address_hash_ip(&conn.source, 0)
+    pick.random = &worker.random
+    pick.cursor = &conn.cluster_stat.rows[worker.index].cursor
+    pick.tried = dial.tried
+    pick.n_tried = conn.attempts
+    pick.cluster_active = &conn.cluster_stat.active
+    index = cluster_pick(cluster, &pick, worker.now_ms)
+    if index < 0:
+        if conn.attempts == 0:
+            dial.last_reason = CLOSE_LIMIT_ENDPOINT if index == PICK_FULL else CLOSE_NO_ENDPOINT
+        return False
+    # Only a lost SYN is worth a second try at the same endpoint; a refusal would come again.
+    if dial.last_reason != CLOSE_CONNECT_TIMEOUT and dial_was_tried(conn, <uint32_t> index):
+        return False
+    endpoint = &cluster.endpoints[index]
+    if (
+        add(&endpoint.stat.active, 1) >= cluster.settings.max_connections_per_endpoint
+        and cluster.settings.max_connections_per_endpoint
+    ):
+        # Another worker took the last place meanwhile.
+        add(&endpoint.stat.active, -1)
+        dial.last_reason = CLOSE_LIMIT_ENDPOINT
+        return False
+    conn.endpoint_stat = endpoint.stat
+    conn.endpoint = endpoint.address
+    dial.tried[conn.attempts] = <uint32_t> index
+    return True
+
+
+cdef bint dial_open(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # A socket on its way to conn.endpoint, watched. False: errno_seen says why.
+    cdef sockaddr_storage storage
+    cdef address_t from_address = conn.source
+    cdef socklen_t size = address_to_sockaddr(&conn.endpoint, &storage)
+    cdef bint as_v4 = address_is_v4(&conn.endpoint)
+    cdef int fd = socket(storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    cdef int one = 1
+    cdef uint32_t mark = worker.plan.mark
+    if fd < 0:
+        conn.errno_seen = errno
+        return False
+    conn.side[UPSTREAM].fd = fd
+    conn.side[UPSTREAM].flags = 0
+    if mark and setsockopt(fd, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)) != 0:
+        conn.errno_seen = errno
+        return False
+    if conn.listener_flags & LISTENER_PRESERVE_SOURCE:
+        if as_v4 != address_is_v4(&conn.source):
+            conn.errno_seen = EADDRNOTAVAIL
+            return False
+        from_address.port = 0
+        if (
+            setsockopt(fd, SOL_IP if as_v4 else SOL_IPV6, IP_TRANSPARENT if as_v4 else IPV6_TRANSPARENT, &one, sizeof(one)) != 0
+            or setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one)) != 0
+        ):
+            conn.errno_seen = errno
+            return False
+        size = address_to_sockaddr(&from_address, &storage)
+        if bind(fd, <sockaddr *> &storage, size) != 0:
+            conn.errno_seen = errno
+            return False
+        size = address_to_sockaddr(&conn.endpoint, &storage)
+    if connect(fd, <sockaddr *> &storage, size) != 0 and errno != EINPROGRESS:
+        conn.errno_seen = errno
+        return False
+    if not conn_watch(worker, conn, slot, UPSTREAM):
+        conn.errno_seen = errno
+        return False
+    return True
+
+
+cdef int dial_reason(int error) noexcept nogil:
+    # What a failed attempt is called. Local trouble is never the endpoint's fault (invariant 12).
+    if error == ECONNREFUSED:
+        return CLOSE_CONNECT_REFUSED
+    if error == ETIMEDOUT:
+        return CLOSE_CONNECT_TIMEOUT
+    if error == EHOSTUNREACH or error == ENETUNREACH or error == EHOSTDOWN or error == ENONET or error == ENETDOWN:
+        return CLOSE_CONNECT_UNREACHABLE
+    if (
+        error == EADDRNOTAVAIL or error == EADDRINUSE or error == EMFILE or error == ENFILE or error == ENOBUFS
+        or error == ENOMEM or error == EACCES or error == EPERM or error == EAGAIN
+    ):
+        return CLOSE_LOCAL_EXHAUSTED
+    return CLOSE_CONNECT_FAILED
+
+
+cdef void dial_abandon(conn_t *conn) noexcept nogil:
+    # Takes the attempt's socket and its place at the endpoint back.
+    socket_close(conn.side[UPSTREAM].fd, False)
+    conn.side[UPSTREAM].fd = -1
+    if conn.endpoint_stat != NULL:
+        add(&conn.endpoint_stat.active, -1)
+        conn.endpoint_stat = NULL
+
+
+cdef void dial_failed(worker_t *worker, conn_t *conn, int error) noexcept nogil:
+    # Books a failed attempt.
+    cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
+    conn.errno_seen = error
+    conn.phase.dial.last_reason = <uint8_t> dial_reason(error)
+    if conn.phase.dial.last_reason != CLOSE_LOCAL_EXHAUSTED:
+        row.connect_failures += 1
+        if conn.endpoint_stat != NULL:
+            add_u(&conn.endpoint_stat.connect_failures, 1)
+    dial_abandon(conn)
+
+
+cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # Dials until an attempt is on its way; ends the connection when none is left, no time, or nobody to dial for.
+    cdef dial_t *dial = &conn.phase.dial
+    cdef const cluster_settings_t *settings = &dial.cluster.settings
+    while True:
+        if conn.attempts and dial.left_at_ms:
+            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
+            return
+        if conn.attempts == settings.connect_attempts or worker.now_ms >= dial.deadline_ms or not dial_pick(worker, conn):
+            conn_finish(worker, conn, slot, dial.last_reason, True)
+            return
+        if plan_is_own(worker.plan, &conn.endpoint):
+            dial_abandon(conn)
+            conn_finish(worker, conn, slot, CLOSE_SELF_CALL, True)
+            return
+        conn.attempts += 1
+        conn.cluster_stat.rows[worker.index].connect_attempts += 1
+        dial.attempt_started_ns = worker.now_ns
+        if dial_open(worker, conn, slot):
+            break
+        dial_failed(worker, conn, conn.errno_seen)
+    if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+        conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+        return
+    dial.attempt_at_ms = worker.now_ms + settings.connect_timeout_ms
+    if dial.attempt_at_ms > dial.deadline_ms:
+        dial.attempt_at_ms = dial.deadline_ms
+    conn_arm(worker, conn, slot, dial.attempt_at_ms)
+
+
+cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side, uint32_t events) noexcept nogil:
+    # An event while we dial.
+    cdef uint8_t byte
+    if side == UPSTREAM:
+        if events & (EPOLLERR | EPOLLHUP):
+            dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
+            conn_dial(worker, conn, slot)
+        elif events & EPOLLOUT:
+            conn_connected(worker, conn, slot)
+        return
+    if events & (EPOLLERR | EPOLLHUP):
+        conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
+    elif events & EPOLLRDHUP and recv(conn.side[DOWNSTREAM].fd, &byte, 1, MSG_PEEK) == 0:
+        # A FIN alone may be half a close: `nc -N` reading a banner. With nothing sent and the dial still under way after a
+        # moment, the client has left.
+        conn.phase.dial.left_at_ms = worker.now_ms + LEFT_GRACE_MS
+        conn_arm(worker, conn, slot, conn.phase.dial.left_at_ms)
+
+
+# -- connected ---------------------------------------------------------------------------------------------------------------
+
+cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # The dial's part of the phase ends, the relay's begins.
+    cdef cluster_t *cluster = conn.phase.dial.cluster
+    cdef uint64_t took_ns = clock_ns(CLOCK_MONOTONIC) - conn.phase.dial.attempt_started_ns
+    cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
+    row.connect_ns += took_ns
+    row.connect_buckets[connect_bucket(took_ns)] += 1
+    if conn.endpoint_stat != NULL:
+        add_u(&conn.endpoint_stat.opened, 1)
+    conn.errno_seen = 0
+    conn.connected_us = <uint32_t> ((conn.phase.dial.attempt_started_ns + took_ns - conn.accepted_ns) // 1000) or 1
+    memset(&conn.phase, 0, sizeof(phase_t))
+    conn.phase.half[DOWNSTREAM].pipe.read_fd = -1
+    conn.phase.half[UPSTREAM].pipe.read_fd = -1
+    cluster_drop(cluster)
+    conn.state = CONN_RELAYING
+    conn.active_ms = worker.now_ms
+    conn.side[UPSTREAM].flags |= SIDE_WRITABLE
+    conn_arm(worker, conn, slot, conn_deadline(worker, conn))
+    if conn.proxy_protocol and not conn_send_proxy_header(worker, conn):
+        conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+        return
+    conn_relay(worker, conn, slot)
+
+
+cdef bint conn_send_proxy_header(worker_t *worker, conn_t *conn) noexcept nogil:
+    # At once, not with the first byte of the client: a server that speaks first waits for it. False: no memory.
+    cdef uint8_t header[128]
+    cdef uint32_t length
+    cdef ssize_t n
+    cdef int one = 1
+    setsockopt(conn.side[UPSTREAM].fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
+    conn.side[UPSTREAM].flags |= SIDE_NODELAY
+    if conn.proxy_protocol == 1:
+        length = proxy_write_v1(header, &conn.source, &conn.destination)
+    else:
+        length = proxy_write_v2(header, &conn.source, &conn.destination)
+    n = send(conn.side[UPSTREAM].fd, header, length, MSG_NOSIGNAL)
+    if n < 0:
+        # Whatever is wrong shows again in the relay; what was not sent must go first.
+        n = 0
+    return <uint32_t> n == length or half_park(&conn.phase.half[DOWNSTREAM], header + n, length - <uint32_t> n)
+
+
+cdef uint64_t conn_deadline(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # When the relay's timer has to look next; 0: never.
+    cdef uint64_t at = 0
+    cdef uint64_t quiet_ms = conn.idle_ms
+    if (conn.phase.half[0].flags | conn.phase.half[1].flags) & HALF_ENDED and conn.half_closed_ms:
+        if quiet_ms == 0 or conn.half_closed_ms < quiet_ms:
+            quiet_ms = conn.half_closed_ms
+    if quiet_ms:
+        at = conn.active_ms + quiet_ms
+    if conn.lifetime_at_ms and (at == 0 or conn.lifetime_at_ms < at):
+        at = conn.lifetime_at_ms
+    if not conn.settled and (at == 0 or worker.now_ms + SETTLE_MS < at):
+        at = worker.now_ms + SETTLE_MS
+    return at
+
+
+cdef void conn_settle(conn_t *conn) noexcept nogil:
+    # Downstream has these from its listener. Upstream they are set once the connection has proved to stay.
+    cdef int fd = conn.side[UPSTREAM].fd
+    cdef int one = 1
+    cdef int idle = conn.keepalive_idle_s
+    cdef int interval = conn.keepalive_interval_s
+    cdef int count = conn.keepalive_count
+    conn.settled = 1
+    if idle:
+        setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
+        setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
+        setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval))
+        setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count))
+    if conn.user_timeout_ms:
+        setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &conn.user_timeout_ms, sizeof(conn.user_timeout_ms))
+
+
+# -- relay -------------------------------------------------------------------------------------------------------------------
+
+cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # Moves both halves as far as they go now.
+    cdef half_t *half
+    cdef flow_t flow
+    cdef bint more = False
+    cdef int h
+    for h in range(2):
+        half = &conn.phase.half[h]
+        if half.flags & (HALF_SHUT | HALF_DROPPED):
+            continue
+        flow = half_step(worker, conn, h)
+        if flow == FLOW_MORE:
+            more = True
+        elif flow == FLOW_END:
+            if conn.phase.half[1 - h].flags & HALF_SHUT:
+                # The second end: closing tells it as well as shutdown would.
+                conn_finish(
+                    worker, conn, slot,
+                    CLOSE_DOWNSTREAM_CLOSED if conn.first_end == DOWNSTREAM else CLOSE_UPSTREAM_CLOSED, False,
+                )
+                return
+            shutdown(conn.side[1 - h].fd, SHUT_WR)
+            half.flags |= HALF_SHUT
+            conn.first_end = <uint8_t> h
+            if conn.half_closed_ms:
+                conn_arm(worker, conn, slot, worker.now_ms + conn.half_closed_ms)
+        elif flow == FLOW_SOURCE_RESET:
+            conn_reset(worker, conn, slot, h)
+            return
+        elif flow == FLOW_DESTINATION_RESET:
+            conn_reset(worker, conn, slot, 1 - h)
+            return
+        elif flow == FLOW_EXHAUSTED:
+            conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+            return
+    if more:
+        ready_push(worker, conn, slot)
+
+
+# -- reset -------------------------------------------------------------------------------------------------------------------
+
+cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) noexcept nogil:
+    # One side is gone. What it had sent is delivered before the other side learns of it.
+    cdef bint lost = conn.errno_seen == ETIMEDOUT or conn.errno_seen == EHOSTUNREACH or conn.errno_seen == ENETUNREACH
+    if side == DOWNSTREAM:
+        conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
+    else:
+        conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
+    conn.side[side].flags |= SIDE_RESET | SIDE_READABLE
+    half_drop(worker, &conn.phase.half[1 - side])
+    conn.state = CONN_RESETTING
+    conn.first_end = <uint8_t> side
+    conn.linger_ms = 1
+    conn.lifetime_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
+    conn_drain(worker, conn, slot)
+
+
+cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # RESETTING: hands over what is left, waits until it is acknowledged, then resets the other side.
+    cdef int side = conn.first_end
+    cdef half_t *half = &conn.phase.half[side]
+    cdef int queued = 0
+    cdef flow_t flow = FLOW_END
+    if not half.flags & (HALF_SHUT | HALF_DROPPED):
+        flow = half_step(worker, conn, side)
+    if flow == FLOW_MORE:
+        ready_push(worker, conn, slot)
+    elif flow == FLOW_BLOCKED:
+        conn_arm(worker, conn, slot, conn.lifetime_at_ms)
+    elif (
+        (flow == FLOW_END or flow == FLOW_SOURCE_RESET)
+        and worker.now_ms < conn.lifetime_at_ms
+        and ioctl(conn.side[1 - side].fd, SIOCOUTQ, &queued) == 0
+        and queued > 0
+    ):
+        conn_arm(worker, conn, slot, worker.now_ms + conn.linger_ms)
+        if conn.linger_ms < LINGER_MAX_MS:
+            conn.linger_ms *= 2
+    else:
+        conn_finish(worker, conn, slot, conn.reset_reason, True)
+
+
+# -- close and record --------------------------------------------------------------------------------------------------------
+
+cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason, bint reset) noexcept nogil:
+    # The one way out: counts, records, and gives back everything that the connection owns.
+    cdef int h
+    L4_BUG(conn.state == CONN_FREE, "a connection ends twice")
+    if conn_is_logged(worker, reason):
+        conn_record(worker, conn, reason)
+    conn.listener_stat.rows[worker.index].closed[reason] += 1
+    add(&conn.listener_stat.active, -1)
+    conn.cluster_stat.rows[worker.index].closed[reason] += 1
+    if conn.cluster_stat != worker.engine.no_cluster:
+        add(&conn.cluster_stat.active, -1)
+    else:
+        conn.cluster_stat.rows[worker.index].opened += 1
+    if conn.state == CONN_DIALLING:
+        cluster_drop(conn.phase.dial.cluster)
+    elif conn.state == CONN_RELAYING or conn.state == CONN_RESETTING:
+        if conn.endpoint_stat != NULL:
+            add_u(&conn.endpoint_stat.bytes_to_upstream, conn.phase.half[DOWNSTREAM].bytes)
+            add_u(&conn.endpoint_stat.bytes_to_downstream, conn.phase.half[UPSTREAM].bytes)
+        for h in range(2):
+            free(conn.phase.half[h].parked)
+            half_release_pipe(worker, &conn.phase.half[h])
+    if conn.endpoint_stat != NULL:
+        add(&conn.endpoint_stat.active, -1)
+    if conn.source_count != NULL:
+        source_give(worker.engine.sources, conn.source_count)
+    socket_close(conn.side[UPSTREAM].fd, reset)
+    socket_close(conn.side[DOWNSTREAM].fd, reset)
+    wheel_remove(&worker.wheel, &conn.timer)
+    ready_remove(worker, conn)
+    worker.active -= 1
+    add(&worker.engine.active, -1)
+    slab_give(worker, conn, slot)
+
+
+cdef bint conn_is_logged(worker_t *worker, int reason) noexcept nogil:
+    cdef const plan_t *plan = worker.plan
+    if plan.log_when == LOG_NEVER or (plan.log_when == LOG_ERRORS and (plan.error_reasons >> reason) & 1 == 0):
+        return False
+    return plan.log_sample == <uint64_t> -1 or worker_random(worker) <= plan.log_sample
+
+
+cdef void tcp_figures(int fd, int64_t *rtt_us, int64_t *retransmits) noexcept nogil:
+    cdef tcp_info info
+    cdef socklen_t size = sizeof(info)
+    rtt_us[0] = -1
+    retransmits[0] = -1
+    if fd >= 0 and getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0:
+        rtt_us[0] = info.tcpi_rtt
+        retransmits[0] = info.tcpi_total_retrans
+
+
+cdef void conn_record(worker_t *worker, const conn_t *conn, int reason) noexcept nogil:
+    cdef record_t *record = ring_claim(&worker.ring)
+    cdef bint relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING
+    if record == NULL:
+        return
+    record.ended_unix_ms = clock_ns(CLOCK_REALTIME) // 1000000
+    record.listener_id = conn.listener_stat.id
+    record.cluster_id = conn.cluster_stat.id
+    record.source = conn.source
+    record.destination = conn.destination
+    record.endpoint = conn.endpoint
+    record.reason = reason
+    record.attempts = conn.attempts
+    record.errno_seen = conn.errno_seen
+    record.connect_us = conn.connected_us if conn.connected_us else -1
+    record.first_byte_us = conn.first_byte_us if conn.first_byte_us else -1
+    record.total_us = <int64_t> ((worker.now_ns - conn.accepted_ns) // 1000)
+    record.bytes_to_upstream = conn.phase.half[DOWNSTREAM].bytes if relayed else 0
+    record.bytes_to_downstream = conn.phase.half[UPSTREAM].bytes if relayed else 0
+    tcp_figures(conn.side[DOWNSTREAM].fd, &record.downstream_rtt_us, &record.downstream_retransmits)
+    tcp_figures(conn.side[UPSTREAM].fd if relayed else -1, &record.upstream_rtt_us, &record.upstream_retransmits)
+    ring_push(&worker.ring, worker.engine.up_fd)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------------
+
+cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept nogil:
+    cdef uint32_t slot = <uint32_t> (tag >> 32)
+    cdef int side = <int> (tag & 1)
+    cdef conn_t *conn = conn_at(worker, slot)
+    cdef side_t *one_side = &conn.side[side]
+    cdef int one = 1
+    if conn.state == CONN_FREE or event_tag(conn, slot, side) != tag:
+        return
+    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        one_side.flags |= SIDE_READABLE
+    if events & (EPOLLOUT | EPOLLERR):
+        one_side.flags |= SIDE_WRITABLE
+    if events & EPOLLRDHUP:
+        one_side.flags |= SIDE_FIN_SEEN
+    if events & EPOLLERR:
+        one_side.flags |= SIDE_ERROR
+    if events & EPOLLPRI and not one_side.flags & SIDE_URGENT:
+        # The urgent byte is passed on as one of the others; without this recv would leave it out.
+        setsockopt(one_side.fd, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))
+        one_side.flags |= SIDE_URGENT
+    if conn.state == CONN_RELAYING:
+        if events & EPOLLERR and conn.phase.half[side].flags & (HALF_ENDED | HALF_DROPPED):
+            # No read will come across this error any more.
+            conn.errno_seen = socket_error(one_side.fd)
+            conn_reset(worker, conn, slot, side)
+        else:
+            conn_relay(worker, conn, slot)
+    elif conn.state == CONN_DIALLING:
+        conn_dialling(worker, conn, slot, side, events)
+    elif conn.state == CONN_RESETTING:
+        if events & EPOLLERR and side != conn.first_end:
+            conn_finish(worker, conn, slot, conn.reset_reason, True)
+        else:
+            conn_drain(worker, conn, slot)
+    else:
+        conn_preface(worker, conn, slot)
+
+
+cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    cdef uint64_t at
+    if conn.state == CONN_PREFACE:
+        conn_refuse(worker, conn, slot, CLOSE_PROXY_PROTOCOL_TIMEOUT)
+    elif conn.state == CONN_DIALLING:
+        if conn.phase.dial.left_at_ms and worker.now_ms >= conn.phase.dial.left_at_ms:
+            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
+        elif worker.now_ms >= conn.phase.dial.attempt_at_ms:
+            dial_failed(worker, conn, ETIMEDOUT)
+            conn_dial(worker, conn, slot)
+        else:
+            conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
+    elif conn.state == CONN_RESETTING:
+        if worker.now_ms >= conn.lifetime_at_ms:
+            conn_finish(worker, conn, slot, conn.reset_reason, True)
+        else:
+            conn_drain(worker, conn, slot)
+    else:
+        if conn.lifetime_at_ms and worker.now_ms >= conn.lifetime_at_ms:
+            conn_finish(worker, conn, slot, CLOSE_LIFETIME, True)
+            return
+        at = conn_deadline(worker, conn)
+        if at and at <= worker.now_ms:
+            if (conn.phase.half[0].flags | conn.phase.half[1].flags) & HALF_ENDED:
+                conn_finish(worker, conn, slot, CLOSE_HALF_CLOSED_TIMEOUT, True)
+            else:
+                conn_finish(worker, conn, slot, CLOSE_IDLE_TIMEOUT, True)
+            return
+        if not conn.settled:
+            conn_settle(conn)
+            at = conn_deadline(worker, conn)
+        if at:
+            conn_arm(worker, conn, slot, at)
+
+
+cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
+    # Goes over to a new plan: connections that wait at a removed listener are still taken, under the old plan; then the sockets
+    # of the new one are watched. The control loop closes the removed ones when all workers have been here.
+    cdef epoll_event event
+    cdef armed_t *armed
+    cdef uint32_t i, j, kept = 0
+    cdef bint paused = worker.accept_paused_until_ms != 0
+    if worker.plan != NULL:
+        for i in range(worker.n_armed):
+            armed = &worker.armed[i]
+            for j in range(plan.n_listeners):
+                if plan.listeners[j].fds[worker.index] == armed.fd:
+                    break
+            else:
+                armed.burst = 65536
+                listener_accept(worker, i)
+    worker.accept_paused_until_ms = 0
+    for i in range(worker.n_armed):
+        if not paused:
+            epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
+    worker.plan = plan
+    worker.n_armed = plan.n_listeners
+    for i in range(worker.n_armed):
+        worker.armed[i].fd = plan.listeners[i].fds[worker.index]
+        worker.armed[i].listener = i
+        worker.armed[i].burst = 1
+    accept_resume(worker)
+
+
+cdef void worker_show_page(worker_t *worker) noexcept nogil:
+    # Answers the control loop's question for a page of live connections.
+    cdef page_t *page = &worker.page
+    cdef uint32_t slot = page.start
+    cdef uint32_t end = worker.n_chunks * CONN_CHUNK
+    cdef const conn_t *conn
+    cdef view_t *view
+    cdef uint64_t one = 1
+    cdef bint relayed
+    page.count = 0
+    while slot < end and page.count < page.limit:
+        conn = conn_at(worker, slot)
+        slot += 1
+        if conn.state == CONN_FREE:
+            continue
+        relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING
+        view = &page.views[page.count]
+        page.count += 1
+        view.slot = slot - 1
+        view.generation = conn.generation
+        view.state = conn.state
+        view.listener_id = conn.listener_stat.id
+        view.cluster_id = conn.cluster_stat.id
+        view.source = conn.source
+        view.destination = conn.destination
+        view.endpoint = conn.endpoint
+        view.age_ms = (worker.now_ns - conn.accepted_ns) // 1000000
+        view.idle_ms = worker.now_ms - conn.active_ms
+        view.spliced = relayed and (conn.phase.half[0].flags | conn.phase.half[1].flags) & HALF_SPLICE != 0
+        view.bytes_to_upstream = conn.phase.half[DOWNSTREAM].bytes if relayed else 0
+        view.bytes_to_downstream = conn.phase.half[UPSTREAM].bytes if relayed else 0
+    page.next = slot if slot < end else 0
+    store_release(<uint64_t *> &page.state, 2)
+    write(worker.engine.up_fd, &one, sizeof(one))
+
+
+cdef inline int worker_wait_ms(const worker_t *worker) noexcept nogil:
+    cdef uint64_t at = wheel_next_ms(&worker.wheel)
+    if worker.ready_head != WHEEL_NONE:
+        return 0
+    if worker.accept_paused_until_ms and (at == 0 or worker.accept_paused_until_ms < at):
+        at = worker.accept_paused_until_ms
+    if at == 0:
+        return -1
+    if at <= worker.now_ms:
+        return 0
+    return <int> (at - worker.now_ms) if at - worker.now_ms < 60000 else 60000
+
+
+cdef void worker_turn(worker_t *worker) noexcept nogil:
+    # One turn: wait, adopt a new plan, serve events, then those that used up their budget, then timers.
+    cdef int n = epoll_wait(worker.epoll_fd, worker.events, MAX_EVENTS, worker_wait_ms(worker))
+    cdef plan_t *plan = <plan_t *> load_pointer(<void **> &worker.engine.plan)
+    cdef uint64_t tag, count
+    cdef uint32_t slot, last
+    cdef int i
+    worker.now_ns = clock_ns(CLOCK_MONOTONIC)
+    worker.now_ms = worker.now_ns // 1000000
+    worker.turns += 1
+    if plan != worker.plan:
+        worker_adopt(worker, plan)
+        store_release(&worker.seen_generation, plan.generation)
+        # Events of listeners in this batch carry indexes of the plan before.
+        for i in range(n):
+            if worker.events[i].data.u64 >> 32 == TAG_LISTENER:
+                worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
+    elif worker.accept_paused_until_ms and worker.now_ms >= worker.accept_paused_until_ms:
+        accept_resume(worker)
+    for i in range(n):
+        tag = worker.events[i].data.u64
+        if tag >> 32 == TAG_LISTENER:
+            if worker.accept_paused_until_ms == 0:
+                listener_accept(worker, <uint32_t> tag)
+        elif tag >> 32 == TAG_WAKE:
+            read(worker.wake_fd, &count, sizeof(count))
+        else:
+            conn_event(worker, tag, worker.events[i].events)
+    last = worker.ready_tail
+    while worker.ready_head != WHEEL_NONE:
+        slot = worker.ready_head
+        ready_remove(worker, conn_at(worker, slot))
+        if conn_at(worker, slot).state == CONN_RESETTING:
+            conn_drain(worker, conn_at(worker, slot), slot)
+        else:
+            conn_relay(worker, conn_at(worker, slot), slot)
+        if slot == last:
+            break
+    slot = wheel_expire(&worker.wheel, worker.now_ms)
+    while slot != WHEEL_NONE:
+        conn_timeout(worker, conn_at(worker, slot), slot)
+        slot = wheel_expire(&worker.wheel, worker.now_ms)
+    if load_acquire(<uint64_t *> &worker.page.state) == 1:
+        worker_show_page(worker)
+
+
+cdef void worker_end(worker_t *worker) noexcept nogil:
+    # Ends what is left and gives back what the worker itself owns.
+    cdef uint32_t slot
+    cdef conn_t *conn
+    for slot in range(worker.n_chunks * CONN_CHUNK):
+        conn = conn_at(worker, slot)
+        if conn.state != CONN_FREE:
+            conn_finish(worker, conn, slot, CLOSE_SHUTDOWN, True)
+    while worker.n_pool:
+        worker.n_pool -= 1
+        pipe_close(worker, &worker.pool[worker.n_pool])
+
+
+cdef int worker_run(worker_t *worker) noexcept nogil:
+    worker.now_ns = clock_ns(CLOCK_MONOTONIC)
+    worker.now_ms = worker.now_ns // 1000000
+    wheel_init(&worker.wheel, worker.now_ms, conn_timer, worker)
+    while not load(&worker.engine.stopping):
+        worker_turn(worker)
+    worker_end(worker)
+    return 0
+
+
+# -- the Python face ---------------------------------------------------------------------------------------------------------
+
+cdef void *memory(size_t size) except NULL:
+    # Zeroed and aligned to a cache line, so that counters of different owners never share one.
+    cdef void *block = NULL
+    if posix_memalign(&block, 64, size) != 0:
+        raise MemoryError
+    memset(block, 0, size)
+    return block
+
+
+cdef void *grown(void *items, size_t count, size_t size) except NULL:
+    # Room for one more item in an array that is grown at powers of two.
+    cdef void *room
+    if count and count & (count - 1):
+        return items
+    room = realloc(items, (2 * count if count else 1) * size)
+    if room == NULL:
+        raise MemoryError
+    return room
+
+
+cdef int fill_ip(uint8_t *ip, bytes packed) except -1:
+    if len(packed) != 16:
+        raise ValueError(f"an address is 16 bytes, IPv4 as ::ffff:a.b.c.d; got {len(packed)}")
+    memcpy(ip, <const uint8_t *> packed, 16)
+    return 0
+
+
+cdef str address_text(const address_t *address):
+    cdef char text[64]
+    if address.port == 0 and ip_is_unspecified(address):
+        return ""
+    if address_is_v4(address):
+        inet_ntop(AF_INET, &address.ip[12], text, sizeof(text))
+        return f"{text.decode()}:{address.port}"
+    inet_ntop(AF_INET6, address.ip, text, sizeof(text))
+    return f"[{text.decode()}]:{address.port}"
+
+
+cdef class EndpointStat:
+    """Counters of one endpoint of one cluster. Keep it while a plan names the endpoint or ``active`` is not 0."""
+
+    cdef endpoint_stat_t *stat
+    cdef readonly uint64_t id
+
+    def __cinit__(self, uint64_t id):
+        self.stat = <endpoint_stat_t *> memory(sizeof(endpoint_stat_t))
+        self.stat.id = id
+        self.id = id
+
+    def __dealloc__(self):
+        # A block that a connection still counts in is left behind rather than pulled from under it.
+        if self.stat != NULL and load(&self.stat.active) == 0:
+            free(self.stat)
+
+    @property
+    def active(self) -> int:
+        return load(&self.stat.active)
+
+    def read(self) -> tuple[int, int, int, int, int]:
+        """Active, opened, connect failures, bytes to upstream, bytes to downstream."""
+        return (
+            load(&self.stat.active), load_u(&self.stat.opened), load_u(&self.stat.connect_failures),
+            load_u(&self.stat.bytes_to_upstream), load_u(&self.stat.bytes_to_downstream),
+        )
+
+
+cdef class ClusterStat:
+    """Counters of one cluster, a row for each worker. Keep it while a plan names the cluster or ``active`` is not 0."""
+
+    cdef cluster_stat_t *stat
+    cdef uint32_t n_workers
+    cdef readonly uint64_t id
+
+    def __cinit__(self, uint64_t id, uint32_t n_workers, list cursors):
+        """``cursors``: where each worker's round robin starts; random, so that many nodes don't start alike."""
+        cdef uint32_t i
+        cdef size_t head = (sizeof(cluster_stat_t) + 63) & ~<size_t> 63
+        self.stat = <cluster_stat_t *> memory(head + n_workers * sizeof(cluster_row_t))
+        self.stat.id = id
+        self.stat.rows = <cluster_row_t *> (<uint8_t *> self.stat + head)
+        self.id = id
+        self.n_workers = n_workers
+        for i in range(n_workers):
+            self.stat.rows[i].cursor = <uint64_t> cursors[i]
+
+    def __dealloc__(self):
+        if self.stat != NULL and load(&self.stat.active) == 0:
+            free(self.stat)
+
+    @property
+    def active(self) -> int:
+        return load(&self.stat.active)
+
+    def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
+        """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets."""
+        cdef uint32_t i
+        cdef int j
+        cdef cluster_row_t *row
+        cdef uint64_t opened = 0, up = 0, down = 0, attempts = 0, failures = 0, ns = 0
+        cdef uint64_t closed[CLOSE_REASONS]
+        cdef uint64_t buckets[CONNECT_BUCKETS]
+        memset(closed, 0, sizeof(closed))
+        memset(buckets, 0, sizeof(buckets))
+        for i in range(self.n_workers):
+            row = &self.stat.rows[i]
+            for j in range(CLOSE_REASONS):
+                closed[j] += load_u(&row.closed[j])
+            opened += load_u(&row.opened)
+            up += load_u(&row.bytes_to_upstream)
+            down += load_u(&row.bytes_to_downstream)
+            attempts += load_u(&row.connect_attempts)
+            failures += load_u(&row.connect_failures)
+            ns += load_u(&row.connect_ns)
+            for j in range(CONNECT_BUCKETS):
+                buckets[j] += load_u(&row.connect_buckets[j])
+        return (
+            load(&self.stat.active), opened, [closed[j] for j in range(CLOSE_REASONS)], up, down, attempts, failures, ns,
+            [buckets[j] for j in range(CONNECT_BUCKETS)],
+        )
+
+
+cdef class ListenerStat:
+    """Counters of one listener, a row for each worker. Keep it while a plan names the listener or ``active`` is not 0."""
+
+    cdef listener_stat_t *stat
+    cdef uint32_t n_workers
+    cdef readonly uint64_t id
+
+    def __cinit__(self, uint64_t id, uint32_t n_workers):
+        cdef size_t head = (sizeof(listener_stat_t) + 63) & ~<size_t> 63
+        self.stat = <listener_stat_t *> memory(head + n_workers * sizeof(listener_row_t))
+        self.stat.id = id
+        self.stat.rows = <listener_row_t *> (<uint8_t *> self.stat + head)
+        self.id = id
+        self.n_workers = n_workers
+
+    def __dealloc__(self):
+        if self.stat != NULL and load(&self.stat.active) == 0:
+            free(self.stat)
+
+    @property
+    def active(self) -> int:
+        return load(&self.stat.active)
+
+    def read(self) -> tuple[int, int, list[int]]:
+        """Active, opened, closed by reason."""
+        cdef uint32_t i
+        cdef int j
+        cdef uint64_t opened = 0
+        cdef uint64_t closed[CLOSE_REASONS]
+        memset(closed, 0, sizeof(closed))
+        for i in range(self.n_workers):
+            opened += load_u(&self.stat.rows[i].opened)
+            for j in range(CLOSE_REASONS):
+                closed[j] += load_u(&self.stat.rows[i].closed[j])
+        return load(&self.stat.active), opened, [closed[j] for j in range(CLOSE_REASONS)]
+
+
+cdef class Cluster:
+    """One compiled cluster, shared by all plans that it did not change between."""
+
+    cdef cluster_t *cluster
+    cdef readonly ClusterStat stat
+    cdef readonly tuple endpoint_stats
+
+    def __cinit__(self, ClusterStat stat not None, list endpoints not None, *, **settings):
+        """``endpoints``: (ip, port, weight, tier, warm from ms or 0, EndpointStat). ``settings``: as ``ClusterSettings``."""
+        cdef cluster_settings_t compiled
+        cdef endpoint_t *table
+        cdef uint32_t i, n = len(endpoints)
+        cdef EndpointStat endpoint_stat
+        memset(&compiled, 0, sizeof(compiled))
+        compiled.balance = settings["balance"]
+        compiled.proxy_protocol = settings["proxy_protocol"]
+        compiled.original_destination = settings["original_destination"]
+        compiled.connect_attempts = min(settings["connect_attempts"], <int> MAX_ATTEMPTS)
+        compiled.connect_timeout_ms = settings["connect_timeout_ms"]
+        compiled.connect_budget_ms = settings["connect_budget_ms"]
+        compiled.idle_timeout_ms = settings["idle_timeout_ms"]
+        compiled.half_closed_timeout_ms = settings["half_closed_timeout_ms"]
+        compiled.lifetime_ms = settings["lifetime_ms"]
+        compiled.lifetime_jitter_permille = settings["lifetime_jitter_permille"]
+        compiled.max_connections = settings["max_connections"]
+        compiled.max_connections_per_endpoint = settings["max_connections_per_endpoint"]
+        compiled.keepalive_idle_s = settings["keepalive_idle_s"]
+        compiled.keepalive_interval_s = settings["keepalive_interval_s"]
+        compiled.keepalive_count = settings["keepalive_count"]
+        compiled.user_timeout_ms = settings["user_timeout_ms"]
+        compiled.slow_start_ms = settings["slow_start_ms"]
+        compiled.bounded_load_percent = settings["bounded_load_percent"]
+        table = <endpoint_t *> calloc(n if n else 1, sizeof(endpoint_t))
+        if table == NULL:
+            raise MemoryError
+        try:
+            for i in range(n):
+                ip, port, weight, tier, warm_from_ms, endpoint_stat = endpoints[i]
+                fill_ip(table[i].address.ip, ip)
+                table[i].address.port = port
+                table[i].weight = weight
+                table[i].tier = tier
+                table[i].warm_from_ms = warm_from_ms
+                table[i].stat = endpoint_stat.stat
+            self.cluster = cluster_build(&compiled, stat.id, stat.stat, table, n)
+        finally:
+            free(table)
+        if self.cluster == NULL:
+            raise MemoryError
+        self.stat = stat
+        self.endpoint_stats = tuple([endpoint[5] for endpoint in endpoints])
+
+    def __dealloc__(self):
+        if self.cluster != NULL:
+            cluster_drop(self.cluster)
+
+
+cdef class Plan:
+    """One generation: immutable once it is published. Holds on to its clusters and counters."""
+
+    cdef plan_t *plan
+    cdef uint32_t n_workers
+    cdef size_t n_routes, n_prefixes, n_ports, n_targets, n_exact, n_wide
+    cdef readonly tuple clusters
+    cdef list stats
+
+    def __cinit__(
+        self, uint64_t generation, uint32_t n_workers, list clusters not None, list own not None, *,
+        int64_t max_connections, int64_t max_connections_per_source, uint32_t mark, bint splice, int log_when,
+        double log_sample, uint32_t error_reasons,
+    ):
+        """``own``: (ip, port) of everything that the process listens on. ``log_sample``: share, 0 to 1."""
+        cdef plan_t *plan = <plan_t *> calloc(1, sizeof(plan_t))
+        cdef Cluster cluster
+        cdef uint32_t i
+        if plan == NULL:
+            raise MemoryError
+        self.plan = plan
+        self.n_workers = n_workers
+        self.stats = []
+        self.clusters = tuple(clusters)
+        plan.generation = generation
+        plan.max_connections = max_connections
+        plan.max_connections_per_source = max_connections_per_source
+        plan.mark = mark
+        plan.splice = splice
+        plan.log_when = log_when
+        plan.log_sample = <uint64_t> -1 if log_sample >= 1.0 else <uint64_t> (log_sample * 18446744073709549568.0)
+        plan.error_reasons = error_reasons
+        plan.clusters = <cluster_t **> calloc(len(clusters) + 1, sizeof(void *))
+        plan.own = <address_t *> calloc(len(own) + 1, sizeof(address_t))
+        plan.listeners = <listener_t *> calloc(MAX_LISTENERS, sizeof(listener_t))
+        if plan.clusters == NULL or plan.own == NULL or plan.listeners == NULL:
+            raise MemoryError
+        for cluster in clusters:
+            plan.clusters[plan.n_clusters] = cluster.cluster
+            plan.n_clusters += 1
+        for ip, port in own:
+            i = plan.n_own
+            fill_ip(plan.own[i].ip, ip)
+            plan.own[i].port = port
+            plan.own_ports[plan.own[i].port >> 3] |= 1 << (plan.own[i].port & 7)
+            plan.n_own += 1
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.plan == NULL:
+            return
+        if self.plan.listeners != NULL:
+            for i in range(self.plan.n_listeners):
+                free(self.plan.listeners[i].fds)
+        free(self.plan.listeners)
+        free(self.plan.clusters)
+        free(self.plan.own)
+        free(self.plan.routes)
+        free(self.plan.prefixes)
+        free(self.plan.ports)
+        free(self.plan.targets)
+        free(self.plan.exact)
+        free(self.plan.wide)
+        free(self.plan)
+
+    @property
+    def generation(self) -> int:
+        return self.plan.generation
+
+    cdef int add_prefixes(self, object prefixes) except -1:
+        for ip, bits in prefixes:
+            self.plan.prefixes = <prefix_t *> grown(self.plan.prefixes, self.n_prefixes, sizeof(prefix_t))
+            fill_ip(self.plan.prefixes[self.n_prefixes].ip, ip)
+            self.plan.prefixes[self.n_prefixes].bits = bits
+            self.n_prefixes += 1
+        return 0
+
+    cdef int add_route(self, object destinations, object ports, object sources, object targets) except -1:
+        cdef plan_t *plan = self.plan
+        cdef route_t *route
+        cdef uint32_t total = 0
+        plan.routes = <route_t *> grown(plan.routes, self.n_routes, sizeof(route_t))
+        route = &plan.routes[self.n_routes]
+        self.n_routes += 1
+        route.destinations = self.n_prefixes
+        self.add_prefixes(destinations)
+        route.destinations_end = self.n_prefixes
+        route.sources = self.n_prefixes
+        self.add_prefixes(sources)
+        route.sources_end = self.n_prefixes
+        route.ports = self.n_ports
+        for first, last in ports:
+            plan.ports = <port_range_t *> grown(plan.ports, self.n_ports, sizeof(port_range_t))
+            plan.ports[self.n_ports].first = first
+            plan.ports[self.n_ports].last = last
+            self.n_ports += 1
+        route.ports_end = self.n_ports
+        route.targets = self.n_targets
+        for cluster, weight in targets:
+            plan.targets = <target_t *> grown(plan.targets, self.n_targets, sizeof(target_t))
+            total += <uint32_t> weight
+            plan.targets[self.n_targets].cluster = cluster
+            plan.targets[self.n_targets].weight_up_to = total
+            self.n_targets += 1
+        route.targets_end = self.n_targets
+        return 0
+
+    cdef int index_exact(self, listener_t *listener, list keys) except -1:
+        # keys: (ip, port, route index), in order: the first of equal ones stays.
+        cdef plan_t *plan = self.plan
+        cdef uint32_t size = 2
+        cdef uint32_t at
+        cdef exact_route_t *entry
+        cdef address_t address
+        cdef void *room
+        if not keys:
+            return 0
+        while size < 2 * len(keys):
+            size *= 2
+        room = realloc(plan.exact, (self.n_exact + size) * sizeof(exact_route_t))
+        if room == NULL:
+            raise MemoryError
+        plan.exact = <exact_route_t *> room
+        memset(&plan.exact[self.n_exact], 0, size * sizeof(exact_route_t))
+        listener.exact = self.n_exact
+        listener.exact_mask = size - 1
+        self.n_exact += size
+        for ip, port, route in keys:
+            fill_ip(address.ip, ip)
+            at = <uint32_t> mix64(address_hash_ip(&address, 0) + <uint64_t> port) & listener.exact_mask
+            while True:
+                entry = &plan.exact[listener.exact + at]
+                if entry.route == 0:
+                    memcpy(entry.ip, address.ip, 16)
+                    entry.port = port
+                    entry.route = <uint32_t> route + 1
+                    break
+                if entry.port == port and memcmp(entry.ip, address.ip, 16) == 0:
+                    break
+                at = (at + 1) & listener.exact_mask
+        return 0
+
+    def add_listener(
+        self, ListenerStat stat not None, list fds not None, bytes ip not None, uint16_t port, *, int flags,
+        int32_t default_cluster, int64_t max_connections, list proxy_from not None, uint32_t proxy_timeout_ms,
+        list routes not None,
+    ) -> None:
+        """Adds one bound address. ``fds``: a listening socket for each worker, which the caller owns and closes only when
+        every worker has seen a later plan. ``routes``: (destinations, ports, sources, targets) in order, with prefixes as
+        (ip, bits of 128), ports as (first, last), targets as (index of the cluster, weight)."""
+        cdef plan_t *plan = self.plan
+        cdef listener_t *listener
+        cdef uint32_t i
+        cdef list exact = []
+        if plan.n_listeners == MAX_LISTENERS:
+            raise ValueError(f"more than {<int> MAX_LISTENERS} bound addresses")
+        if len(fds) != self.n_workers:
+            raise ValueError("one socket a worker is needed")
+        listener = &plan.listeners[plan.n_listeners]
+        listener.fds = <int *> calloc(self.n_workers + 1, sizeof(int))
+        if listener.fds == NULL:
+            raise MemoryError
+        plan.n_listeners += 1
+        for i in range(self.n_workers):
+            listener.fds[i] = fds[i]
+        self.stats.append(stat)
+        listener.stat = stat.stat
+        fill_ip(listener.address.ip, ip)
+        listener.address.port = port
+        listener.flags = flags
+        if ip_is_unspecified(&listener.address):
+            listener.flags |= LISTENER_WILDCARD
+        listener.default_cluster = default_cluster
+        listener.max_connections = max_connections
+        listener.proxy_timeout_ms = proxy_timeout_ms
+        listener.proxy_from = self.n_prefixes
+        self.add_prefixes(proxy_from)
+        listener.proxy_from_end = self.n_prefixes
+        listener.wide = self.n_wide
+        for destinations, ports, sources, targets in routes:
+            i = self.n_routes
+            self.add_route(destinations, ports, sources, targets)
+            if (
+                destinations and not sources and all(bits == 128 for _, bits in destinations)
+                and all(first == last and first for first, last in ports)
+            ):
+                exact += [(ip_, first, i) for ip_, _ in destinations for first, _ in (ports or [(0, 0)])]
+            else:
+                plan.wide = <uint32_t *> grown(plan.wide, self.n_wide, sizeof(uint32_t))
+                plan.wide[self.n_wide] = i
+                self.n_wide += 1
+        listener.wide_end = self.n_wide
+        self.index_exact(listener, exact)
+
+    def find_cluster(self, int listener, bytes destination not None, uint16_t port, bytes source not None, uint64_t random) -> int:
+        """Index of the cluster that a connection would be routed to, or -1: what the workers ask, for tests and for
+        explaining a configuration."""
+        cdef address_t to_address, from_address
+        memset(&from_address, 0, sizeof(from_address))
+        fill_ip(to_address.ip, destination)
+        to_address.port = port
+        fill_ip(from_address.ip, source)
+        if not 0 <= listener < <int> self.plan.n_listeners:
+            raise IndexError(listener)
+        return route_find(self.plan, &self.plan.listeners[listener], &to_address, &from_address, random)
+
+
+cdef class Engine:
+    """The workers and what they share. Owns their memory; the control loop owns the listening sockets."""
+
+    cdef engine_t engine
+    cdef worker_t **workers
+    cdef ClusterStat no_cluster
+    cdef object plan
+    cdef object retired
+    cdef uint32_t max_connections
+
+    def __cinit__(self, uint32_t n_workers, uint32_t max_connections, list seeds not None, uint32_t ring_records=8192):
+        """``max_connections``: the most that one worker's table can hold. ``seeds``: a random number other than 0 for each
+        worker. ``ring_records``: a power of two. Raises OSError when descriptors run out."""
+        cdef uint32_t i
+        if ring_records & (ring_records - 1) or n_workers == 0:
+            raise ValueError("ring_records must be a power of two and n_workers at least 1")
+        self.no_cluster = ClusterStat(0, n_workers, [0] * n_workers)
+        self.engine.no_cluster = self.no_cluster.stat
+        self.engine.up_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.engine.up_fd < 0:
+            raise OSError(errno, "eventfd")
+        self.engine.sources = <sources_t *> memory(sizeof(sources_t))
+        self.max_connections = max_connections
+        self.workers = <worker_t **> calloc(n_workers, sizeof(void *))
+        if self.workers == NULL:
+            raise MemoryError
+        for i in range(n_workers):
+            self.workers[i] = <worker_t *> memory(sizeof(worker_t))
+            self.engine.n_workers += 1
+            self.open_worker(self.workers[i], i, <uint64_t> seeds[i], ring_records)
+
+    cdef int open_worker(self, worker_t *worker, uint32_t index, uint64_t seed, uint32_t ring_records) except -1:
+        cdef epoll_event event
+        worker.engine = &self.engine
+        worker.index = index
+        worker.random = seed | 1
+        worker.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        worker.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if worker.epoll_fd < 0 or worker.wake_fd < 0:
+            raise OSError(errno, "epoll_create1 or eventfd")
+        event.events = EPOLLIN
+        event.data.u64 = <uint64_t> TAG_WAKE << 32
+        if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.wake_fd, &event) != 0:
+            raise OSError(errno, "epoll_ctl")
+        worker.scratch = <uint8_t *> memory(SCRATCH_BYTES)
+        worker.free_slot = WHEEL_NONE
+        worker.ready_head = WHEEL_NONE
+        worker.ready_tail = WHEEL_NONE
+        worker.max_chunks = (self.max_connections + CONN_CHUNK - 1) // CONN_CHUNK
+        worker.chunks = <conn_t **> memory(worker.max_chunks * sizeof(void *))
+        worker.ring.records = <record_t *> memory(ring_records * sizeof(record_t))
+        worker.ring.mask = ring_records - 1
+        worker.ring.parked = 1
+        return 0
+
+    def __dealloc__(self):
+        cdef uint32_t i, j
+        cdef worker_t *worker
+        if self.workers != NULL:
+            for i in range(self.engine.n_workers):
+                worker = self.workers[i]
+                for j in range(worker.n_chunks):
+                    free(worker.chunks[j])
+                free(worker.chunks)
+                free(worker.scratch)
+                free(worker.ring.records)
+                free(worker.page.views)
+                if worker.epoll_fd > 0:
+                    close(worker.epoll_fd)
+                if worker.wake_fd > 0:
+                    close(worker.wake_fd)
+                free(worker)
+            free(self.workers)
+        free(self.engine.sources)
+        if self.engine.up_fd > 0:
+            close(self.engine.up_fd)
+
+    def fileno(self) -> int:
+        """An eventfd that becomes readable when records or a page wait. Read it, then drain."""
+        return self.engine.up_fd
+
+    def run(self, uint32_t index) -> None:
+        """Is worker ``index`` until ``stop()``: call it on a thread of its own, with signals blocked."""
+        cdef worker_t *worker = self.workers[index]
+        with nogil:
+            worker_run(worker)
+
+    cdef void wake(self) noexcept:
+        cdef uint64_t one = 1
+        cdef uint32_t i
+        for i in range(self.engine.n_workers):
+            write(self.workers[i].wake_fd, &one, sizeof(one))
+
+    def publish(self, Plan plan not None) -> None:
+        """Makes ``plan`` the one that new connections see. Raises RuntimeError while an older plan waits to be collected: no
+        more than two are ever alive."""
+        if self.retired is not None:
+            raise RuntimeError("the plan before is still in use: collect() first")
+        if plan.n_workers != self.engine.n_workers:
+            raise ValueError("the plan is made for another number of workers")
+        self.retired = self.plan
+        self.plan = plan
+        store_pointer(<void **> &self.engine.plan, plan.plan)
+        self.wake()
+
+    def collect(self) -> bool:
+        """Frees the plan before when no worker can see it any more; true when there is none left."""
+        cdef uint32_t i
+        if self.plan is not None:
+            for i in range(self.engine.n_workers):
+                if load_acquire(&self.workers[i].seen_generation) < (<Plan> self.plan).plan.generation:
+                    return False
+        self.retired = None
+        return True
+
+    @property
+    def plans_alive(self) -> int:
+        return (self.plan is not None) + (self.retired is not None)
+
+    def stop(self) -> None:
+        """Makes every ``run()`` end its connections and return."""
+        store(&self.engine.stopping, 1)
+        self.wake()
+
+    @property
+    def active(self) -> int:
+        return load(&self.engine.active)
+
+    def read_no_cluster(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
+        """The counters of connections that ended before a cluster was known, as ``ClusterStat.read``."""
+        return self.no_cluster.read()
+
+    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int]:
+        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced."""
+        cdef worker_t *worker = self.workers[index]
+        return (
+            load(&worker.active), load_u(&worker.accepted), load_u(&worker.accept_pauses),
+            load_u(&worker.accept_paused_until_ms) != 0, load_u(&worker.ring.dropped), load_u(&worker.pipes),
+            load_u(&worker.turns), load_u(&worker.bytes_copied), load_u(&worker.bytes_spliced),
+        )
+
+    def take_records(self, uint32_t index, int limit) -> list[tuple[object, ...]]:
+        """Up to ``limit`` records of one worker, oldest first: (unix ms, listener id, cluster id, endpoint, source, destination,
+        reason, attempts, errno, connect us, first byte us, total us, bytes to upstream, to downstream, downstream rtt us,
+        retransmits, upstream rtt us, retransmits)."""
+        cdef ring_t *ring = &self.workers[index].ring
+        cdef record_t *r
+        cdef list records = []
+        while limit > 0:
+            r = ring_peek(ring)
+            if r == NULL:
+                break
+            records.append((
+                r.ended_unix_ms, r.listener_id, r.cluster_id, address_text(&r.endpoint), address_text(&r.source),
+                address_text(&r.destination), r.reason, r.attempts, r.errno_seen, r.connect_us, r.first_byte_us, r.total_us,
+                r.bytes_to_upstream, r.bytes_to_downstream, r.downstream_rtt_us, r.downstream_retransmits,
+                r.upstream_rtt_us, r.upstream_retransmits,
+            ))
+            ring_pop(ring)
+            limit -= 1
+        return records
+
+    def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
+        """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""
+        cdef worker_t *worker = self.workers[index]
+        cdef uint64_t one = 1
+        if load(&worker.page.state) != 0:
+            raise RuntimeError("the page before was not taken")
+        free(worker.page.views)
+        worker.page.views = <view_t *> malloc(limit * sizeof(view_t))
+        if worker.page.views == NULL:
+            raise MemoryError
+        worker.page.start = start
+        worker.page.limit = limit
+        store_release(<uint64_t *> &worker.page.state, 1)
+        write(worker.wake_fd, &one, sizeof(one))
+
+    def take_page(self, uint32_t index) -> tuple[list[tuple[object, ...]], int] | None:
+        """None until the worker has answered; then (slot, generation, state, spliced, listener id, cluster id, source,
+        destination, endpoint, age ms, idle ms, bytes to upstream, to downstream) for each, and the next slot or 0."""
+        cdef page_t *page = &self.workers[index].page
+        cdef view_t *v
+        cdef uint32_t i
+        cdef list views = []
+        if load_acquire(<uint64_t *> &page.state) != 2:
+            return None
+        for i in range(page.count):
+            v = &page.views[i]
+            views.append((
+                v.slot, v.generation, v.state, bool(v.spliced), v.listener_id, v.cluster_id, address_text(&v.source),
+                address_text(&v.destination), address_text(&v.endpoint), v.age_ms, v.idle_ms, v.bytes_to_upstream,
+                v.bytes_to_downstream,
+            ))
+        free(page.views)
+        page.views = NULL
+        store(&page.state, 0)
+        return views, page.next
+
+
+def connection_size() -> int:
+    """User memory of an idle connection, bytes."""
+    return sizeof(conn_t)
+
+
+def close_reasons() -> dict[str, int]:
+    """The numbers that the compiled code uses for ``errors.CloseReason``."""
+    return {
+        "DOWNSTREAM_CLOSED": CLOSE_DOWNSTREAM_CLOSED, "UPSTREAM_CLOSED": CLOSE_UPSTREAM_CLOSED,
+        "DOWNSTREAM_RESET": CLOSE_DOWNSTREAM_RESET, "UPSTREAM_RESET": CLOSE_UPSTREAM_RESET,
+        "DOWNSTREAM_LOST": CLOSE_DOWNSTREAM_LOST, "UPSTREAM_LOST": CLOSE_UPSTREAM_LOST,
+        "DOWNSTREAM_LEFT": CLOSE_DOWNSTREAM_LEFT, "IDLE_TIMEOUT": CLOSE_IDLE_TIMEOUT,
+        "HALF_CLOSED_TIMEOUT": CLOSE_HALF_CLOSED_TIMEOUT, "LIFETIME": CLOSE_LIFETIME,
+        "CONNECT_REFUSED": CLOSE_CONNECT_REFUSED, "CONNECT_TIMEOUT": CLOSE_CONNECT_TIMEOUT,
+        "CONNECT_UNREACHABLE": CLOSE_CONNECT_UNREACHABLE, "CONNECT_FAILED": CLOSE_CONNECT_FAILED,
+        "NO_ROUTE": CLOSE_NO_ROUTE, "NO_ENDPOINT": CLOSE_NO_ENDPOINT,
+        "NO_ORIGINAL_DESTINATION": CLOSE_NO_ORIGINAL_DESTINATION, "SELF_CALL": CLOSE_SELF_CALL,
+        "LIMIT_LISTENER": CLOSE_LIMIT_LISTENER, "LIMIT_CLUSTER": CLOSE_LIMIT_CLUSTER,
+        "LIMIT_ENDPOINT": CLOSE_LIMIT_ENDPOINT, "LIMIT_SOURCE": CLOSE_LIMIT_SOURCE,
+        "PROXY_PROTOCOL_INVALID": CLOSE_PROXY_PROTOCOL_INVALID, "PROXY_PROTOCOL_TIMEOUT": CLOSE_PROXY_PROTOCOL_TIMEOUT,
+        "LOCAL_EXHAUSTED": CLOSE_LOCAL_EXHAUSTED, "SHUTDOWN": CLOSE_SHUTDOWN,
+    }

@@ -1,0 +1,292 @@
+# Implementation, inlined into _fastpath: one half of a connection, socket to socket.
+#
+# Copy: recv into the worker's scratch buffer, send from it; only what the destination did not take is kept (parked). Splice: fill
+# an empty pipe, empty it into the destination. A half is promoted after two full reads in a row and demoted when the stream
+# becomes a conversation. After HAProxy's raw_sock.c and ztunnel's copy.rs; unlike both, a half that waits for its source owns
+# no buffer and no pipe, and splice is on by default.
+#
+# The two meanings of EAGAIN from splice(2), "socket empty" and "pipe full", are kept apart by never filling a pipe that has
+# bytes in it: then it can only be the socket. That is also why a short fill proves nothing and only 0 is the end.
+
+from libc.stdint cimport uint8_t, uint32_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from l4mesh._native.linux cimport (
+    EAGAIN, EINTR, EINVAL, ENOBUFS, ENOMEM, F_SETPIPE_SZ, IPPROTO_TCP, MSG_NOSIGNAL, O_CLOEXEC, O_NONBLOCK,
+    SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, pipe2, recv, send, setsockopt, splice,
+)
+from l4mesh._native.stats cimport cluster_row_t
+from l4mesh._native.types cimport (
+    FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_END, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET,
+    HALF_DROPPED, HALF_ENDED, HALF_SPLICE, PIPE_POOL, SCRATCH_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_NODELAY,
+    SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, UPSTREAM, conn_t, flow_t, half_t, pipe_t, side_t, worker_t,
+)
+
+cdef enum:
+    PIPE_BYTES = 524288           # asked for; the kernel may give less (fs.pipe-user-pages-soft), which only costs calls
+    BUDGET_BYTES = 1048576        # a half moves about this much before the next connection has its turn
+    PROMOTE_READS = 2
+    DEMOTE_FILLS = 8
+    SMALL_FILL = 16384            # splicing less than this costs more than copying it
+    NAGLE_SAFE = 536              # smallest MSS: one segment, sent at once while nothing is in flight
+
+
+cdef inline bint pipe_take(worker_t *worker, pipe_t *taken) noexcept nogil:
+    # An empty pipe from the pool or a new one; false when there is no descriptor for it.
+    cdef int fds[2]
+    if worker.n_pool:
+        worker.n_pool -= 1
+        taken[0] = worker.pool[worker.n_pool]
+        return True
+    if pipe2(fds, O_NONBLOCK | O_CLOEXEC) != 0:
+        return False
+    fcntl(fds[1], F_SETPIPE_SZ, <int> PIPE_BYTES)
+    taken.read_fd = fds[0]
+    taken.write_fd = fds[1]
+    worker.pipes += 1
+    return True
+
+
+cdef inline void pipe_close(worker_t *worker, pipe_t *pipe) noexcept nogil:
+    close(pipe.read_fd)
+    close(pipe.write_fd)
+    worker.pipes -= 1
+
+
+cdef inline void half_release_pipe(worker_t *worker, half_t *half) noexcept nogil:
+    # Back to the pool, but never with bytes in it: they would come out in another connection.
+    if half.pipe.read_fd < 0:
+        return
+    if half.piped == 0 and worker.n_pool < PIPE_POOL:
+        worker.pool[worker.n_pool] = half.pipe
+        worker.n_pool += 1
+    else:
+        pipe_close(worker, &half.pipe)
+    half.pipe.read_fd = -1
+    half.piped = 0
+
+
+cdef inline void half_drop(worker_t *worker, half_t *half) noexcept nogil:
+    # Gives up what the half holds: its destination is gone.
+    free(half.parked)
+    half.parked = NULL
+    half.parked_length = 0
+    half_release_pipe(worker, half)
+    half.flags |= HALF_DROPPED
+
+
+cdef inline void half_count(worker_t *worker, conn_t *conn, int h, ssize_t n) noexcept nogil:
+    # Counted when the destination's socket has taken them.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
+    if h == UPSTREAM:
+        if half.bytes == 0:
+            conn.first_byte_us = <uint32_t> ((worker.now_ns - conn.accepted_ns) // 1000)
+        row.bytes_to_downstream += <size_t> n
+    else:
+        row.bytes_to_upstream += <size_t> n
+    half.bytes += <size_t> n
+    conn.active_ms = worker.now_ms
+
+
+cdef inline flow_t send_failed(conn_t *conn, side_t *sink, half_t *half) noexcept nogil:
+    # What a failed send or splice to the destination means; reads errno.
+    if errno == EAGAIN:
+        sink.flags &= ~<uint32_t> SIDE_WRITABLE
+        return FLOW_BLOCKED
+    if errno == ENOBUFS or errno == ENOMEM:
+        return FLOW_EXHAUSTED
+    conn.errno_seen = errno
+    sink.flags |= SIDE_RESET | SIDE_READABLE
+    half.flags |= HALF_DROPPED
+    return FLOW_DESTINATION_RESET
+
+
+cdef inline flow_t half_flush_parked(worker_t *worker, conn_t *conn, int h) noexcept nogil:
+    # FLOW_MORE when nothing is parked any more.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *sink = &conn.side[1 - h]
+    cdef ssize_t n
+    while half.parked_length:
+        if not sink.flags & SIDE_WRITABLE:
+            return FLOW_BLOCKED
+        n = send(sink.fd, half.parked + half.parked_offset, half.parked_length, MSG_NOSIGNAL)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            return send_failed(conn, sink, half)
+        half_count(worker, conn, h, n)
+        worker.bytes_copied += <size_t> n
+        half.parked_offset += <uint32_t> n
+        half.parked_length -= <uint32_t> n
+        if half.parked_length:
+            sink.flags &= ~<uint32_t> SIDE_WRITABLE
+    free(half.parked)
+    half.parked = NULL
+    return FLOW_MORE
+
+
+cdef inline flow_t half_flush_pipe(worker_t *worker, conn_t *conn, int h) noexcept nogil:
+    # FLOW_MORE when the pipe is empty.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *sink = &conn.side[1 - h]
+    cdef ssize_t n
+    while half.piped:
+        if not sink.flags & SIDE_WRITABLE:
+            return FLOW_BLOCKED
+        n = splice(half.pipe.read_fd, NULL, sink.fd, NULL, half.piped, SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+        if n <= 0:
+            if n < 0 and errno == EINTR:
+                continue
+            return send_failed(conn, sink, half) if n < 0 else FLOW_EXHAUSTED
+        half_count(worker, conn, h, n)
+        worker.bytes_spliced += <size_t> n
+        half.piped -= <uint32_t> n
+    return FLOW_MORE
+
+
+cdef inline flow_t source_failed(conn_t *conn, side_t *source) noexcept nogil:
+    # What a failed recv or splice from the source means; reads errno. Linux hands out what was queued before the error.
+    if errno == EAGAIN:
+        source.flags &= ~<uint32_t> SIDE_READABLE
+        return FLOW_BLOCKED
+    if errno == EINTR:
+        return FLOW_MORE
+    conn.errno_seen = errno
+    source.flags |= SIDE_RESET
+    return FLOW_SOURCE_RESET
+
+
+cdef inline flow_t half_end(half_t *half, const side_t *source) noexcept nogil:
+    # A reset that was noticed while sending leaves an end-of-file behind what was queued.
+    if source.flags & SIDE_RESET:
+        return FLOW_SOURCE_RESET
+    half.flags |= HALF_ENDED
+    return FLOW_MORE
+
+
+cdef inline bint half_park(half_t *half, const uint8_t *data, size_t length) noexcept nogil:
+    half.parked = <uint8_t *> malloc(length)
+    if half.parked == NULL:
+        return False
+    memcpy(half.parked, data, length)
+    half.parked_offset = 0
+    half.parked_length = <uint32_t> length
+    return True
+
+
+cdef inline flow_t half_send(worker_t *worker, conn_t *conn, int h, size_t length) noexcept nogil:
+    # Sends `length` bytes of the scratch buffer and parks what the destination does not take.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *sink = &conn.side[1 - h]
+    cdef int one = 1
+    cdef ssize_t n
+    cdef flow_t flow
+    # The listener's sockets inherit TCP_NODELAY. A dialled one gets it when Nagle could first hold something back: a
+    # connection that sends one small request saves the call.
+    if not sink.flags & SIDE_NODELAY:
+        if half.bytes or length > NAGLE_SAFE:
+            setsockopt(sink.fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
+            sink.flags |= SIDE_NODELAY
+    n = send(sink.fd, worker.scratch, length, MSG_NOSIGNAL)
+    if n < 0:
+        flow = send_failed(conn, sink, half)
+        if flow != FLOW_BLOCKED:
+            return flow
+        n = 0
+    else:
+        half_count(worker, conn, h, n)
+        worker.bytes_copied += <size_t> n
+    if <size_t> n == length:
+        return FLOW_MORE
+    # A partial send has told the kernel that we want to know when there is room again: no second try.
+    sink.flags &= ~<uint32_t> SIDE_WRITABLE
+    if not half_park(half, worker.scratch + n, length - <size_t> n):
+        return FLOW_EXHAUSTED
+    return FLOW_BLOCKED
+
+
+cdef inline flow_t half_copy(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
+    # One read of at most SCRATCH_BYTES.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *source = &conn.side[h]
+    cdef ssize_t n = recv(source.fd, worker.scratch, SCRATCH_BYTES, 0)
+    cdef flow_t flow
+    if n < 0:
+        return source_failed(conn, source)
+    if n == 0:
+        return half_end(half, source)
+    moved[0] += <uint32_t> n
+    if n == SCRATCH_BYTES:
+        if half.full_reads < PROMOTE_READS:
+            half.full_reads += 1
+        if half.full_reads == PROMOTE_READS and worker.plan.splice and not source.flags & SIDE_URGENT:
+            half.flags |= HALF_SPLICE
+            half.small_fills = 0
+    else:
+        half.full_reads = 0
+        # A short read empties the queue. With the FIN known to be behind it, the end is known without another call; an
+        # urgent mark or an error would have cut the read short as well.
+        if not source.flags & (SIDE_URGENT | SIDE_ERROR):
+            if source.flags & SIDE_FIN_SEEN:
+                half.flags |= HALF_ENDED
+            source.flags &= ~<uint32_t> SIDE_READABLE
+    return half_send(worker, conn, h, <size_t> n)
+
+
+cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
+    # One fill of an empty pipe, and as much of it as the destination takes.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *source = &conn.side[h]
+    cdef ssize_t n
+    if half.pipe.read_fd < 0 and not pipe_take(worker, &half.pipe):
+        half.flags &= ~<uint8_t> HALF_SPLICE
+        return FLOW_MORE
+    n = splice(source.fd, NULL, half.pipe.write_fd, NULL, PIPE_BYTES, SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+    if n < 0:
+        if errno == EINVAL:
+            half.flags &= ~<uint8_t> HALF_SPLICE
+            return FLOW_MORE
+        return source_failed(conn, source)
+    if n == 0:
+        return half_end(half, source)
+    moved[0] += <uint32_t> n
+    half.piped = <uint32_t> n
+    if n < SMALL_FILL:
+        half.small_fills += 1
+        if half.small_fills == DEMOTE_FILLS:
+            half.flags &= ~<uint8_t> HALF_SPLICE
+            half.full_reads = 0
+    else:
+        half.small_fills = 0
+    return half_flush_pipe(worker, conn, h)
+
+
+cdef inline flow_t half_step(worker_t *worker, conn_t *conn, int h) noexcept nogil:
+    # Moves bytes from side h to the other until something stops it. Never reads what it could not pass on or keep.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *source = &conn.side[h]
+    cdef side_t *sink = &conn.side[1 - h]
+    cdef uint32_t moved = 0
+    cdef flow_t flow = FLOW_MORE
+    while flow == FLOW_MORE:
+        if half.parked_length:
+            flow = half_flush_parked(worker, conn, h)
+        elif half.piped:
+            flow = half_flush_pipe(worker, conn, h)
+        elif half.flags & HALF_ENDED:
+            flow = FLOW_END
+        elif not source.flags & SIDE_READABLE:
+            flow = FLOW_BLOCKED
+        elif not sink.flags & SIDE_WRITABLE:
+            flow = FLOW_BLOCKED
+        elif moved >= BUDGET_BYTES:
+            return FLOW_MORE
+        elif half.flags & HALF_SPLICE:
+            flow = half_splice(worker, conn, h, &moved)
+        else:
+            flow = half_copy(worker, conn, h, &moved)
+    if half.piped == 0:
+        half_release_pipe(worker, half)
+    return flow

@@ -1,0 +1,123 @@
+"""From the model to rows of plain numbers and bytes, which is all that the compiled tables take."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import TypedDict
+
+from l4mesh.model import (
+    ORIGINAL_DESTINATION,
+    Balance,
+    Capture,
+    Cluster,
+    Listener,
+    Network,
+    ProxyProtocol,
+    Route,
+    SocketAddress,
+)
+
+Packed = bytes
+"""16 bytes: an IPv6 address, or an IPv4 address in its mapped form."""
+Prefix = tuple[Packed, int]
+Target = tuple[int, int]
+RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Target]]
+
+LISTENER_REDIRECT = 1
+LISTENER_TPROXY = 2
+LISTENER_PRESERVE_SOURCE = 4
+
+_BALANCES = {
+    Balance.ROUND_ROBIN: 0,
+    Balance.LEAST_CONNECTIONS: 1,
+    Balance.RANDOM: 2,
+    Balance.SOURCE_HASH: 3,
+    Balance.MAGLEV: 4,
+}
+_PROXY_VERSIONS = {ProxyProtocol.OFF: 0, ProxyProtocol.V1: 1, ProxyProtocol.V2: 2}
+_MAPPED = b"\0" * 10 + b"\xff\xff"
+
+
+class ClusterSettings(TypedDict):
+    """Settings of a compiled cluster; the names are those of ``cluster_settings_t``."""
+
+    balance: int
+    proxy_protocol: int
+    original_destination: bool
+    connect_attempts: int
+    connect_timeout_ms: int
+    connect_budget_ms: int
+    idle_timeout_ms: int
+    half_closed_timeout_ms: int
+    lifetime_ms: int
+    lifetime_jitter_permille: int
+    max_connections: int
+    max_connections_per_endpoint: int
+    keepalive_idle_s: int
+    keepalive_interval_s: int
+    keepalive_count: int
+    user_timeout_ms: int
+    slow_start_ms: int
+    bounded_load_percent: int
+
+
+def pack_ip(host: str) -> Packed:
+    """16 bytes of an IP literal. Raises OSError for anything else."""
+    if ":" in host:
+        return socket.inet_pton(socket.AF_INET6, host)
+    return _MAPPED + socket.inet_pton(socket.AF_INET, host)
+
+
+def pack_prefix(network: Network) -> Prefix:
+    packed = network.network_address.packed
+    if len(packed) == 4:
+        return _MAPPED + packed, network.prefixlen + 96
+    return packed, network.prefixlen
+
+
+def compile_settings(cluster: Cluster) -> ClusterSettings:
+    return ClusterSettings(
+        balance=_BALANCES[cluster.balance],
+        proxy_protocol=_PROXY_VERSIONS[cluster.proxy_protocol],
+        original_destination=cluster.name == ORIGINAL_DESTINATION,
+        connect_attempts=cluster.connect_attempts,
+        connect_timeout_ms=cluster.connect_timeout_ms,
+        connect_budget_ms=cluster.connect_budget_ms,
+        idle_timeout_ms=cluster.idle_timeout_ms,
+        half_closed_timeout_ms=cluster.half_closed_timeout_ms,
+        lifetime_ms=cluster.lifetime_ms,
+        lifetime_jitter_permille=round(cluster.lifetime_jitter * 1000),
+        max_connections=cluster.max_connections,
+        max_connections_per_endpoint=cluster.max_connections_per_endpoint,
+        keepalive_idle_s=cluster.keepalive.idle_s,
+        keepalive_interval_s=cluster.keepalive.interval_s,
+        keepalive_count=cluster.keepalive.count,
+        user_timeout_ms=cluster.user_timeout_ms,
+        slow_start_ms=cluster.slow_start_ms,
+        bounded_load_percent=round(cluster.bounded_load * 100),
+    )
+
+
+def endpoint_tier(cluster: Cluster, endpoint_zone: str, node_zone: str) -> int:
+    """0 for the endpoints that are preferred, 1 for those that a connection spills over to."""
+    return int(cluster.zone_preference and bool(node_zone) and endpoint_zone != node_zone)
+
+
+def compile_route(route: Route, cluster_index: Mapping[str, int]) -> RouteRow:
+    return (
+        [pack_prefix(network) for network in route.match.destinations],
+        list(route.match.ports),
+        [pack_prefix(network) for network in route.match.sources],
+        [(cluster_index[name], weight) for name, weight in route.split if weight],
+    )
+
+
+def compile_flags(listener: Listener) -> int:
+    flags = {Capture.NONE: 0, Capture.REDIRECT: LISTENER_REDIRECT, Capture.TPROXY: LISTENER_TPROXY}[listener.capture]
+    return flags | (LISTENER_PRESERVE_SOURCE if listener.preserve_source else 0)
+
+
+def own_addresses(binds: list[SocketAddress]) -> list[tuple[Packed, int]]:
+    """What we listen on, in the form in which the workers compare a destination with it."""
+    return [(pack_ip(bind.host), bind.port) for bind in binds]
