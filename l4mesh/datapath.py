@@ -1,0 +1,410 @@
+"""The only door to the compiled engine: worker threads, plans on the way down, counters and records on the way up.
+
+``apply``, ``snapshot`` and ``endpoints`` may be called from any thread; the rest belongs to the control loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from l4mesh import _fastpath
+from l4mesh.errors import CloseReason, InternalError
+from l4mesh.model import AccessLog, Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress
+from l4mesh.policy.plan import compile_flags, compile_route, compile_settings, endpoint_tier, own_addresses, pack_ip, pack_prefix
+from l4mesh.snapshot import (
+    CONNECT_BUCKETS_S,
+    ClusterSnapshot,
+    ConnectionRecord,
+    ConnectionSnapshot,
+    EndpointSnapshot,
+    ListenerSnapshot,
+    Snapshot,
+    WorkerSnapshot,
+)
+
+RECORDS_PER_WAKE = 512
+COLLECT_DEADLINE_S = 10.0
+_STATES = {1: "preface", 2: "dialling", 3: "relaying", 4: "resetting"}
+_REASONS = tuple(CloseReason)
+_LOG_WHEN = {LogWhen.NEVER: 0, LogWhen.ERRORS: 1, LogWhen.ALWAYS: 2}
+_ERROR_REASONS = sum(1 << reason for reason in CloseReason if reason.is_error)
+
+BoundSockets = Sequence[tuple[SocketAddress, list[int]]]
+"""The bound addresses of a listener, each with a socket's descriptor for each worker."""
+
+
+@dataclass(slots=True)
+class _ClusterEntry:
+    """A cluster of the current plan: what it was compiled from, so that the next plan can tell whether it changed."""
+
+    model: Cluster
+    zone: str
+    compiled: _fastpath.Cluster
+    endpoints: dict[str, _fastpath.EndpointStat]
+    warm_from_ms: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Removed:
+    """What no plan names any more, until its last connection has ended and its records are read.
+
+    The flag says that it had no connection at the tick before.
+    """
+
+    clusters: list[tuple[str, _fastpath.ClusterStat, bool]] = field(default_factory=list)
+    endpoints: list[_fastpath.EndpointStat] = field(default_factory=list)
+    listeners: list[tuple[str, _fastpath.ListenerStat, bool]] = field(default_factory=list)
+
+
+class Datapath:
+    """The engine with its workers and the names of what they count.
+
+    ``on_records`` is called on the control loop with batches of connections that ended.
+    """
+
+    def __init__(
+        self,
+        n_workers: int,
+        max_descriptors: int,
+        on_records: Callable[[list[ConnectionRecord]], None],
+        ring_records: int = 8192,
+    ) -> None:
+        seeds = [int.from_bytes(os.urandom(8), "little") for _ in range(n_workers)]
+        # A connection has at least one descriptor, so that no table can outgrow this.
+        self._engine = _fastpath.Engine(n_workers, max_descriptors, seeds, ring_records)
+        self._n_workers = n_workers
+        self._on_records = on_records
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._ids = 0
+        self._max_connections = 0
+        self._clusters: dict[str, _ClusterEntry] = {}
+        self._listeners: dict[str, _fastpath.ListenerStat] = {}
+        self._names: dict[int, str] = {0: ""}
+        self._removed = _Removed()
+        self._retired_clusters = _add_cluster("(removed)", None, None)
+        self._retired_listeners = ListenerSnapshot("(removed)", 0, 0, {})
+        self._threads: list[threading.Thread] = []
+        self._woken: asyncio.Event | None = None
+        self._page_locks: list[asyncio.Lock] = []
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the workers and listens for what they report. Call it on the running control loop."""
+        loop = asyncio.get_running_loop()
+        self._woken = asyncio.Event()
+        self._page_locks = [asyncio.Lock() for _ in range(self._n_workers)]
+        loop.add_reader(self._engine.fileno(), self._wake)
+        for index in range(self._n_workers):
+            thread = threading.Thread(target=self._run_worker, args=(index,), name=f"l4mesh-{index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _run_worker(self, index: int) -> None:
+        # Signals are the control loop's: none may interrupt a worker's system calls.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._engine.run(index)
+
+    def stop(self) -> None:
+        """Ends all connections and the workers, and reports their last records. The listening sockets are the caller's."""
+        self._engine.stop()
+        for thread in self._threads:
+            thread.join()
+        asyncio.get_running_loop().remove_reader(self._engine.fileno())
+        while self._drain_records():
+            pass
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
+
+    def apply(self, config: Config, sockets: Mapping[str, BoundSockets], own: list[SocketAddress], max_connections: int) -> int:
+        """Compiles ``config``, publishes it and waits until no worker sees the plan before.
+
+        ``sockets``: by listener's name. ``own``: every address that the process listens on. Returns the generation. Endpoint
+        hosts must be IP literals. Raises InternalError when a worker does not come round within ten seconds; the new plan
+        is published all the same.
+        """
+        with self._lock:
+            self._collect()
+            entries = {
+                name: self._compile_cluster(cluster, config.node_zone) for name, cluster in config.clusters.items()
+            }
+            index = {name: i for i, name in enumerate(entries)}
+            plan = _fastpath.Plan(
+                self._generation + 1,
+                self._n_workers,
+                [entry.compiled for entry in entries.values()],
+                own_addresses(own),
+                max_connections=max_connections,
+                max_connections_per_source=config.max_connections_per_source,
+                mark=config.mark.value if any(listener.capture != "none" for listener in config.listeners.values()) else 0,
+                splice=config.splice,
+                error_reasons=_ERROR_REASONS,
+                **_log_settings(config.access_log),
+            )
+            listeners = {
+                name: self._add_listener(plan, listener, sockets[name], index)
+                for name, listener in config.listeners.items()
+            }
+            self._engine.publish(plan)
+            self._generation += 1
+            self._max_connections = max_connections
+            self._retire(entries, listeners)
+            self._collect()
+            return self._generation
+
+    def _compile_cluster(self, cluster: Cluster, zone: str) -> _ClusterEntry:
+        before = self._clusters.get(cluster.name)
+        if before and before.model is cluster and before.zone == zone:
+            return before
+        stat = before.compiled.stat if before else self._new_cluster_stat(cluster.name)
+        known = before.endpoints if before else {}
+        warm = before.warm_from_ms if before else {}
+        now_ms = time.monotonic_ns() // 1_000_000
+        endpoints: dict[str, _fastpath.EndpointStat] = {}
+        warm_from_ms: dict[str, int] = {}
+        rows = []
+        for endpoint in cluster.endpoints:
+            address = endpoint.address
+            endpoint_stat = known.get(address)
+            if endpoint_stat is None:
+                endpoint_stat = _fastpath.EndpointStat(self._new_id())
+                # An endpoint that joins a cluster in service warms up; those that were there from the start don't.
+                if before and cluster.slow_start_ms:
+                    warm_from_ms[address] = now_ms
+            elif address in warm:
+                warm_from_ms[address] = warm[address]
+            endpoints[address] = endpoint_stat
+            tier = endpoint_tier(cluster, endpoint.zone, zone)
+            rows.append(
+                (pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, warm_from_ms.get(address, 0), endpoint_stat)
+            )
+        compiled = _fastpath.Cluster(stat, rows, **compile_settings(cluster))
+        return _ClusterEntry(cluster, zone, compiled, endpoints, warm_from_ms)
+
+    def _add_listener(
+        self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int]
+    ) -> _fastpath.ListenerStat:
+        stat = self._listeners.get(listener.name)
+        if stat is None:
+            stat = _fastpath.ListenerStat(self._new_id(), self._n_workers)
+            self._names[stat.id] = listener.name
+        for bind, fds in sockets:
+            plan.add_listener(
+                stat,
+                fds,
+                pack_ip(bind.host),
+                bind.port,
+                flags=compile_flags(listener),
+                default_cluster=index[listener.default] if listener.default else -1,
+                max_connections=listener.max_connections,
+                proxy_from=[pack_prefix(network) for network in listener.proxy_protocol_from],
+                proxy_timeout_ms=listener.proxy_protocol_timeout_ms,
+                routes=[compile_route(route, index) for route in listener.routes],
+            )
+        return stat
+
+    def _new_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    def _new_cluster_stat(self, name: str) -> _fastpath.ClusterStat:
+        stat = _fastpath.ClusterStat(
+            self._new_id(), self._n_workers, [random.getrandbits(32) for _ in range(self._n_workers)]
+        )
+        self._names[stat.id] = name
+        return stat
+
+    def _collect(self) -> None:
+        """Waits until the plan before the current one is free: workers come round within a turn."""
+        deadline = time.monotonic() + COLLECT_DEADLINE_S
+        while not self._engine.collect():
+            if time.monotonic() > deadline:
+                raise InternalError("a worker has not looked at the new plan for ten seconds")
+            time.sleep(0.0005)
+
+    def _retire(self, entries: dict[str, _ClusterEntry], listeners: dict[str, _fastpath.ListenerStat]) -> None:
+        for name, before in self._clusters.items():
+            after = entries.get(name)
+            if after is before:
+                continue
+            kept = after.endpoints if after else {}
+            self._removed.endpoints += [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            if after is None:
+                self._removed.clusters.append((name, before.compiled.stat, False))
+        for name, listener in self._listeners.items():
+            if name not in listeners:
+                self._removed.listeners.append((name, listener, False))
+        self._clusters = entries
+        self._listeners = listeners
+
+    def tick(self) -> None:
+        """Forgets what was removed, has no connection left and nothing more to report. Call it about once a second."""
+        if not (self._removed.clusters or self._removed.endpoints or self._removed.listeners):
+            return
+        with self._lock:
+            removed = self._removed
+            self._removed = _Removed(endpoints=[stat for stat in removed.endpoints if stat.active])
+            for name, stat, was_idle in removed.clusters:
+                if stat.active or not was_idle:
+                    self._removed.clusters.append((name, stat, not stat.active))
+                else:
+                    self._retired_clusters = _add_cluster("(removed)", self._retired_clusters, stat.read())
+                    del self._names[stat.id]
+            for name, listener, was_idle in removed.listeners:
+                if listener.active or not was_idle:
+                    self._removed.listeners.append((name, listener, not listener.active))
+                else:
+                    self._retired_listeners = _add_listener(self._retired_listeners, listener.read())
+                    del self._names[listener.id]
+
+    # -- counters ------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            clusters = [_add_cluster("", None, self._engine.read_no_cluster())]
+            clusters += [_add_cluster(name, None, entry.compiled.stat.read()) for name, entry in self._clusters.items()]
+            retired = self._retired_clusters
+            for _, stat, _ in self._removed.clusters:
+                retired = _add_cluster("(removed)", retired, stat.read())
+            retired_listeners = self._retired_listeners
+            for _, listener, _ in self._removed.listeners:
+                retired_listeners = _add_listener(retired_listeners, listener.read())
+            return Snapshot(
+                generation=self._generation,
+                workers=tuple(
+                    WorkerSnapshot(index, *self._engine.read_worker(index)) for index in range(self._n_workers)
+                ),
+                listeners=tuple(
+                    _add_listener(ListenerSnapshot(name, 0, 0, {}), stat.read()) for name, stat in self._listeners.items()
+                ),
+                clusters=tuple(clusters),
+                retired=retired,
+                retired_listeners=retired_listeners,
+                plans_alive=self._engine.plans_alive,
+                max_connections=self._max_connections,
+            )
+
+    def endpoints(self, cluster: str | None = None) -> list[EndpointSnapshot]:
+        """The endpoints of one cluster or of all, those of an unknown one being none."""
+        now_ms = time.monotonic_ns() // 1_000_000
+        with self._lock:
+            if cluster is None:
+                entries = list(self._clusters.values())
+            else:
+                entries = [self._clusters[cluster]] if cluster in self._clusters else []
+        return [_show_endpoint(entry, endpoint, now_ms) for entry in entries for endpoint in entry.model.endpoints]
+
+    async def connections(self, start: int, limit: int) -> tuple[list[ConnectionSnapshot], int | None]:
+        """Up to ``limit`` live connections from the place ``start`` (0 at first) on, and the place of the next or None."""
+        shown: list[ConnectionSnapshot] = []
+        worker, slot = start >> 32, start & 0xFFFFFFFF
+        while worker < self._n_workers and len(shown) < limit:
+            views, slot = await self._page(worker, slot, limit - len(shown))
+            shown += [self._show_connection(worker, view) for view in views]
+            if slot == 0:
+                worker += 1
+        return shown, (worker << 32 | slot) if worker < self._n_workers else None
+
+    async def _page(self, worker: int, slot: int, limit: int) -> tuple[list[_fastpath.View], int]:
+        async with self._page_locks[worker]:
+            self._engine.ask_page(worker, slot, limit)
+            while True:
+                assert self._woken is not None
+                self._woken.clear()
+                page = self._engine.take_page(worker)
+                if page is not None:
+                    return page
+                await self._woken.wait()
+
+    def _show_connection(self, worker: int, view: _fastpath.View) -> ConnectionSnapshot:
+        slot, generation, state, spliced, listener, cluster, source, destination, endpoint, *figures = view
+        age_ms, idle_ms, to_upstream, to_downstream = figures
+        return ConnectionSnapshot(
+            f"{worker}.{slot}.{generation}", _STATES[state], self._names.get(listener, ""), self._names.get(cluster, ""),
+            endpoint, source, destination, age_ms, idle_ms, to_upstream, to_downstream, spliced,
+        )  # fmt: skip
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        os.eventfd_read(self._engine.fileno())
+        if self._woken is not None:
+            self._woken.set()
+        if self._drain_records():
+            # More waits than one turn of the loop should take: write the eventfd again instead of starving the rest.
+            os.eventfd_write(self._engine.fileno(), 1)
+
+    def _drain_records(self) -> bool:
+        """Reports what waits, a bounded number; true when there may be more."""
+        more = False
+        for worker in range(self._n_workers):
+            records = self._engine.take_records(worker, RECORDS_PER_WAKE)
+            if records:
+                self._on_records([self._name_record(worker, record) for record in records])
+            more |= len(records) == RECORDS_PER_WAKE
+        return more
+
+    def _name_record(self, worker: int, record: _fastpath.Record) -> ConnectionRecord:
+        ended, listener, cluster, endpoint, source, destination, reason, *rest = record
+        return ConnectionRecord(
+            ended, worker, self._names.get(listener, ""), self._names.get(cluster, ""), endpoint, source, destination,
+            _REASONS[reason], *rest,
+        )  # fmt: skip
+
+
+def _log_settings(log: AccessLog) -> dict[str, float]:
+    return {"log_when": _LOG_WHEN[log.when], "log_sample": log.sample}
+
+
+def _count_reasons(counts: list[int], before: Mapping[CloseReason, int]) -> dict[CloseReason, int]:
+    totals = dict(before)
+    for reason, count in zip(_REASONS, counts, strict=True):
+        if count:
+            totals[reason] = totals.get(reason, 0) + count
+    return totals
+
+
+def _add_cluster(name: str, before: ClusterSnapshot | None, counts: _fastpath.ClusterCounts | None) -> ClusterSnapshot:
+    """``counts`` as a snapshot, on top of ``before``."""
+    if before is None:
+        before = ClusterSnapshot(name, 0, 0, {}, 0, 0, 0, 0, 0.0, (0,) * (len(CONNECT_BUCKETS_S) + 1))
+    if counts is None:
+        return before
+    active, opened, closed, to_upstream, to_downstream, attempts, failures, connect_ns, buckets = counts
+    return ClusterSnapshot(
+        name,
+        before.active + active,
+        before.opened + opened,
+        _count_reasons(closed, before.closed),
+        before.bytes_to_upstream + to_upstream,
+        before.bytes_to_downstream + to_downstream,
+        before.connect_attempts + attempts,
+        before.connect_failures + failures,
+        before.connect_seconds_sum + connect_ns / 1e9,
+        tuple(map(int.__add__, before.connect_seconds_buckets, buckets)),
+    )
+
+
+def _add_listener(before: ListenerSnapshot, counts: tuple[int, int, list[int]]) -> ListenerSnapshot:
+    active, opened, closed = counts
+    return ListenerSnapshot(
+        before.name, before.active + active, before.opened + opened, _count_reasons(closed, before.closed)
+    )
+
+
+def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> EndpointSnapshot:
+    address = endpoint.address
+    active, opened, failures, to_upstream, to_downstream = entry.endpoints[address].read()
+    warm_from_ms = entry.warm_from_ms.get(address, 0)
+    return EndpointSnapshot(
+        entry.model.name, address, endpoint.weight, endpoint.zone, active, opened, failures, to_upstream, to_downstream,
+        bool(warm_from_ms) and now_ms < warm_from_ms + entry.model.slow_start_ms,
+    )  # fmt: skip

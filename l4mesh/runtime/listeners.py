@@ -1,0 +1,204 @@
+"""Listening sockets: one factory for all of them, in this network namespace or another."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from l4mesh.errors import CommandError
+from l4mesh.model import Capture, Config, Keepalive, Listener, SocketAddress
+
+IP_TRANSPARENT = 19
+IPV6_TRANSPARENT = 75
+TCP_USER_TIMEOUT = 18
+CLONE_NEWNET = 0x40000000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOptions:
+    """What distinguishes listening sockets: while it is unchanged, a reload keeps the socket and what waits in its queue."""
+
+    bind: SocketAddress
+    transparent: bool
+    keepalive: Keepalive
+    user_timeout_ms: int
+    backlog: int
+
+
+class Listeners:
+    """The listening sockets of all workers, kept over reloads. Owner of their descriptors."""
+
+    def __init__(self, n_workers: int) -> None:
+        self._n_workers = n_workers
+        self._open: dict[SocketOptions, list[socket.socket]] = {}
+
+    def open(self, config: Config) -> dict[str, list[tuple[SocketAddress, list[int]]]]:
+        """Sockets for every listener of ``config``, those of the plan before included where they fit.
+
+        Gives the bound addresses (a port 0 is resolved) with a descriptor for each worker. Raises CommandError, and then
+        leaves everything as it was.
+        """
+        wanted = {
+            listener.name: [socket_options(listener, bind) for bind in listener.binds]
+            for listener in config.listeners.values()
+        }
+        opened: dict[SocketOptions, list[socket.socket]] = {}
+        try:
+            for name, options_of_binds in wanted.items():
+                for options in options_of_binds:
+                    if options not in self._open and options not in opened:
+                        opened[options] = open_sockets(options, self._n_workers, f"listener {name}", self._rebinds(options))
+        except CommandError:
+            for sockets in opened.values():
+                _close_all(sockets)
+            raise
+        self._open |= opened
+        return {
+            name: [_bound(self._open[options]) for options in options_of_binds] for name, options_of_binds in wanted.items()
+        }
+
+    def _rebinds(self, options: SocketOptions) -> bool:
+        return any(known.bind == options.bind for known in self._open)
+
+    def close_unused(self, config: Config) -> None:
+        """Closes what ``config`` does not name. Call it when no worker sees an older plan."""
+        wanted = {socket_options(listener, bind) for listener in config.listeners.values() for bind in listener.binds}
+        for options in [known for known in self._open if known not in wanted]:
+            _close_all(self._open.pop(options))
+
+    def close(self) -> None:
+        for sockets in self._open.values():
+            _close_all(sockets)
+        self._open.clear()
+
+
+def socket_options(listener: Listener, bind: SocketAddress) -> SocketOptions:
+    return SocketOptions(
+        bind, listener.capture == Capture.TPROXY, listener.keepalive, listener.user_timeout_ms, listener.backlog
+    )
+
+
+def open_sockets(
+    options: SocketOptions, count: int, what: str, shares_port: bool = False, netns: str | None = None
+) -> list[socket.socket]:
+    """``count`` listening sockets on one address, among which the kernel spreads connections (SO_REUSEPORT).
+
+    ``shares_port``: the address is already ours, with other options. ``netns``: path of a network namespace to open them in.
+    Raises CommandError naming the address and what to do.
+    """
+
+    def make() -> list[socket.socket]:
+        sockets: list[socket.socket] = []
+        bind = options.bind
+        try:
+            if not shares_port and bind.port:
+                _refuse_taken_port(bind)
+            for _ in range(count):
+                sockets.append(_open_socket(options, bind))
+                if bind.port == 0:
+                    bind = SocketAddress(bind.host, sockets[0].getsockname()[1])
+        except OSError as error:
+            _close_all(sockets)
+            raise CommandError(f"{what}: can't listen on {options.bind}: {_explain(error)}") from error
+        return sockets
+
+    return run_in_namespace(netns, make) if netns else make()
+
+
+def run_in_namespace(path: str, call: Callable[[], T]) -> T:
+    """Calls ``call`` on a thread of its own that has entered the network namespace at ``path``.
+
+    A socket belongs to the namespace it was made in, whichever thread uses it afterwards. Raises CommandError.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(fd, CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            finally:
+                os.close(fd)
+            results.append(call())
+        except CommandError as error:
+            errors.append(error)
+        except OSError as error:
+            errors.append(CommandError(f"can't enter the network namespace {path}: {error.strerror}"))
+
+    thread = threading.Thread(target=enter, name="l4mesh-netns")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _family(bind: SocketAddress) -> socket.AddressFamily:
+    return socket.AF_INET6 if bind.is_v6 else socket.AF_INET
+
+
+def _refuse_taken_port(bind: SocketAddress) -> None:
+    """SO_REUSEPORT would let a second l4mesh take half of the first one's connections: look without it first."""
+    with socket.socket(_family(bind), socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if bind.is_v6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        probe.bind((bind.host, bind.port))
+
+
+def _open_socket(options: SocketOptions, bind: SocketAddress) -> socket.socket:
+    """Everything that accepted sockets inherit is set here, once, and not on each of them (Linux: reference in tests)."""
+    listening = socket.socket(_family(bind), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if bind.is_v6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if options.transparent:
+            level, name = (socket.IPPROTO_IPV6, IPV6_TRANSPARENT) if bind.is_v6 else (socket.IPPROTO_IP, IP_TRANSPARENT)
+            listening.setsockopt(level, name, 1)
+        if options.keepalive.idle_s:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, options.keepalive.idle_s)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, options.keepalive.interval_s)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, options.keepalive.count)
+        if options.user_timeout_ms:
+            listening.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, options.user_timeout_ms)
+        listening.bind((bind.host, bind.port))
+        listening.listen(options.backlog)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _explain(error: OSError) -> str:
+    hints: Mapping[str, str] = {
+        "Address already in use": "another process has it; stop that one or choose another port",
+        "Cannot assign requested address": "the address is not this host's",
+        "Permission denied": "ports below 1024 need CAP_NET_BIND_SERVICE",
+        "Operation not permitted": "capture: tproxy needs CAP_NET_ADMIN",
+    }
+    reason = error.strerror or str(error)
+    return f"{reason}: {hints[reason]}" if reason in hints else reason
+
+
+def _bound(sockets: list[socket.socket]) -> tuple[SocketAddress, list[int]]:
+    host, port = sockets[0].getsockname()[:2]
+    return SocketAddress(host, port), [listening.fileno() for listening in sockets]
+
+
+def _close_all(sockets: list[socket.socket]) -> None:
+    for listening in sockets:
+        listening.close()
