@@ -1,0 +1,336 @@
+"""Files to one configuration: read, validate, merge, and check what only the whole can tell.
+
+A cache makes a reload cost in proportion to what changed: a file whose ``stat`` is the same is not read, one whose content is the
+same is not parsed, and a cluster whose data is the same keeps its object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l4mesh.config import schema
+from l4mesh.config.quantities import shown
+from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
+from l4mesh.errors import ConfigError, Problem
+from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, Listener
+
+Finding = tuple[str, KeyPath, str]
+"""File, key path and message: a problem whose line is not known yet."""
+
+
+@dataclass(slots=True)
+class ParsedFile:
+    """One file, valid by itself."""
+
+    file: str
+    digest: bytes
+    section: schema.FileSection
+    listeners: list[tuple[int, schema.ListenerSection]]
+    """Those that are sound by themselves, with their places in the file."""
+    clusters: list[Cluster]
+    raw_clusters: dict[str, tuple[object, Cluster]]
+    """By name: what YAML gave and what it became."""
+    findings: list[Finding]
+    """Problems that leave the rest of the file standing."""
+
+
+@dataclass(slots=True)
+class ConfigCache:
+    """What earlier loads found, by file."""
+
+    files: dict[str, ParsedFile] = field(default_factory=dict)
+    stats: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def load_config(paths: Sequence[Path], cache: ConfigCache | None = None) -> Config:
+    """The configuration in files and folders (``*.yaml`` and ``*.yml`` directly in them, by name), merged.
+
+    Raises ConfigError with every problem of every file.
+    """
+    cache = cache if cache is not None else ConfigCache()
+    problems: list[Problem] = []
+    parsed: list[ParsedFile] = []
+    for path in _find_files(paths, problems):
+        try:
+            parsed.append(_load_file(path, cache))
+        except ConfigError as error:
+            problems += error.problems
+    findings = [finding for file in parsed for finding in file.findings] + list(_check_whole(parsed, complete=not problems))
+    if findings:
+        problems += _locate(findings)
+    if problems:
+        raise ConfigError(problems)
+    for known in cache.files.keys() - {file.file for file in parsed}:
+        del cache.files[known]
+        cache.stats.pop(known, None)
+    return _merge(parsed)
+
+
+def parse_config(text: str, file: str = "-") -> Config:
+    """The configuration in one text. Raises ConfigError."""
+    parsed = _parse_file(text, file, b"", None)
+    findings = [*parsed.findings, *_check_whole([parsed], complete=True)]
+    if findings:
+        raise ConfigError(_locate(findings, {file: text}))
+    return _merge([parsed])
+
+
+def _find_files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(
+                entry for entry in path.iterdir() if entry.suffix in (".yaml", ".yml") and not entry.name.startswith(".")
+            )
+            if not inside:
+                problems.append(Problem(str(path), 0, "", "is a folder without a .yaml file"))
+            files += inside
+        else:
+            files.append(path)
+    return list(dict.fromkeys(files))
+
+
+def _load_file(path: Path, cache: ConfigCache) -> ParsedFile:
+    file = str(path)
+    try:
+        with path.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            signature = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            before = cache.files.get(file)
+            if before and cache.stats.get(file) == signature:
+                return before
+            content = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError([Problem(file, 0, "", f"can't be read: {error.strerror}")]) from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError([Problem(file, 0, "", f"is larger than {MAX_BYTES >> 20} MiB")])
+    digest = hashlib.sha256(content).digest()
+    if not before or before.digest != digest:
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            line = content[: error.start].count(b"\n") + 1
+            raise ConfigError([Problem(file, line, "", f"is not UTF-8: byte {error.start} is not text")]) from None
+        cache.files[file] = _parse_file(text, file, digest, before)
+    cache.stats[file] = signature
+    return cache.files[file]
+
+
+def _parse_file(text: str, file: str, digest: bytes, before: ParsedFile | None) -> ParsedFile:
+    data = parse_yaml(text, file)
+    raw_clusters = data.pop("clusters", None) if isinstance(data.get("clusters"), list) else []
+    raw_listeners = data.pop("listeners", None) if isinstance(data.get("listeners"), list) else []
+    findings: list[Finding] = []
+    section, errors = schema.validate(schema.FileSection, data)
+    if section is None:
+        findings += [(file, path, message) for path, message in errors]
+        # The other keys may be fine; they count, so that nothing is called missing that is only misspelt elsewhere.
+        bad = {path[0] for path, _ in errors if path}
+        section, _ = schema.validate(schema.FileSection, {key: value for key, value in data.items() if key not in bad})
+    clusters, known = _read_clusters(raw_clusters, file, before.raw_clusters if before else {}, findings)
+    listeners = _read_listeners(raw_listeners, file, findings)
+    return ParsedFile(file, digest, section or schema.FileSection(), listeners, clusters, known, findings)
+
+
+def _read_listeners(raw: list[Any], file: str, findings: list[Finding]) -> list[tuple[int, schema.ListenerSection]]:
+    listeners: list[tuple[int, schema.ListenerSection]] = []
+    for index, item in enumerate(raw):
+        section, errors = schema.validate(schema.ListenerSection, item)
+        if section:
+            listeners.append((index, section))
+            errors = list(_check_listener(section))
+        findings += [(file, ("listeners", index, *path), message) for path, message in errors]
+    return listeners
+
+
+def _read_clusters(
+    raw: list[Any], file: str, before: dict[str, tuple[object, Cluster]], findings: list[Finding]
+) -> tuple[list[Cluster], dict[str, tuple[object, Cluster]]]:
+    clusters: list[Cluster] = []
+    known: dict[str, tuple[object, Cluster]] = {}
+    for index, item in enumerate(raw):
+        name = item.get("name") if isinstance(item, dict) else None
+        same = before.get(name) if isinstance(name, str) else None
+        if same and same[0] == item:
+            cluster = same[1]
+        else:
+            section, errors = schema.validate(schema.ClusterSection, item)
+            findings += [(file, ("clusters", index, *path), message) for path, message in errors]
+            if section is None:
+                if isinstance(name, str):
+                    clusters.append(_placeholder(name))
+                continue
+            cluster = schema.make_cluster(section)
+            findings += [(file, ("clusters", index, *path), message) for path, message in _check_cluster(cluster)]
+        clusters.append(cluster)
+        known[cluster.name] = (item, cluster)
+    return clusters, known
+
+
+def _placeholder(name: str) -> Cluster:
+    """Stands for a cluster that is wrong elsewhere, so that a reference to it is not called dangling as well."""
+    section = schema.ClusterSection.model_construct(name=name)
+    return schema.make_cluster(section)
+
+
+def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
+    if cluster.name == ORIGINAL_DESTINATION:
+        if cluster.endpoints:
+            yield ("endpoints",), "must be left out: the endpoint of this cluster is the address that the client dialled"
+    elif cluster.name == "reject":
+        yield ("name",), "must not be reject: as a listener's default this word refuses connections"
+    seen: dict[str, int] = {}
+    for index, endpoint in enumerate(cluster.endpoints):
+        first = seen.setdefault(endpoint.address, index)
+        if first != index:
+            yield ("endpoints", index), f"{endpoint.address} is endpoint {first} already: give that one a weight instead"
+    if cluster.bounded_load and cluster.balance not in ("source_hash", "maglev"):
+        yield ("bounded_load",), f"goes with balance source_hash or maglev only; here it is {cluster.balance}"
+    if cluster.slow_start_ms and cluster.balance in ("source_hash", "maglev"):
+        yield ("slow_start",), f"does not go with balance {cluster.balance}, which gives each source one endpoint"
+
+
+def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath, str]]:
+    captures = listener.capture != Capture.NONE
+    if listener.cluster and listener.default:
+        yield ("cluster",), "means the same as default: keep one of the two"
+    if not listener.cluster and not listener.default and not listener.routes:
+        yield (), "leads nowhere: add cluster: NAME, routes, or default: original_destination"
+    if not captures:
+        for key in ("direction", "preserve_source", "include", "exclude"):
+            if key in listener.model_fields_set and getattr(listener, key):
+                yield (key,), "goes with capture: redirect or capture: tproxy only"
+        if (listener.default or listener.cluster) == ORIGINAL_DESTINATION:
+            yield ("default",), "can't be original_destination without capture: the destination would be this listener"
+    for index, route in enumerate(listener.routes):
+        if bool(route.cluster) == bool(route.split):
+            yield ("routes", index), "must have one of cluster or split"
+        elif route.split and not any(part.weight for part in route.split):
+            yield ("routes", index, "split"), "must have a weight above 0"
+
+
+def _check_whole(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding]:
+    """What only all files together can tell. ``complete``: every file could be read."""
+    yield from _check_single_keys(parsed)
+    clusters: dict[str, tuple[str, int]] = {}
+    for file in parsed:
+        for index, cluster in enumerate(file.clusters):
+            first = clusters.setdefault(cluster.name, (file.file, index))
+            if first != (file.file, index):
+                yield file.file, ("clusters", index, "name"), f"{cluster.name} is the name of a cluster in {first[0]} already"
+    listeners: dict[str, str] = {}
+    binds: dict[str, str] = {}
+    for file in parsed:
+        for index, section in file.listeners:
+            path: KeyPath = ("listeners", index)
+            if section.name in listeners:
+                yield file.file, (*path, "name"), f"{section.name} is the name of a listener in {listeners[section.name]} already"
+            listeners.setdefault(section.name, file.file)
+            for bind in section.bind:
+                if bind.port and str(bind) in binds:
+                    yield file.file, (*path, "bind"), f"{bind} is bound by listener {binds[str(bind)]} already"
+                binds.setdefault(str(bind), section.name)
+            if complete:
+                yield from _check_references(file.file, path, section, clusters)
+    if complete and not listeners and not any(file.findings for file in parsed):
+        where = parsed[0].file if parsed else "configuration"
+        yield where, (), "has no listener: add one under listeners, or there is nothing to do"
+
+
+def _check_references(
+    file: str, path: KeyPath, section: schema.ListenerSection, clusters: dict[str, tuple[str, int]]
+) -> Iterator[Finding]:
+    references: list[tuple[KeyPath, str | None]] = [(("cluster",), section.cluster), (("default",), section.default)]
+    for index, route in enumerate(section.routes):
+        references.append((("routes", index, "cluster"), route.cluster))
+        references += [
+            (("routes", index, "split", at, "cluster"), part.cluster) for at, part in enumerate(route.split)
+        ]
+    for where, name in references:
+        if name is None or name in clusters or name == ORIGINAL_DESTINATION:
+            continue
+        if where == ("default",) and name == "reject":
+            continue
+        known = ", ".join(sorted(clusters)[:8]) or "none"
+        yield file, (*path, *where), f"{shown(name)} is not a cluster; there are: {known}"
+
+
+def _check_single_keys(parsed: list[ParsedFile]) -> Iterator[Finding]:
+    for key in schema.SINGLE_KEYS:
+        holders = [file.file for file in parsed if getattr(file.section, key) is not None]
+        for extra in holders[1:]:
+            yield extra, (key,), f"stands in {holders[0]} already: keep one of the two"
+
+
+def _locate(findings: list[Finding], texts: dict[str, str] | None = None) -> list[Problem]:
+    """Lines are looked for only now that there is something to say: finding them costs as much as parsing."""
+    by_file: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_file.setdefault(finding[0], []).append(finding)
+    problems: list[Problem] = []
+    for file, inside in by_file.items():
+        text = texts[file] if texts else _read_again(file)
+        lines = find_lines(text, [path for _, path, _ in inside]) if text else [0] * len(inside)
+        problems += [
+            Problem(file, line, show_path(path), message) for (_, path, message), line in zip(inside, lines, strict=True)
+        ]
+    return problems
+
+
+def _read_again(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except (OSError, ValueError):
+        return ""
+
+
+def show_path(path: KeyPath) -> str:
+    """``clusters[2].connect.timeout``"""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def _merge(parsed: list[ParsedFile]) -> Config:
+    single: dict[str, Any] = {}
+    for key in schema.SINGLE_KEYS:
+        single[key] = next((value for file in parsed if (value := getattr(file.section, key)) is not None), None)
+    node = single["node"] or schema.NodeSection()
+    limits = single["limits"] or schema.ProcessLimitsSection()
+    marks = single["marks"] or schema.MarksSection()
+    clusters = {cluster.name: cluster for file in parsed for cluster in file.clusters}
+    listeners = {section.name: schema.make_listener(section) for file in parsed for _, section in file.listeners}
+    if ORIGINAL_DESTINATION not in clusters and _names_original_destination(listeners.values()):
+        clusters[ORIGINAL_DESTINATION] = _ORIGINAL_DESTINATION
+    return Config(
+        node_name=node.name,
+        node_zone=node.zone,
+        workers=single["workers"] or 0,
+        admin=(single["admin"] or schema.AdminSection()).bind,
+        access_log=schema.make_access_log(single["access_log"] or schema.AccessLogSection()),
+        max_connections=limits.connections,
+        max_connections_per_source=limits.connections_per_source,
+        splice=single["splice"] is not False,
+        mark=marks.upstream,
+        return_mark=marks.returned,
+        listeners=listeners,
+        clusters=clusters,
+        digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
+    )
+
+
+_ORIGINAL_DESTINATION = schema.default_original_destination()
+
+
+def _names_original_destination(listeners: Iterable[Listener]) -> bool:
+    return any(
+        listener.default == ORIGINAL_DESTINATION
+        or any(name == ORIGINAL_DESTINATION for route in listener.routes for name, _ in route.split)
+        for listener in listeners
+    )

@@ -1,0 +1,213 @@
+"""Single values of the language. Each function takes what YAML gave and returns a number or an object of the model.
+
+All raise ValueError whose text goes on after the key: "must be …; got …".
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+
+from l4mesh.model import Endpoint, Mark, Network, SocketAddress
+
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)(ms|s|m|h|d)")
+_DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)%")
+_HOST_NAME = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
+_MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|\d{1,10})/(0x[0-9a-fA-F]{1,8}|\d{1,10})")
+MAX_DURATION_MS = 366 * 86_400_000
+MAX_WEIGHT = 256
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: as YAML has it, never longer than a line wants it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def parse_switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("on", "off"):
+        return value == "on"
+    raise ValueError(f"must be on or off; got {shown(value)}")
+
+
+def is_off(value: object) -> bool:
+    return value is False or value == "off"
+
+
+def parse_duration_ms(value: object) -> int:
+    """Milliseconds, at least 1."""
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"must be a duration with its unit, such as 250ms, 5s, 1h or 1d; got {shown(value)}")
+    ms = round(float(match[1]) * _DURATION_MS[match[2]])
+    if not 1 <= ms <= MAX_DURATION_MS:
+        raise ValueError(f"must be between 1ms and 366d; got {shown(value)}")
+    return ms
+
+
+def parse_optional_duration_ms(value: object) -> int:
+    """Milliseconds; 0 for off."""
+    if is_off(value):
+        return 0
+    try:
+        return parse_duration_ms(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("1h or 1d", "1h, 1d, or off")) from None
+
+
+def parse_whole_seconds(value: object) -> int:
+    ms = parse_duration_ms(value)
+    if ms % 1000 or ms > 32_767_000:
+        raise ValueError(f"must be whole seconds, at most 32767s; got {shown(value)}")
+    return ms // 1000
+
+
+def parse_share(value: object) -> float:
+    """0 to 1."""
+    share = parse_percentage(value)
+    if share > 1:
+        raise ValueError(f"must be between 0% and 100%; got {shown(value)}")
+    return share
+
+
+def parse_percentage(value: object) -> float:
+    match = _SHARE.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"must be a share such as 50%; got {shown(value)}")
+    return float(match[1]) / 100
+
+
+def parse_bounded_load(value: object) -> float:
+    if is_off(value):
+        return 0.0
+    share = parse_percentage(value)
+    if not 1 <= share <= 100:
+        raise ValueError(f"must be off or between 100% and 10000%; got {shown(value)}")
+    return share
+
+
+def parse_whole(value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"must be a whole number from {least} to {most}; got {shown(value)}")
+    return value
+
+
+def parse_limit(value: object) -> int:
+    """A count of connections; 0 for off."""
+    if is_off(value):
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000_000:
+        raise ValueError(f"must be off or a whole number from 1 to 100000000; got {shown(value)}")
+    return value
+
+
+def parse_host(text: str) -> str:
+    """Canonical text of an IP literal (an IPv4-mapped one as IPv4), or the host name in lower case."""
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    try:
+        packed = socket.inet_pton(family, text)
+    except OSError:
+        if family == socket.AF_INET and _HOST_NAME.fullmatch(text) and not re.fullmatch(r"[\d.]+", text):
+            return text.lower()
+        raise ValueError(f"must have an IP address or a host name before the port; got {shown(text)}") from None
+    if family == socket.AF_INET6 and packed.startswith(b"\0" * 10 + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(family, packed)
+
+
+def split_port(value: object, example: str, least_port: int = 1) -> tuple[str, int]:
+    """Host and port of "host:port" or "[v6]:port"; the host is unchecked."""
+    if not isinstance(value, str):
+        raise ValueError(f"must be an address with a port, such as {example}; got {shown(value)}")
+    host, colon, port = value.rpartition(":")
+    if host.startswith("[") and host.endswith("]") and ":" in host:
+        host = host[1:-1]
+    elif ":" in host or not host:
+        raise ValueError(f"must be an address with a port, such as {example} (IPv6 in brackets); got {shown(value)}")
+    if not colon or not port.isascii() or not port.isdigit() or not least_port <= int(port) <= 65535:
+        raise ValueError(f"must end in a port from {least_port} to 65535; got {shown(value)}")
+    return host, int(port)
+
+
+def parse_bind(value: object) -> SocketAddress:
+    """Port 0 lets the kernel choose."""
+    host, port = split_port(value, '"127.0.0.1:8080"', least_port=0)
+    address = SocketAddress(parse_host(host), port)
+    if not re.fullmatch(r"[\d.]+|[0-9a-f:.]*:[0-9a-f:.]*", address.host):
+        raise ValueError(f"must be an IP address with a port to listen on, not a name; got {shown(value)}")
+    return address
+
+
+def parse_endpoint_address(value: object) -> tuple[str, int]:
+    host, port = split_port(value, '"10.0.0.1:6379"')
+    return parse_host(host), port
+
+
+def parse_weight(value: object) -> int:
+    return parse_whole(value, 0, MAX_WEIGHT)
+
+
+def parse_network(value: object) -> Network:
+    if not isinstance(value, str):
+        raise ValueError(f"must be an address or a CIDR such as 10.0.0.0/8; got {shown(value)}")
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError:
+        pass
+    try:
+        right = ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError(f"must be an address or a CIDR such as 10.0.0.0/8; got {shown(value)}") from None
+    raise ValueError(f"has bits set behind its prefix: write {right}, or {value.partition('/')[0]} for that address alone")
+
+
+def parse_ports(value: object) -> tuple[int, int]:
+    """An inclusive range; a single port is a range of one."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        first = last = value
+    elif isinstance(value, str) and re.fullmatch(r"\d{1,5}-\d{1,5}", value):
+        first, last = map(int, value.split("-"))
+    else:
+        raise ValueError(f'must be a port, or a range such as "8000-8999"; got {shown(value)}')
+    if not 1 <= first <= last <= 65535:
+        raise ValueError(f"must be within 1 to 65535, the smaller first; got {shown(value)}")
+    return first, last
+
+
+def parse_mark(value: object) -> Mark:
+    match = _MARK.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f'must be a mark and its mask, such as "0x539/0xfff"; got {shown(value)}')
+    mark = Mark(int(match[1], 0), int(match[2], 0))
+    if not 0 < mark.value <= mark.mask <= 0xFFFFFFFF or mark.value & ~mark.mask:
+        raise ValueError(f"must be a mark other than 0 that lies within its mask; got {shown(value)}")
+    return mark
+
+
+def parse_admin(value: object) -> str:
+    """"host:port", "unix:path", or "" for off."""
+    if is_off(value):
+        return ""
+    if isinstance(value, str) and value.startswith("unix:"):
+        path = value.removeprefix("unix:")
+        if not 0 < len(path.encode()) <= 107 or "\0" in path:
+            raise ValueError(f"must name a socket of 1 to 107 bytes after unix:; got {shown(value)}")
+        return value
+    return str(parse_bind(value))
+
+
+def make_endpoint(address: object, weight: int = 1, zone: str = "") -> Endpoint:
+    host, port = parse_endpoint_address(address)
+    return Endpoint(host, port, weight, zone)

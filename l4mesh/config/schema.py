@@ -1,0 +1,390 @@
+"""The keys of the language with their defaults, and nothing about files or other sections."""
+
+from __future__ import annotations
+
+import difflib
+import socket
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator
+
+from l4mesh.config import quantities as q
+from l4mesh.config.yaml import KeyPath
+from l4mesh.model import (
+    ORIGINAL_DESTINATION,
+    AccessLog,
+    Balance,
+    Capture,
+    CaptureFilter,
+    Cluster,
+    Direction,
+    Endpoint,
+    Keepalive,
+    Listener,
+    LogFormat,
+    LogWhen,
+    Mark,
+    Network,
+    ProxyProtocol,
+    Route,
+    RouteMatch,
+    SocketAddress,
+)
+
+T = TypeVar("T")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+def _whole(least: int, most: int) -> Callable[[object], int]:
+    return lambda value: q.parse_whole(value, least, most)
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        word = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        if word not in words:
+            raise ValueError(f"must be {', '.join(words[:-1])} or {words[-1]}; got {q.shown(value)}{_meant(value, words)}")
+        return str(word)
+
+    return parse
+
+
+def _meant(value: object, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), words, n=1) if isinstance(value, str) else []
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_name(value: object) -> str:
+    if not isinstance(value, str) or not value or len(value) > 253 or not all(c.isalnum() or c in "._-/" for c in value):
+        raise ValueError(f"must be a name of letters, digits, '.', '_', '-' or '/'; got {q.shown(value)}")
+    return value
+
+
+def parse_text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+        raise ValueError(f"must be text; got {q.shown(value)}")
+    return value
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+Name = Annotated[str, PlainValidator(parse_name)]
+Text = Annotated[str, PlainValidator(parse_text)]
+Switch = Annotated[bool, PlainValidator(q.parse_switch)]
+Duration = Annotated[int, PlainValidator(q.parse_duration_ms)]
+OptionalDuration = Annotated[int, PlainValidator(q.parse_optional_duration_ms)]
+Seconds = Annotated[int, PlainValidator(q.parse_whole_seconds)]
+Limit = Annotated[int, PlainValidator(q.parse_limit)]
+Weight = Annotated[int, PlainValidator(q.parse_weight)]
+Cidr = Annotated[Network, PlainValidator(q.parse_network)]
+Ports = Annotated[tuple[int, int], PlainValidator(q.parse_ports)]
+Bind = Annotated[SocketAddress, PlainValidator(q.parse_bind)]
+
+
+class NodeSection(Section):
+    name: Name = Field(default_factory=socket.gethostname)
+    zone: Text = ""
+
+
+class AdminSection(Section):
+    bind: Annotated[str, PlainValidator(q.parse_admin)] = "127.0.0.1:15000"
+
+
+class AccessLogSection(Section):
+    path: Text = "-"
+    format: Annotated[str, PlainValidator(_one_of(*LogFormat))] = "json"
+    when: Annotated[str, PlainValidator(_one_of(*LogWhen))] = "errors"
+    sample: Annotated[float, PlainValidator(q.parse_share)] = 1.0
+
+
+def _parse_auto_limit(value: object) -> int:
+    if value == "auto":
+        return 0
+    try:
+        return q.parse_whole(value, 1, 100_000_000)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+
+
+def _parse_workers(value: object) -> int:
+    if value == "auto":
+        return 0
+    try:
+        return q.parse_whole(value, 1, 256)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+
+
+class ProcessLimitsSection(Section):
+    connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
+    connections_per_source: Limit = 0
+
+
+class MarksSection(Section):
+    upstream: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x539, 0xFFF)
+    returned: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x111, 0xFFF)
+
+
+class KeepaliveSection(Section):
+    idle: Seconds = 60
+    interval: Seconds = 10
+    count: Annotated[int, PlainValidator(_whole(1, 127))] = 6
+
+
+def _keepalive_off(value: object) -> object:
+    """``off`` keeps the type of the section: an idle time of 0 says so."""
+    return KeepaliveSection.model_construct(idle=0, interval=0, count=0) if q.is_off(value) else value
+
+
+KeepaliveField = Annotated[KeepaliveSection, BeforeValidator(_keepalive_off)]
+
+
+class MatchSection(Section):
+    destinations: list[Cidr] = []
+    ports: list[Ports] = []
+    sources: list[Cidr] = []
+
+
+class SplitSection(Section):
+    cluster: Name
+    weight: Weight
+
+
+class RouteSection(Section):
+    match: MatchSection = MatchSection()
+    cluster: Name | None = None
+    split: list[SplitSection] = []
+
+
+class FilterSection(Section):
+    ports: list[Ports] = []
+    destinations: list[Cidr] = []
+    interfaces: list[Text] = []
+    users: list[Annotated[str, PlainValidator(lambda value: parse_text(str(value)))]] = []
+
+
+class ProxySourcesSection(Section):
+    from_: list[Cidr] = Field(alias="from")
+    timeout: Duration = 5000
+
+
+class ListenerLimitsSection(Section):
+    connections: Limit = 0
+
+
+class ListenerSection(Section):
+    name: Name
+    bind: Annotated[list[Bind], BeforeValidator(_as_list), Field(min_length=1)]
+    capture: Annotated[str, PlainValidator(_one_of(*Capture))] = "none"
+    direction: Annotated[str | None, PlainValidator(_one_of(*Direction))] = None
+    preserve_source: Switch = False
+    routes: list[RouteSection] = []
+    cluster: Name | None = None
+    default: Name | None = None
+    include: FilterSection = FilterSection()
+    exclude: FilterSection = FilterSection()
+    proxy_protocol: ProxySourcesSection | None = None
+    limits: ListenerLimitsSection = ListenerLimitsSection()
+    keepalive: KeepaliveField = KeepaliveSection()
+    user_timeout: OptionalDuration = 0
+    backlog: Annotated[int, PlainValidator(_whole(1, 65535))] = 4096
+
+
+class ConnectSection(Section):
+    timeout: Duration = 1000
+    attempts: Annotated[int, PlainValidator(_whole(1, 8))] = 3
+    budget: Duration | None = None
+
+
+class TimeoutsSection(Section):
+    idle: OptionalDuration = 3_600_000
+    half_closed: OptionalDuration = 300_000
+    lifetime: OptionalDuration = 0
+    lifetime_jitter: Annotated[float, PlainValidator(q.parse_share)] = 0.1
+
+
+class ClusterLimitsSection(Section):
+    connections: Limit = 0
+    connections_per_endpoint: Limit = 0
+
+
+class EndpointSection(Section):
+    address: Annotated[tuple[str, int], PlainValidator(q.parse_endpoint_address)]
+    weight: Weight = 1
+    zone: Text = ""
+
+
+def _read_endpoint(value: object, section: Callable[[object], EndpointSection]) -> Endpoint:
+    if isinstance(value, str):
+        return q.make_endpoint(value)
+    long_form = section(value)
+    return Endpoint(*long_form.address, long_form.weight, long_form.zone)
+
+
+class ClusterSection(Section):
+    name: Name
+    endpoints: list[Annotated[EndpointSection, WrapValidator(_read_endpoint)]] = []
+    balance: Annotated[str, PlainValidator(_one_of(*Balance))] = "least_connections"
+    connect: ConnectSection = ConnectSection()
+    timeouts: TimeoutsSection = TimeoutsSection()
+    limits: ClusterLimitsSection = ClusterLimitsSection()
+    keepalive: KeepaliveField = KeepaliveSection()
+    user_timeout: OptionalDuration = 0
+    proxy_protocol: Annotated[str, PlainValidator(_one_of(*ProxyProtocol))] = "off"
+    zone_preference: Switch = True
+    slow_start: OptionalDuration = 0
+    bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
+
+
+class FileSection(Section):
+    """What one file may hold: any part of the whole."""
+
+    node: NodeSection | None = None
+    workers: Annotated[int | None, PlainValidator(_parse_workers)] = None
+    admin: AdminSection | None = None
+    access_log: AccessLogSection | None = None
+    limits: ProcessLimitsSection | None = None
+    splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
+    marks: MarksSection | None = None
+    listeners: list[ListenerSection] = []
+    clusters: list[ClusterSection] = []
+
+
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks",
+)  # fmt: skip
+
+
+def make_keepalive(section: KeepaliveSection) -> Keepalive:
+    return Keepalive(section.idle, section.interval, section.count)
+
+
+def make_filter(section: FilterSection) -> CaptureFilter:
+    return CaptureFilter(
+        tuple(section.ports), tuple(section.destinations), tuple(section.interfaces), tuple(section.users)
+    )
+
+
+def make_route(section: RouteSection) -> Route:
+    match = RouteMatch(tuple(section.match.destinations), tuple(section.match.ports), tuple(section.match.sources))
+    if section.cluster:
+        return Route(match, ((section.cluster, 1),))
+    return Route(match, tuple((part.cluster, part.weight) for part in section.split))
+
+
+def make_listener(section: ListenerSection) -> Listener:
+    capture = Capture(section.capture)
+    direction = section.direction or (Direction.INBOUND if capture == Capture.TPROXY else Direction.OUTBOUND)
+    default = section.default or section.cluster or "reject"
+    return Listener(
+        name=section.name,
+        binds=tuple(section.bind),
+        capture=capture,
+        direction=Direction(direction),
+        preserve_source=section.preserve_source,
+        routes=tuple(map(make_route, section.routes)),
+        default="" if default == "reject" else default,
+        include=make_filter(section.include),
+        exclude=make_filter(section.exclude),
+        proxy_protocol_from=tuple(section.proxy_protocol.from_) if section.proxy_protocol else (),
+        proxy_protocol_timeout_ms=section.proxy_protocol.timeout if section.proxy_protocol else 0,
+        max_connections=section.limits.connections,
+        keepalive=make_keepalive(section.keepalive),
+        user_timeout_ms=section.user_timeout,
+        backlog=section.backlog,
+    )
+
+
+def make_cluster(section: ClusterSection) -> Cluster:
+    connect = section.connect
+    return Cluster(
+        name=section.name,
+        endpoints=tuple(section.endpoints),  # type: ignore[arg-type]
+        balance=Balance(section.balance),
+        connect_timeout_ms=connect.timeout,
+        connect_attempts=connect.attempts,
+        connect_budget_ms=connect.budget or connect.timeout * connect.attempts,
+        idle_timeout_ms=section.timeouts.idle,
+        half_closed_timeout_ms=section.timeouts.half_closed,
+        lifetime_ms=section.timeouts.lifetime,
+        lifetime_jitter=section.timeouts.lifetime_jitter,
+        max_connections=section.limits.connections,
+        max_connections_per_endpoint=section.limits.connections_per_endpoint,
+        keepalive=make_keepalive(section.keepalive),
+        user_timeout_ms=section.user_timeout,
+        proxy_protocol=ProxyProtocol(section.proxy_protocol),
+        zone_preference=section.zone_preference,
+        slow_start_ms=section.slow_start,
+        bounded_load=section.bounded_load,
+    )
+
+
+def default_original_destination() -> Cluster:
+    return make_cluster(ClusterSection(name=ORIGINAL_DESTINATION))
+
+
+def make_access_log(section: AccessLogSection) -> AccessLog:
+    return AccessLog(section.path, LogFormat(section.format), LogWhen(section.when), section.sample)
+
+
+def validate(section: type[T], data: object) -> tuple[T | None, list[tuple[KeyPath, str]]]:
+    """The section, or all that is wrong with it as (key path, message)."""
+    assert issubclass(section, BaseModel)
+    try:
+        return section.model_validate(data), []
+    except pydantic.ValidationError as error:
+        return None, [
+            (path, message)
+            for detail in error.errors(include_url=False)
+            for path, message in [_reword(section, detail)]
+        ]
+
+
+def _reword(section: type[BaseModel], detail: Any) -> tuple[KeyPath, str]:
+    """A problem in the words of the language instead of pydantic's."""
+    path = tuple(detail["loc"])
+    kind = detail["type"]
+    if kind == "value_error":
+        return path, str(detail["ctx"]["error"])
+    if kind == "extra_forbidden":
+        known = _keys_at(section, path[:-1])
+        meant = difflib.get_close_matches(str(path[-1]), known, n=1)
+        hint = f"did you mean {meant[0]}?" if meant else f"known here: {', '.join(known)}"
+        return path, f"is not a known key; {hint}"
+    if kind == "missing":
+        return path, "is missing"
+    if kind == "list_type":
+        return path, f"must be a list; got {q.shown(detail['input'])}"
+    if kind == "too_short":
+        return path, "must not be empty"
+    return path, f"must be a mapping of keys; got {q.shown(detail['input'])}"
+
+
+def _keys_at(section: type[BaseModel], path: KeyPath) -> list[str]:
+    current: Any = section
+    for step in path:
+        if isinstance(step, int):
+            continue
+        field = next((f for n, f in current.model_fields.items() if (f.alias or n) == step), None)
+        current = _section_in(field.annotation) if field else None
+        if current is None:
+            return []
+    return sorted(field.alias or name for name, field in current.model_fields.items())
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation such as ``list[Annotated[X | None, …]]`` is about."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _section_in(part)
+        if found:
+            return found
+    return None
