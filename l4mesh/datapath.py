@@ -16,8 +16,16 @@ from dataclasses import dataclass, field
 
 from l4mesh import _fastpath
 from l4mesh.errors import CloseReason, InternalError
-from l4mesh.model import AccessLog, Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress
-from l4mesh.policy.plan import compile_flags, compile_route, compile_settings, endpoint_tier, own_addresses, pack_ip, pack_prefix
+from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress
+from l4mesh.policy.plan import (
+    compile_flags,
+    compile_route,
+    compile_settings,
+    endpoint_tier,
+    own_addresses,
+    pack_ip,
+    pack_prefix,
+)
 from l4mesh.snapshot import (
     CONNECT_BUCKETS_S,
     ClusterSnapshot,
@@ -133,9 +141,7 @@ class Datapath:
         """
         with self._lock:
             self._collect()
-            entries = {
-                name: self._compile_cluster(cluster, config.node_zone) for name, cluster in config.clusters.items()
-            }
+            entries = {name: self._compile_cluster(cluster, config.node_zone) for name, cluster in config.clusters.items()}
             index = {name: i for i, name in enumerate(entries)}
             plan = _fastpath.Plan(
                 self._generation + 1,
@@ -147,18 +153,24 @@ class Datapath:
                 mark=config.mark.value if any(listener.capture != "none" for listener in config.listeners.values()) else 0,
                 splice=config.splice,
                 error_reasons=_ERROR_REASONS,
-                **_log_settings(config.access_log),
+                log_when=_LOG_WHEN[config.access_log.when],
+                log_sample=config.access_log.sample,
             )
             listeners = {
-                name: self._add_listener(plan, listener, sockets[name], index)
-                for name, listener in config.listeners.items()
+                name: self._add_listener(plan, listener, sockets[name], index) for name, listener in config.listeners.items()
             }
             self._engine.publish(plan)
             self._generation += 1
             self._max_connections = max_connections
             self._retire(entries, listeners)
-            self._collect()
+            if self._threads:
+                self._collect()
             return self._generation
+
+    def wait_until_seen(self) -> None:
+        """Waits until every worker serves the current plan. Raises InternalError after ten seconds."""
+        with self._lock:
+            self._collect()
 
     def _compile_cluster(self, cluster: Cluster, zone: str) -> _ClusterEntry:
         before = self._clusters.get(cluster.name)
@@ -216,9 +228,7 @@ class Datapath:
         return self._ids
 
     def _new_cluster_stat(self, name: str) -> _fastpath.ClusterStat:
-        stat = _fastpath.ClusterStat(
-            self._new_id(), self._n_workers, [random.getrandbits(32) for _ in range(self._n_workers)]
-        )
+        stat = _fastpath.ClusterStat(self._new_id(), self._n_workers, [random.getrandbits(32) for _ in range(self._n_workers)])
         self._names[stat.id] = name
         return stat
 
@@ -279,9 +289,7 @@ class Datapath:
                 retired_listeners = _add_listener(retired_listeners, listener.read())
             return Snapshot(
                 generation=self._generation,
-                workers=tuple(
-                    WorkerSnapshot(index, *self._engine.read_worker(index)) for index in range(self._n_workers)
-                ),
+                workers=tuple(WorkerSnapshot(index, *self._engine.read_worker(index)) for index in range(self._n_workers)),
                 listeners=tuple(
                     _add_listener(ListenerSnapshot(name, 0, 0, {}), stat.read()) for name, stat in self._listeners.items()
                 ),
@@ -360,10 +368,6 @@ class Datapath:
         )  # fmt: skip
 
 
-def _log_settings(log: AccessLog) -> dict[str, float]:
-    return {"log_when": _LOG_WHEN[log.when], "log_sample": log.sample}
-
-
 def _count_reasons(counts: list[int], before: Mapping[CloseReason, int]) -> dict[CloseReason, int]:
     totals = dict(before)
     for reason, count in zip(_REASONS, counts, strict=True):
@@ -395,9 +399,7 @@ def _add_cluster(name: str, before: ClusterSnapshot | None, counts: _fastpath.Cl
 
 def _add_listener(before: ListenerSnapshot, counts: tuple[int, int, list[int]]) -> ListenerSnapshot:
     active, opened, closed = counts
-    return ListenerSnapshot(
-        before.name, before.active + active, before.opened + opened, _count_reasons(closed, before.closed)
-    )
+    return ListenerSnapshot(before.name, before.active + active, before.opened + opened, _count_reasons(closed, before.closed))
 
 
 def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> EndpointSnapshot:

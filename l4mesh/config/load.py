@@ -229,7 +229,11 @@ def _check_whole(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Findin
         for index, section in file.listeners:
             path: KeyPath = ("listeners", index)
             if section.name in listeners:
-                yield file.file, (*path, "name"), f"{section.name} is the name of a listener in {listeners[section.name]} already"
+                yield (
+                    file.file,
+                    (*path, "name"),
+                    f"{section.name} is the name of a listener in {listeners[section.name]} already",
+                )
             listeners.setdefault(section.name, file.file)
             for bind in section.bind:
                 if bind.port and str(bind) in binds:
@@ -248,9 +252,7 @@ def _check_references(
     references: list[tuple[KeyPath, str | None]] = [(("cluster",), section.cluster), (("default",), section.default)]
     for index, route in enumerate(section.routes):
         references.append((("routes", index, "cluster"), route.cluster))
-        references += [
-            (("routes", index, "split", at, "cluster"), part.cluster) for at, part in enumerate(route.split)
-        ]
+        references += [(("routes", index, "split", at, "cluster"), part.cluster) for at, part in enumerate(route.split)]
     for where, name in references:
         if name is None or name in clusters or name == ORIGINAL_DESTINATION:
             continue

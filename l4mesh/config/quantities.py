@@ -197,7 +197,7 @@ def parse_mark(value: object) -> Mark:
 
 
 def parse_admin(value: object) -> str:
-    """"host:port", "unix:path", or "" for off."""
+    """ "host:port", "unix:path", or "" for off."""
     if is_off(value):
         return ""
     if isinstance(value, str) and value.startswith("unix:"):

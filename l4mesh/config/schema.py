@@ -267,9 +267,7 @@ def make_keepalive(section: KeepaliveSection) -> Keepalive:
 
 
 def make_filter(section: FilterSection) -> CaptureFilter:
-    return CaptureFilter(
-        tuple(section.ports), tuple(section.destinations), tuple(section.interfaces), tuple(section.users)
-    )
+    return CaptureFilter(tuple(section.ports), tuple(section.destinations), tuple(section.interfaces), tuple(section.users))
 
 
 def make_route(section: RouteSection) -> Route:
@@ -341,9 +339,7 @@ def validate(section: type[T], data: object) -> tuple[T | None, list[tuple[KeyPa
         return section.model_validate(data), []
     except pydantic.ValidationError as error:
         return None, [
-            (path, message)
-            for detail in error.errors(include_url=False)
-            for path, message in [_reword(section, detail)]
+            (path, message) for detail in error.errors(include_url=False) for path, message in [_reword(section, detail)]
         ]
 
 

@@ -46,8 +46,7 @@ class Listeners:
         leaves everything as it was.
         """
         wanted = {
-            listener.name: [socket_options(listener, bind) for bind in listener.binds]
-            for listener in config.listeners.values()
+            listener.name: [socket_options(listener, bind) for bind in listener.binds] for listener in config.listeners.values()
         }
         opened: dict[SocketOptions, list[socket.socket]] = {}
         try:

@@ -1,0 +1,3 @@
+from l4mesh.cli import main
+
+main()

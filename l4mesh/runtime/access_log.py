@@ -1,0 +1,135 @@
+"""One line for each connection that ended. A log that is blocked or full costs lines, which are counted, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import sys
+import threading
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+from l4mesh.model import AccessLog as AccessLogConfig
+from l4mesh.model import LogFormat
+from l4mesh.snapshot import ConnectionRecord
+
+QUEUE_BATCHES = 64
+"""Batches of at most a few hundred records that wait for the writer."""
+
+
+def configure_logging() -> None:
+    """The process's own events: JSON lines on standard error."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def make_fields(record: ConnectionRecord) -> dict[str, Any]:
+    """The line's fields, in their order; what is unknown is left out."""
+    fields: dict[str, Any] = {
+        "time": datetime.fromtimestamp(record.ended_unix_ms / 1000, UTC).isoformat(timespec="milliseconds"),
+        "event": "connection",
+        "listener": record.listener,
+        "cluster": record.cluster,
+        "endpoint": record.endpoint,
+        "source": record.source,
+        "destination": record.destination,
+        "reason": record.reason.label,
+        "initiator": record.reason.initiator.value,
+        "attempts": record.attempts,
+    }
+    if record.errno:
+        fields["error"] = errno.errorcode.get(record.errno, str(record.errno))
+    for name, us in (("connect_ms", record.connect_us), ("first_byte_ms", record.first_byte_us), ("total_ms", record.total_us)):
+        if us >= 0:
+            fields[name] = us / 1000
+    fields["bytes_to_upstream"] = record.bytes_to_upstream
+    fields["bytes_to_downstream"] = record.bytes_to_downstream
+    for name in ("downstream_rtt_us", "downstream_retransmits", "upstream_rtt_us", "upstream_retransmits"):
+        figure = getattr(record, name)
+        if figure >= 0:
+            fields[name] = figure
+    return fields
+
+
+class AccessLog:
+    """Writes records on a thread of its own. ``write`` never waits and never raises."""
+
+    def __init__(self, config: AccessLogConfig) -> None:
+        self.dropped = 0
+        self._path = config.path
+        self._render = (
+            structlog.processors.JSONRenderer()
+            if config.format == LogFormat.JSON
+            else structlog.processors.LogfmtRenderer(sort_keys=False)
+        )
+        self._queue: queue.Queue[list[ConnectionRecord] | None] = queue.Queue(QUEUE_BATCHES)
+        self._reopen = threading.Event()
+        self._fd = -1
+        self._thread = threading.Thread(target=self._run, name="l4mesh-log", daemon=True)
+        self._thread.start()
+
+    def write(self, records: list[ConnectionRecord]) -> None:
+        try:
+            self._queue.put_nowait(records)
+        except queue.Full:
+            self.dropped += len(records)
+
+    def reopen(self) -> None:
+        """Opens the file anew at the next line: for log rotation."""
+        self._reopen.set()
+
+    def close(self, deadline_s: float = 1.0) -> None:
+        """Waits for what is queued, but not for a log that is stuck."""
+        try:
+            self._queue.put(None, timeout=deadline_s)
+        except queue.Full:
+            return
+        self._thread.join(deadline_s)
+
+    def _run(self) -> None:
+        while (records := self._queue.get()) is not None:
+            data = b"".join(self._format(record) for record in records)
+            if not self._put(data):
+                self.dropped += len(records)
+        self._close_file()
+
+    def _format(self, record: ConnectionRecord) -> bytes:
+        line = self._render(None, "", make_fields(record))
+        return (line if isinstance(line, str) else line.decode()).encode() + b"\n"
+
+    def _put(self, data: bytes) -> bool:
+        """Whether all of it was written. Blocks this thread as long as the reader does."""
+        try:
+            if self._fd < 0 or self._reopen.is_set():
+                self._open_file()
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:
+            return False
+        return True
+
+    def _open_file(self) -> None:
+        self._reopen.clear()
+        self._close_file()
+        if self._path == "-":
+            self._fd = sys.stdout.fileno()
+        else:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+    def _close_file(self) -> None:
+        if self._fd >= 0 and self._path != "-":
+            os.close(self._fd)
+        self._fd = -1

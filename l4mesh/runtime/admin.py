@@ -1,0 +1,235 @@
+"""The admin server: what the process knows, over HTTP on loopback or a unix socket. It reads and never changes anything."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import ipaddress
+import os
+import socket
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import structlog
+from aiohttp import web
+
+from l4mesh import __version__
+from l4mesh.errors import CommandError
+from l4mesh.model import Config, SocketAddress
+from l4mesh.runtime.metrics import Sources, render_metrics
+from l4mesh.snapshot import ConnectionSnapshot, EndpointSnapshot, Snapshot
+
+PAGE_MAX = 1000
+REQUESTS_AT_ONCE = 16
+
+log = structlog.get_logger()
+
+
+class Readable(Protocol):
+    """What the admin server asks of the data path."""
+
+    def snapshot(self) -> Snapshot: ...
+
+    def endpoints(self, cluster: str | None = None) -> list[EndpointSnapshot]: ...
+
+    async def connections(self, start: int, limit: int) -> tuple[list[ConnectionSnapshot], int | None]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What the admin server asks of the rest of the process."""
+
+    ready: Callable[[], bool]
+    config: Callable[[], Config | None]
+    bound: Callable[[], list[tuple[str, SocketAddress]]]
+
+
+class AdminServer:
+    def __init__(self, datapath: Readable, sources: Sources, facts: Facts) -> None:
+        self._datapath = datapath
+        self._sources = sources
+        self._facts = facts
+        self._started = time.monotonic()
+        self._runner: web.AppRunner | None = None
+        self._socket_path = ""
+        self._places = asyncio.Semaphore(REQUESTS_AT_ONCE)
+
+    async def start(self, address: str) -> str:
+        """Listens on "host:port" or "unix:path" and gives the bound address. Raises CommandError."""
+        app = web.Application(client_max_size=1024, middlewares=[self._limit])
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/live", self._live)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/status", self._status)
+        app.router.add_get("/clusters", self._clusters)
+        app.router.add_get("/connections", self._connections)
+        app.router.add_get("/config", self._config)
+        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=15, shutdown_timeout=1, max_line_size=4096)
+        await self._runner.setup()
+        try:
+            return await self._listen(address)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CommandError(f"admin: can't listen on {address}: {reason}; set admin.bind to another") from error
+
+    async def _listen(self, address: str) -> str:
+        assert self._runner is not None
+        if address.startswith("unix:"):
+            self._socket_path = address.removeprefix("unix:")
+            _remove_stale_socket(self._socket_path)
+            before = os.umask(0o177)
+            try:
+                await web.UnixSite(self._runner, self._socket_path).start()
+            finally:
+                os.umask(before)
+            return address
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        if not ipaddress.ip_address(host).is_loopback:
+            log.warning("admin_not_on_loopback", bind=address, means="anyone who reaches it can read configuration and traffic")
+        await web.TCPSite(self._runner, host, int(port)).start()
+        bound = self._runner.addresses[0]
+        return str(SocketAddress(bound[0], bound[1]))
+
+    async def stop(self) -> None:
+        if self._runner:
+            await self._runner.cleanup()
+        if self._socket_path:
+            try:
+                os.unlink(self._socket_path)
+            except FileNotFoundError:
+                pass
+
+    @web.middleware
+    async def _limit(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        async with self._places:
+            return await handler(request)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        body, kind = await asyncio.to_thread(render_metrics, self._sources, request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": kind})
+
+    async def _live(self, request: web.Request) -> web.Response:
+        return web.json_response({"live": True})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        ready = self._facts.ready()
+        return web.json_response({"ready": ready}, status=200 if ready else 503)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        snapshot = await asyncio.to_thread(self._datapath.snapshot)
+        status = dataclasses.asdict(self._sources.reload_status())
+        closed: dict[str, int] = {}
+        for listener in (*snapshot.listeners, snapshot.retired_listeners):
+            for reason, count in listener.closed.items():
+                closed[reason.label] = closed.get(reason.label, 0) + count
+        bound = self._facts.bound()
+        return web.json_response(
+            {
+                "version": __version__,
+                "pid": os.getpid(),
+                "uptime_s": round(time.monotonic() - self._started, 3),
+                "ready": self._facts.ready(),
+                "generation": snapshot.generation,
+                "plans_alive": snapshot.plans_alive,
+                "config": status,
+                "connections_limit": snapshot.max_connections,
+                "listeners": [
+                    {
+                        "name": listener.name,
+                        "bind": [str(address) for name, address in bound if name == listener.name],
+                        "active": listener.active,
+                        "opened": listener.opened,
+                    }
+                    for listener in snapshot.listeners
+                ],
+                "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
+                "closed": closed,
+                "access_log_dropped": self._sources.access_log_dropped(),
+            }
+        )
+
+    async def _clusters(self, request: web.Request) -> web.Response:
+        name = request.query.get("name")
+        snapshot, endpoints = await asyncio.gather(
+            asyncio.to_thread(self._datapath.snapshot), asyncio.to_thread(self._datapath.endpoints, name)
+        )
+        by_cluster: dict[str, list[dict[str, Any]]] = {}
+        for endpoint in endpoints:
+            shown = dataclasses.asdict(endpoint)
+            del shown["cluster"]
+            by_cluster.setdefault(endpoint.cluster, []).append(shown)
+        clusters = [
+            {
+                "name": cluster.name,
+                "active": cluster.active,
+                "opened": cluster.opened,
+                "closed": {reason.label: count for reason, count in cluster.closed.items()},
+                "bytes_to_upstream": cluster.bytes_to_upstream,
+                "bytes_to_downstream": cluster.bytes_to_downstream,
+                "connect_attempts": cluster.connect_attempts,
+                "connect_failures": cluster.connect_failures,
+                "connect_ms_mean": _mean_ms(cluster.connect_seconds_sum, sum(cluster.connect_seconds_buckets)),
+                "endpoints": by_cluster.get(cluster.name, []),
+            }
+            for cluster in snapshot.clusters
+            if cluster.name and name in (None, cluster.name)
+        ]
+        if name is not None and not clusters:
+            return web.json_response({"error": f"there is no cluster {name[:100]!r}"}, status=404)
+        return web.json_response({"generation": snapshot.generation, "clusters": clusters})
+
+    async def _connections(self, request: web.Request) -> web.Response:
+        try:
+            start = int(request.query.get("start", "0"))
+            limit = int(request.query.get("limit", "100"))
+        except ValueError:
+            return web.json_response({"error": "start and limit must be whole numbers"}, status=400)
+        if not 1 <= limit <= PAGE_MAX or not 0 <= start < 1 << 63:
+            return web.json_response({"error": f"limit must be 1 to {PAGE_MAX}, start what `next` gave"}, status=400)
+        connections, following = await self._datapath.connections(start, limit)
+        return web.json_response({"connections": [connection._asdict() for connection in connections], "next": following})
+
+    async def _config(self, request: web.Request) -> web.Response:
+        config = self._facts.config()
+        return web.json_response(_plain(config) if config else {}, status=200 if config else 503)
+
+
+def _mean_ms(total_s: float, count: int) -> float | None:
+    return round(total_s / count * 1000, 3) if count else None
+
+
+def _plain(value: Any) -> Any:
+    """The model as JSON has it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, SocketAddress):
+            return str(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Makes room for our socket: only a socket, and only one that nobody answers on. Raises CommandError."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise CommandError(f"admin: {path} exists and is not a socket: move it away or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise CommandError(f"admin: another process answers on {path}: stop it or choose another path")

@@ -1,0 +1,233 @@
+"""The composition root: builds the parts, wires them, runs until told to stop, takes them down in order. Nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from l4mesh.datapath import Datapath
+from l4mesh.errors import CommandError, ConfigError
+from l4mesh.model import Config, SocketAddress
+from l4mesh.runtime.access_log import AccessLog, configure_logging
+from l4mesh.runtime.admin import AdminServer, Facts
+from l4mesh.runtime.listeners import Listeners
+from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.reload import Reloader
+from l4mesh.runtime.resolve import Resolver
+from l4mesh.snapshot import ConnectionRecord
+
+TICK_S = 0.25
+RESOLVE_EVERY_S = 10.0
+RESERVED_DESCRIPTORS = 256
+"""Kept for files, the admin server and everything else that is not a connection."""
+POOLED_PIPES_DESCRIPTORS = 128
+DESCRIPTORS_PER_CONNECTION = 2.5
+"""Two sockets, and a pipe for one in four (HAProxy's ratio); a half that gets no pipe copies."""
+
+log = structlog.get_logger()
+
+
+def run(paths: Sequence[Path]) -> int:
+    """Runs l4mesh until SIGTERM or SIGINT. Returns the exit code; says on standard error what went wrong."""
+    configure_logging()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(App(paths).run())
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"l4mesh: {problem}", file=sys.stderr)
+        return 1
+    except CommandError as error:
+        print(f"l4mesh: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the cgroup's quota rounded up."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
+
+
+def raise_descriptor_limit() -> int:
+    """Raises RLIMIT_NOFILE to its hard limit and gives it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = 1 << 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def connections_within(descriptors: int, workers: int) -> int:
+    """How many connections the descriptors are enough for."""
+    free = descriptors - RESERVED_DESCRIPTORS - workers * POOLED_PIPES_DESCRIPTORS
+    return max(16, int(free / DESCRIPTORS_PER_CONNECTION))
+
+
+class App:
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._resolver = Resolver()
+        self._reloader = Reloader(paths, self._apply, self._resolver.resolve)
+        self._stop = asyncio.Event()
+        self._ready = False
+        self._lag_s = 0.0
+        self._lag_max_s = 0.0
+        self._admin_address = ""
+        self._bound: list[tuple[str, SocketAddress]] = []
+        self._datapath: Datapath | None = None
+        self._listeners: Listeners | None = None
+        self._access_log: AccessLog | None = None
+        self._descriptors = raise_descriptor_limit()
+        self._n_workers = 0
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        admin: AdminServer | None = None
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await self._reloader.load_first()
+            config = self._reloader.config
+            assert config is not None and self._datapath is not None
+            self._datapath.start()
+            await self._published()
+            admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
+            if config.admin:
+                self._admin_address = await admin.start(config.admin)
+            tasks = [loop.create_task(self._reloader.watch()), loop.create_task(self._tick())]
+            self._ready = True
+            log.info(
+                "ready",
+                admin=self._admin_address,
+                listeners={name: str(address) for name, address in self._bound},
+                workers=self._n_workers,
+                connections_limit=self._max_connections(config),
+                pid=os.getpid(),
+            )
+            stopping = loop.create_task(self._stop.wait())
+            done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()
+        finally:
+            self._ready = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if admin:
+                await admin.stop()
+            self._reloader.close()
+            self._close()
+            log.info("stopped")
+
+    def _close(self) -> None:
+        if self._listeners:
+            self._listeners.close()
+        if self._datapath:
+            self._datapath.stop()
+        if self._access_log:
+            self._access_log.close()
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
+
+    def _apply(self, config: Config) -> int:
+        """Called by the reloader on its thread."""
+        if self._datapath is None or self._listeners is None:
+            self._n_workers = config.workers or usable_cpus()
+            self._access_log = AccessLog(config.access_log)
+            self._datapath = Datapath(self._n_workers, self._descriptors, self._log_records)
+            self._listeners = Listeners(self._n_workers)
+        else:
+            self._warn_of_fixed(config)
+        sockets = self._listeners.open(config)
+        bound = [(name, address) for name, binds in sockets.items() for address, _ in binds]
+        own = [address for _, address in bound]
+        admin = self._admin_address or config.admin
+        if admin and not admin.startswith("unix:"):
+            host, _, port = admin.rpartition(":")
+            own.append(SocketAddress(host.strip("[]"), int(port)))
+        generation = self._datapath.apply(config, sockets, own, self._max_connections(config))
+        self._bound = bound
+        self._listeners.close_unused(config)
+        return generation
+
+    async def _published(self) -> None:
+        """Waits until the workers, which have just started, have the first plan: then every listener is served."""
+        assert self._datapath is not None
+        await asyncio.to_thread(self._datapath.wait_until_seen)
+
+    def _max_connections(self, config: Config) -> int:
+        most = connections_within(self._descriptors, self._n_workers)
+        return min(config.max_connections, most) if config.max_connections else most
+
+    def _warn_of_fixed(self, config: Config) -> None:
+        before = self._reloader.config
+        assert before is not None
+        for key in ("workers", "admin", "access_log"):
+            if getattr(before, key) != getattr(config, key) and not (
+                key == "access_log"
+                and (before.access_log.path, before.access_log.format) == (config.access_log.path, config.access_log.format)
+            ):
+                log.warning("config_needs_restart", key=key, means="the running process keeps the old value")
+
+    # -- what the admin server shows -------------------------------------------------------------------------------------
+
+    def _sources(self) -> Sources:
+        assert self._datapath is not None
+        return Sources(
+            self._datapath.snapshot,
+            self._datapath.endpoints,
+            lambda: self._reloader.status,
+            lambda: self._access_log.dropped if self._access_log else 0,
+            self._take_lag,
+        )
+
+    def _is_ready(self) -> bool:
+        return self._ready
+
+    def _config(self) -> Config | None:
+        return self._reloader.config
+
+    def _take_lag(self) -> tuple[float, float]:
+        greatest, self._lag_max_s = self._lag_max_s, 0.0
+        return self._lag_s, greatest
+
+    def _log_records(self, records: list[ConnectionRecord]) -> None:
+        assert self._access_log is not None
+        self._access_log.write(records)
+
+    # -- the loop's own work -----------------------------------------------------------------------------------------------
+
+    def _hang_up(self) -> None:
+        """SIGHUP: look at the files, and open the access log anew after a rotation."""
+        if self._access_log:
+            self._access_log.reopen()
+        self._hang_up_task = asyncio.get_running_loop().create_task(self._reloader.reload())
+
+    async def _tick(self) -> None:
+        resolve_at = time.monotonic() + RESOLVE_EVERY_S
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(TICK_S)
+            self._lag_s = max(0.0, time.monotonic() - before - TICK_S)
+            self._lag_max_s = max(self._lag_max_s, self._lag_s)
+            assert self._datapath is not None
+            self._datapath.tick()
+            if self._resolver.has_names and time.monotonic() >= resolve_at:
+                resolve_at = time.monotonic() + RESOLVE_EVERY_S
+                await self._reloader.reload()

@@ -1,0 +1,189 @@
+"""Counters of the data path as Prometheus metrics, in its text format and in OpenMetrics."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import exposition as text_format
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+
+from l4mesh import __version__
+from l4mesh.errors import CloseReason
+from l4mesh.runtime.reload import ReloadStatus
+from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot
+
+_BUCKET_NAMES = [f"{bound:g}" for bound in CONNECT_BUCKETS_S] + ["+Inf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the figures come from. Each is called once a scrape, off the control loop."""
+
+    snapshot: Callable[[], Snapshot]
+    endpoints: Callable[[], list[EndpointSnapshot]]
+    reload_status: Callable[[], ReloadStatus]
+    access_log_dropped: Callable[[], int]
+    loop_lag_s: Callable[[], tuple[float, float]]
+    """The last lag and the greatest since the scrape before."""
+
+
+def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
+    """The body of a scrape and its content type, chosen by the Accept header."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(MeshCollector(sources))
+    ProcessCollector(registry=registry)
+    if "application/openmetrics-text" in accept:
+        kind = openmetrics.CONTENT_TYPE_LATEST
+    else:
+        kind = text_format.CONTENT_TYPE_LATEST
+    encode, _ = choose_encoder(kind)
+    return encode(registry), kind
+
+
+class MeshCollector(Collector):
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        snapshot = self._sources.snapshot()
+        yield from _listener_metrics(snapshot)
+        yield from _cluster_metrics(snapshot)
+        yield from _endpoint_metrics(self._sources.endpoints())
+        yield from _worker_metrics(snapshot)
+        yield from _config_metrics(snapshot, self._sources.reload_status())
+        yield from self._process_metrics(snapshot)
+
+    def _process_metrics(self, snapshot: Snapshot) -> Iterator[Metric]:
+        last, greatest = self._sources.loop_lag_s()
+        yield _gauge("l4mesh_loop_lag_seconds", "How late the control loop ran its last tick.", last)
+        yield _gauge("l4mesh_loop_lag_max_seconds", "The latest tick since the scrape before.", greatest)
+        yield _counter(
+            "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.",
+            self._sources.access_log_dropped(),
+        )  # fmt: skip
+        yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
+        yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
+        info = GaugeMetricFamily("l4mesh_build_info", "Always 1; the version is the label.", labels=["version"])
+        info.add_metric([__version__], 1)
+        yield info
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _reasons(family: CounterMetricFamily, name: str, closed: Mapping[CloseReason, int]) -> None:
+    for reason, count in closed.items():
+        family.add_metric([name, reason.label, reason.initiator.value], count)
+
+
+def _listener_metrics(snapshot: Snapshot) -> Iterator[Metric]:
+    opened = CounterMetricFamily("l4mesh_listener_connections_opened", "Connections accepted.", labels=["listener"])
+    active = GaugeMetricFamily("l4mesh_listener_connections_active", "Live connections.", labels=["listener"])
+    closed = CounterMetricFamily(
+        "l4mesh_listener_connections_closed", "Connections ended, by reason.", labels=["listener", "reason", "initiator"]
+    )
+    for listener in (*snapshot.listeners, snapshot.retired_listeners):
+        opened.add_metric([listener.name], listener.opened)
+        active.add_metric([listener.name], listener.active)
+        _reasons(closed, listener.name, listener.closed)
+    yield from (opened, active, closed)
+
+
+def _cluster_metrics(snapshot: Snapshot) -> Iterator[Metric]:
+    opened = CounterMetricFamily("l4mesh_connections_opened", "Connections routed to the cluster.", labels=["cluster"])
+    active = GaugeMetricFamily("l4mesh_connections_active", "Live connections.", labels=["cluster"])
+    closed = CounterMetricFamily(
+        "l4mesh_connections_closed", "Connections ended, by reason.", labels=["cluster", "reason", "initiator"]
+    )
+    moved = CounterMetricFamily("l4mesh_bytes", "Bytes handed to the receiving socket.", labels=["cluster", "direction"])
+    attempts = CounterMetricFamily("l4mesh_connect_attempts", "Dials.", labels=["cluster"])
+    failures = CounterMetricFamily("l4mesh_connect_failures", "Dials that the endpoint failed.", labels=["cluster"])
+    connect = HistogramMetricFamily("l4mesh_connect_seconds", "Time of dials that succeeded.", labels=["cluster"])
+    for cluster in (*snapshot.clusters, snapshot.retired):
+        opened.add_metric([cluster.name], cluster.opened)
+        active.add_metric([cluster.name], cluster.active)
+        if not cluster.opened:
+            continue
+        _reasons(closed, cluster.name, cluster.closed)
+        moved.add_metric([cluster.name, "to_upstream"], cluster.bytes_to_upstream)
+        moved.add_metric([cluster.name, "to_downstream"], cluster.bytes_to_downstream)
+        attempts.add_metric([cluster.name], cluster.connect_attempts)
+        failures.add_metric([cluster.name], cluster.connect_failures)
+        connect.add_metric([cluster.name], _buckets(cluster), cluster.connect_seconds_sum)
+    yield from (opened, active, closed, moved, attempts, failures, connect)
+
+
+def _buckets(cluster: ClusterSnapshot) -> list[tuple[str, float]]:
+    total = 0
+    buckets: list[tuple[str, float]] = []
+    for name, count in zip(_BUCKET_NAMES, cluster.connect_seconds_buckets, strict=True):
+        total += count
+        buckets.append((name, total))
+    return buckets
+
+
+def _endpoint_metrics(endpoints: list[EndpointSnapshot]) -> Iterator[Metric]:
+    labels = ["cluster", "endpoint"]
+    active = GaugeMetricFamily("l4mesh_endpoint_connections_active", "Live connections, dials included.", labels=labels)
+    opened = CounterMetricFamily("l4mesh_endpoint_connections_opened", "Connections made.", labels=labels)
+    failures = CounterMetricFamily("l4mesh_endpoint_connect_failures", "Dials that failed.", labels=labels)
+    moved = CounterMetricFamily(
+        "l4mesh_endpoint_bytes", "Bytes of connections that ended.", labels=["cluster", "endpoint", "direction"]
+    )
+    for endpoint in endpoints:
+        if not (endpoint.opened or endpoint.active or endpoint.connect_failures):
+            continue
+        names = [endpoint.cluster, endpoint.address]
+        active.add_metric(names, endpoint.active)
+        opened.add_metric(names, endpoint.opened)
+        failures.add_metric(names, endpoint.connect_failures)
+        moved.add_metric([*names, "to_upstream"], endpoint.bytes_to_upstream)
+        moved.add_metric([*names, "to_downstream"], endpoint.bytes_to_downstream)
+    yield from (active, opened, failures, moved)
+
+
+def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
+    figures: list[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, str, str]] = [
+        (GaugeMetricFamily, "worker_connections_active", "Live connections.", "active"),
+        (CounterMetricFamily, "worker_connections_accepted", "Connections accepted.", "accepted"),
+        (CounterMetricFamily, "accept_pauses", "Times that accepting paused for want of descriptors.", "accept_pauses"),
+        (GaugeMetricFamily, "accept_paused", "1 while accepting pauses.", "paused"),
+        (CounterMetricFamily, "records_dropped", "Records for the log that found the ring full.", "records_dropped"),
+        (GaugeMetricFamily, "pipes_open", "Pipes for splice, in use or pooled.", "pipes"),
+        (CounterMetricFamily, "worker_turns", "Turns of the event loop.", "turns"),
+        (CounterMetricFamily, "bytes_copied", "Bytes moved through user memory.", "bytes_copied"),
+        (CounterMetricFamily, "bytes_spliced", "Bytes moved inside the kernel.", "bytes_spliced"),
+    ]
+    for kind, name, text, field in figures:
+        family = kind(f"l4mesh_{name}", text, labels=["worker"])
+        for worker in snapshot.workers:
+            family.add_metric([str(worker.worker)], getattr(worker, field))
+        yield family
+
+
+def _config_metrics(snapshot: Snapshot, status: ReloadStatus) -> Iterator[Metric]:
+    yield _gauge("l4mesh_config_generation", "Generation of the plan in force.", snapshot.generation)
+    yield _gauge("l4mesh_config_plans_alive", "Plans in memory; 2 only while one replaces the other.", snapshot.plans_alive)
+    yield _gauge("l4mesh_config_last_reload_success", "0 while the files hold a configuration that was refused.",
+                 int(status.last_error is None))  # fmt: skip
+    yield _gauge("l4mesh_config_loaded_timestamp_seconds", "When the plan in force was loaded.", status.loaded_unix_s)
+    reloads = CounterMetricFamily("l4mesh_config_reloads", "Looks at the files, by result.", labels=["result"])
+    for result in ("succeeded", "unchanged", "failed"):
+        reloads.add_metric([result], getattr(status, result))
+    yield reloads

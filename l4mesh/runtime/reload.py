@@ -1,0 +1,133 @@
+"""Watched files: a change becomes a new plan, or changes nothing and says why."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+import watchfiles
+
+from l4mesh.config.load import ConfigCache, load_config
+from l4mesh.errors import CommandError, ConfigError
+from l4mesh.model import Config
+
+DEBOUNCE_MS = 400
+STEP_MS = 80
+LOOK_ANYWAY_MS = 30_000
+"""Some file systems report no changes; looking costs one ``stat`` a file."""
+NICENESS = 10
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadStatus:
+    """How loading has gone so far. ``last_error`` is of the newest attempt; None when that one succeeded."""
+
+    generation: int = 0
+    digest: str = ""
+    loaded_unix_s: float = 0.0
+    succeeded: int = 0
+    unchanged: int = 0
+    failed: int = 0
+    last_error: tuple[str, ...] | None = None
+    last_error_unix_s: float = 0.0
+
+
+class Reloader:
+    """Loads the configuration and keeps it current.
+
+    ``apply`` makes a configuration the one in force and returns its generation; it raises CommandError when it can't, and then
+    nothing has changed. It is called on a thread of its own of low priority, one call at a time: neither the workers nor the
+    control loop wait for it.
+    """
+
+    def __init__(self, paths: Sequence[Path], apply: Callable[[Config], int], resolve: Callable[[Config], Config]) -> None:
+        self._paths = list(paths)
+        self._apply = apply
+        self._resolve = resolve
+        self._cache = ConfigCache()
+        self._executor = ThreadPoolExecutor(1, "l4mesh-config", initializer=_be_nice)
+        self._lock = asyncio.Lock()
+        self.status = ReloadStatus()
+        self.config: Config | None = None
+
+    async def load_first(self) -> None:
+        """Raises ConfigError or CommandError: there is no good plan yet to go on with."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._load, True)
+
+    async def reload(self) -> None:
+        """Looks at the files and applies what changed. A failure is counted, logged and kept in ``status``."""
+        async with self._lock:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False)
+            except (ConfigError, CommandError) as error:
+                self._note_failure(str(error).splitlines())
+
+    def _load(self, first: bool) -> None:
+        config = load_config(self._paths, self._cache)
+        resolved = self._resolve(config)
+        if self.config is not None and resolved == self.config and config.digest == self.config.digest:
+            # A file that was broken and is back to what is in force is no failure any more.
+            self.status = replace(self.status, unchanged=self.status.unchanged + 1, last_error=None)
+            return
+        generation = self._apply(resolved)
+        self.config = resolved
+        self.status = replace(
+            self.status,
+            generation=generation,
+            digest=config.digest,
+            loaded_unix_s=time.time(),
+            succeeded=self.status.succeeded + 1,
+            last_error=None,
+        )
+        if not first:
+            log.info("config_reloaded", generation=generation)
+
+    def _note_failure(self, problems: list[str]) -> None:
+        said = self.status.last_error == tuple(problems)
+        self.status = replace(
+            self.status, failed=self.status.failed + 1, last_error=tuple(problems), last_error_unix_s=time.time()
+        )
+        if not said:
+            log.error("config_refused", problems=problems, goes_on_with_generation=self.status.generation)
+
+    async def watch(self) -> None:
+        """Reloads at every change until cancelled."""
+        while True:
+            try:
+                async for _ in watchfiles.awatch(
+                    *_folders(self._paths),
+                    watch_filter=None,
+                    debounce=DEBOUNCE_MS,
+                    step=STEP_MS,
+                    rust_timeout=LOOK_ANYWAY_MS,
+                    yield_on_timeout=True,
+                ):
+                    await self.reload()
+            except (FileNotFoundError, OSError, RuntimeError) as error:
+                # A folder that is being replaced comes back, or the next look says what is missing.
+                log.warning("config_watch_interrupted", error=str(error))
+                await asyncio.sleep(1)
+                await self.reload()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _folders(paths: Sequence[Path]) -> list[Path]:
+    """What to watch: folders, because editors and Kubernetes replace files instead of writing them."""
+    folders = {path if path.is_dir() else path.parent for path in paths}
+    folders |= {path.resolve().parent for path in paths if path.is_symlink()}
+    return sorted(folder for folder in folders if folder.exists())
+
+
+def _be_nice() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

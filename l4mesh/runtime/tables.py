@@ -1,0 +1,95 @@
+"""The tables of ``l4mesh status`` and ``l4mesh connections``, from what the admin server answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def make_table(title: str, *columns: str) -> Table:
+    """A table whose columns are right-aligned when their name starts with ">"."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def show_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def show_ms(ms: float | None) -> str:
+    if ms is None:
+        return "-"
+    return f"{ms:.2f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
+
+
+def cluster_table(clusters: list[dict[str, Any]]) -> Table:
+    table = make_table(
+        "endpoints", "cluster", "endpoint", ">weight", ">active", ">opened", ">failed", ">sent", ">received", "state"
+    )
+    for cluster in clusters:
+        for endpoint in cluster["endpoints"]:
+            state = "warming" if endpoint["warming"] else "drained" if endpoint["weight"] == 0 else "serving"
+            table.add_row(
+                cluster["name"], endpoint["address"], str(endpoint["weight"]), str(endpoint["active"]),
+                str(endpoint["opened"]), str(endpoint["connect_failures"]), show_bytes(endpoint["bytes_to_upstream"]),
+                show_bytes(endpoint["bytes_to_downstream"]), state,
+            )  # fmt: skip
+        if not cluster["endpoints"]:
+            table.add_row(
+                cluster["name"], "-", "-", str(cluster["active"]), str(cluster["opened"]), str(cluster["connect_failures"]),
+                show_bytes(cluster["bytes_to_upstream"]), show_bytes(cluster["bytes_to_downstream"]), "",
+            )  # fmt: skip
+    return table
+
+
+def reason_table(closed: dict[str, int]) -> Table:
+    table = make_table("connections ended", "reason", ">count")
+    for reason, count in sorted(closed.items(), key=lambda item: -item[1]):
+        table.add_row(reason, str(count))
+    return table
+
+
+def print_status(console: Console, status: dict[str, Any], clusters: list[dict[str, Any]]) -> None:
+    config = status["config"]
+    active = sum(worker["active"] for worker in status["workers"])
+    console.print(
+        f"l4mesh {status['version']}, pid {status['pid']}, {'ready' if status['ready'] else 'NOT READY'}, "
+        f"up {status['uptime_s']:.0f} s, generation {status['generation']}, {len(status['workers'])} workers, "
+        f"{active} of {status['connections_limit']} connections",
+        highlight=False,
+    )
+    if config["last_error"]:
+        console.print(f"the files hold a configuration that was refused; generation {status['generation']} goes on:")
+        for problem in config["last_error"]:
+            console.print(f"  {problem}", highlight=False, markup=False)
+    listeners = make_table("listeners", "name", "bind", ">active", ">opened")
+    for listener in status["listeners"]:
+        listeners.add_row(listener["name"], ", ".join(listener["bind"]), str(listener["active"]), str(listener["opened"]))
+    console.print(listeners)
+    console.print(cluster_table(clusters))
+    if status["closed"]:
+        console.print(reason_table(status["closed"]))
+
+
+def print_connections(console: Console, connections: list[dict[str, Any]], more: bool) -> None:
+    table = make_table(
+        "connections", "id", "state", "listener", "cluster", "source", "destination", "endpoint", ">age", ">idle", ">sent", ">received"
+    )  # fmt: skip
+    for one in connections:
+        table.add_row(
+            one["id"], one["state"], one["listener"], one["cluster"], one["source"], one["destination"], one["endpoint"],
+            show_ms(one["age_ms"]), show_ms(one["idle_ms"]), show_bytes(one["bytes_to_upstream"]),
+            show_bytes(one["bytes_to_downstream"]),
+        )  # fmt: skip
+    console.print(table)
+    if more:
+        console.print("there are more: --limit shows more of them")
