@@ -1,0 +1,190 @@
+"""Rules on a host: put in place, compared, removed. Everything else on the host stays as it is.
+
+What should be there is learned from iptables itself: the rules are put into an empty network namespace and listed there, so that
+a comparison never stumbles over how a rule is spelt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from l4mesh.capture.render import render, rule_commands
+from l4mesh.capture.rules import CHAIN_PREFIX, ROUTE_PREFERENCE, ROUTE_TABLE, FamilyRules
+from l4mesh.errors import CommandError
+
+_COUNTERS = re.compile(r"^\[\d+:\d+\] ")
+Place = tuple[str, str]
+"""(table, chain)"""
+
+
+@dataclass(slots=True)
+class Listing:
+    """What is there of ours, of one family: chains with their lines, and the jumps to them."""
+
+    chains: dict[Place, list[str]] = field(default_factory=dict)
+    jumps: list[tuple[str, str]] = field(default_factory=list)
+    """(table, "-A …" line) in order."""
+
+
+def apply_rules(families: Sequence[FamilyRules], netns: str | None = None) -> None:
+    """Puts the rules in place, each family in one transaction; what is there of ours is replaced. Raises CommandError."""
+    for is_v6 in (False, True):
+        family = next((family for family in families if family.is_v6 == is_v6), None)
+        if family is None:
+            _remove_family(is_v6, netns)
+            continue
+        found = _list(is_v6, netns)
+        _restore(is_v6, render(family, found.jumps, list(found.chains)), netns)
+        _remove_routes(is_v6, netns)
+        for command in rule_commands(family):
+            _run(["ip", *command], netns)
+
+
+def check_rules(families: Sequence[FamilyRules], netns: str | None = None) -> list[str]:
+    """Every difference between what is in place and what should be, in words. Raises CommandError."""
+    differences: list[str] = []
+    for is_v6 in (False, True):
+        family = next((family for family in families if family.is_v6 == is_v6), None)
+        differences += _check_family(family, is_v6, netns)
+    return differences
+
+
+def remove_rules(netns: str | None = None) -> None:
+    """Removes all chains, jumps, routes and routing rules of ours. Raises CommandError."""
+    for is_v6 in (False, True):
+        _remove_family(is_v6, netns)
+
+
+def _remove_family(is_v6: bool, netns: str | None) -> None:
+    if is_v6 and not shutil.which("ip6tables-save"):
+        return
+    found = _list(is_v6, netns)
+    if found.chains or found.jumps:
+        nothing = FamilyRules(is_v6, (), "", routes=False)
+        _restore(is_v6, render(nothing, found.jumps, list(found.chains)), netns)
+    _remove_routes(is_v6, netns)
+
+
+def _check_family(family: FamilyRules | None, is_v6: bool, netns: str | None) -> list[str]:
+    name = "IPv6" if is_v6 else "IPv4"
+    found = _list(is_v6, netns)
+    wanted = _parse(_canonical(family)) if family else Listing()
+    differences: list[str] = []
+    for place in dict.fromkeys([*wanted.chains, *found.chains]):
+        where = f"{name} {place[0]} {place[1]}"
+        if place not in found.chains:
+            differences.append(f"{where}: the chain is missing")
+        elif place not in wanted.chains:
+            differences.append(f"{where}: the chain should not be there")
+        else:
+            differences += [f"{where}: {text}" for text in _compare(wanted.chains[place], found.chains[place])]
+    for jump in dict.fromkeys([*wanted.jumps, *found.jumps]):
+        count = found.jumps.count(jump) - wanted.jumps.count(jump)
+        where = f"{name} {jump[0]}"
+        if count:
+            differences.append(f"{where}: {'missing' if count < 0 else 'one too many'}: {jump[1]}")
+    if not differences and found.jumps != wanted.jumps:
+        differences.append(f"{name}: the jumps to our chains are in another order")
+    return differences + [f"{name} {text}" for text in _check_routes(family, is_v6, netns)]
+
+
+def _compare(wanted: list[str], found: list[str]) -> list[str]:
+    missing = [line for line in wanted if line not in found]
+    extra = [line for line in found if line not in wanted]
+    texts = [f"missing: {line}" for line in missing] + [f"not ours: {line}" for line in extra]
+    if not texts and wanted != found:
+        texts = ["the rules are in another order, or one stands twice"]
+    return texts
+
+
+def _check_routes(family: FamilyRules | None, is_v6: bool, netns: str | None) -> list[str]:
+    wanted = bool(family and family.routes)
+    rules = _routing_rules(is_v6, netns)
+    routes = _routes(is_v6, netns)
+    texts = []
+    if wanted and len(rules) != 1:
+        texts.append(f"routing: {'missing' if not rules else 'more than one'}: rule fwmark lookup {ROUTE_TABLE}")
+    elif wanted and family and _mark_of(rules[0]) != family.return_mark:
+        texts.append(f"routing: the rule matches mark {_mark_of(rules[0])} and should match {family.return_mark}")
+    if wanted and not any(route.get("type") == "local" for route in routes):
+        texts.append(f"routing: missing: local route in table {ROUTE_TABLE}")
+    if not wanted and (rules or routes):
+        texts.append(f"routing: rule or route of table {ROUTE_TABLE} should not be there")
+    return texts
+
+
+def _mark_of(rule: dict[str, str]) -> str:
+    return f"{rule.get('fwmark', '')}/{rule.get('fwmask', '')}"
+
+
+def _routing_rules(is_v6: bool, netns: str | None) -> list[dict[str, str]]:
+    listed = json.loads(_run(["ip", "-j", "-6" if is_v6 else "-4", "rule", "list"], netns) or "[]")
+    return [rule for rule in listed if rule.get("table") == str(ROUTE_TABLE) or rule.get("priority") == ROUTE_PREFERENCE]
+
+
+def _routes(is_v6: bool, netns: str | None) -> list[dict[str, str]]:
+    command = ["ip", "-j", "-6" if is_v6 else "-4", "route", "show", "table", str(ROUTE_TABLE)]
+    # A table that has never been used is an error to `ip`, not an empty one.
+    listed: list[dict[str, str]] = json.loads(_run(command, netns, may_fail=True) or "[]")
+    return listed
+
+
+def _remove_routes(is_v6: bool, netns: str | None) -> None:
+    version = "-6" if is_v6 else "-4"
+    for _ in _routing_rules(is_v6, netns):
+        _run(["ip", version, "rule", "del", "pref", str(ROUTE_PREFERENCE)], netns, may_fail=True)
+    if _routes(is_v6, netns):
+        _run(["ip", version, "route", "flush", "table", str(ROUTE_TABLE)], netns)
+
+
+def _list(is_v6: bool, netns: str | None) -> Listing:
+    return _parse(_run(["ip6tables-save" if is_v6 else "iptables-save"], netns))
+
+
+def _parse(saved: str) -> Listing:
+    listing = Listing()
+    table = ""
+    for raw in saved.splitlines():
+        line = _COUNTERS.sub("", raw)
+        if line.startswith("*"):
+            table = line[1:]
+        elif line.startswith(f":{CHAIN_PREFIX}"):
+            listing.chains[table, line[1:].split()[0]] = []
+        elif line.startswith(f"-A {CHAIN_PREFIX}"):
+            listing.chains.setdefault((table, line.split()[1]), []).append(line)
+        elif line.startswith("-A ") and f"-j {CHAIN_PREFIX}" in line:
+            listing.jumps.append((table, line))
+    return listing
+
+
+def _canonical(family: FamilyRules) -> str:
+    """The rules as iptables lists them: from a namespace of their own that is gone afterwards."""
+    tool = "ip6tables" if family.is_v6 else "iptables"
+    script = f"{tool}-restore --noflush && {tool}-save"
+    return _run(["unshare", "--net", "sh", "-c", script], None, stdin=render(family))
+
+
+def _restore(is_v6: bool, text: str, netns: str | None) -> None:
+    _run(["ip6tables-restore" if is_v6 else "iptables-restore", "--noflush", "--wait", "10"], netns, stdin=text)
+
+
+def _run(command: list[str], netns: str | None, *, stdin: str | None = None, may_fail: bool = False) -> str:
+    """Standard output of a command, in a network namespace when one is given. Raises CommandError with what it said."""
+    if not shutil.which(command[0]):
+        package = "iproute2" if command[0] == "ip" else "util-linux" if command[0] == "unshare" else "iptables"
+        raise CommandError(f"{command[0]} is not installed: install the package {package}")
+    prefix: list[str] = []
+    if netns:
+        prefix = ["nsenter", f"--net={netns}"] if "/" in netns else ["ip", "netns", "exec", netns]
+    done = subprocess.run([*prefix, *command], input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode and not may_fail:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        reason = said[0] if said else f"exit code {done.returncode}"
+        hint = ": run it as root" if "ermission denied" in reason or "not permitted" in reason else ""
+        raise CommandError(f"{' '.join(command)}: {reason}{hint}")
+    return "" if done.returncode else done.stdout
