@@ -1,0 +1,213 @@
+"""How connections end: the same script against l4mesh and the others, side by side. Invariants 1, 2, 3 and 5 of the design."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Factory
+from tests.support.mesh import simple
+from tests.support.peers import Server, black_hole, closed_port, connect, read_exactly, read_to_end, reset
+from tests.support.proxies import run_proxy
+from tests.support.waiting import wait_until
+
+KB_100 = b"x" * 100_000
+
+
+@dataclass
+class Stage:
+    """An endpoint whose connection the script holds."""
+
+    peers: list[socket.socket] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def serve(self, peer: socket.socket) -> None:
+        self.peers.append(peer)
+        self.done.wait(30)
+
+    def peer(self) -> socket.socket:
+        wait_until(lambda: self.peers, "the endpoint has the connection")
+        return self.peers[-1]
+
+
+def downstream_ends_first(client: socket.socket, stage: Stage) -> str:
+    client.sendall(b"question")
+    client.shutdown(socket.SHUT_WR)
+    peer = stage.peer()
+    read_to_end(peer)
+    with contextlib.suppress(ConnectionError):
+        peer.sendall(KB_100)
+        peer.shutdown(socket.SHUT_WR)
+    data, end = read_to_end(client)
+    return "delivered" if data == KB_100 and end == "FIN" else f"lost: {len(data)} B, {end}"
+
+
+def upstream_ends_first(client: socket.socket, stage: Stage) -> str:
+    client.sendall(b"hello")
+    peer = stage.peer()
+    read_exactly(peer, 5)
+    peer.shutdown(socket.SHUT_WR)
+    read_to_end(client)
+    with contextlib.suppress(ConnectionError):
+        client.sendall(KB_100)
+        client.shutdown(socket.SHUT_WR)
+    data, end = read_to_end(peer)
+    return "delivered" if data == KB_100 and end == "FIN" else f"lost: {len(data)} B, {end}"
+
+
+def upstream_resets_idle(client: socket.socket, stage: Stage) -> str:
+    client.sendall(b"hello")
+    peer = stage.peer()
+    read_exactly(peer, 5)
+    reset(peer)
+    return read_to_end(client)[1]
+
+
+def downstream_resets(client: socket.socket, stage: Stage) -> str:
+    client.sendall(b"hello")
+    peer = stage.peer()
+    read_exactly(peer, 5)
+    reset(client)
+    return read_to_end(peer)[1]
+
+
+def upstream_sends_then_resets(client: socket.socket, stage: Stage) -> str:
+    client.sendall(b"hello")
+    peer = stage.peer()
+    read_exactly(peer, 5)
+    peer.sendall(b"y" * 200_000)
+    # Only what has left the endpoint can arrive: a reset discards the rest at the endpoint itself.
+    wait_until(lambda: unsent(peer) == 0, "the endpoint's bytes are acknowledged")
+    reset(peer)
+    data, end = read_to_end(client)
+    return f"{len(data) // 1000} kB, {end}"
+
+
+def unsent(peer: socket.socket) -> int:
+    import fcntl
+    import struct
+    import termios
+
+    return int(struct.unpack("i", fcntl.ioctl(peer, termios.TIOCOUTQ, b"\0" * 4))[0])
+
+
+def upstream_refuses(client: socket.socket, stage: Stage) -> str:
+    return read_to_end(client)[1]
+
+
+Script = Callable[[socket.socket, Stage], str]
+CASES: list[tuple[str, Script, str]] = [
+    ("downstream SHUT_WR, upstream then sends 100 kB", downstream_ends_first, "delivered"),
+    ("upstream SHUT_WR, downstream then sends 100 kB", upstream_ends_first, "delivered"),
+    ("upstream RST while idle: downstream sees", upstream_resets_idle, "RST"),
+    ("downstream RST: upstream sees", downstream_resets, "RST"),
+    ("upstream sends 200 kB, then RST: downstream has", upstream_sends_then_resets, "200 kB, RST"),
+    ("upstream refuses: downstream sees", upstream_refuses, "RST"),
+]
+PROXIES = ["l4mesh", "haproxy", "nginx", "envoy"]
+
+
+@contextlib.contextmanager
+def run_any(name: str, mesh: Factory, folder: Path, endpoint: int) -> Iterator[int]:
+    if name == "l4mesh":
+        yield mesh(simple(f"127.0.0.1:{endpoint}")).port()
+    else:
+        with run_proxy(name, folder, endpoint) as port:
+            yield port
+
+
+def play(port: int, script: Script, stage: Stage) -> str:
+    try:
+        with connect(port) as client:
+            return script(client, stage)
+    except ConnectionResetError:
+        return "RST"
+    except (AssertionError, OSError) as error:
+        return f"{type(error).__name__}"
+
+
+@pytest.mark.peers
+def test_connections_end_as_designed_beside_the_other_proxies(
+    mesh: Factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes: dict[tuple[str, str], str] = {}
+    for name in PROXIES:
+        refused = closed_port()
+        stages = {what: Stage() for what, _, _ in CASES}
+        current = [Stage()]
+        with Server(lambda peer: current[0].serve(peer)) as server, run_any(name, mesh, tmp_path, server.port) as port:
+            for what, script, _ in CASES[:-1]:
+                current[0] = stages[what]
+                outcomes[what, name] = play(port, script, stages[what])
+                stages[what].done.set()
+        with run_any(name, mesh, tmp_path / "refused", refused) as port:
+            what, script, _ = CASES[-1]
+            outcomes[what, name] = play(port, script, stages[what])
+    with capsys.disabled():
+        print("\n" + "".join(f"{head:<52}" if i == 0 else f"{head:<26}" for i, head in enumerate(["how connections end", *PROXIES])))
+        for what, _, _ in CASES:
+            print(f"{what:<52}" + "".join(f"{outcomes[what, name]:<26}" for name in PROXIES))
+    for what, _, wanted in CASES:
+        assert outcomes[what, "l4mesh"] == wanted, what
+        assert all(outcomes[what, name] for name in PROXIES)
+
+
+def test_a_refused_dial_goes_to_the_next_endpoint_at_once(mesh: Factory) -> None:
+    with Server(lambda peer: peer.sendall(b"here")) as server:
+        m = mesh(simple(f"127.0.0.1:{closed_port()}", server.address, balance="round_robin", connect={"timeout": "10s"}))
+        for _ in range(10):
+            with connect(m.port()) as client:
+                assert read_to_end(client) == (b"here", "FIN")
+        assert m.cluster()["connect_failures"] >= 3
+
+
+def test_a_black_hole_ends_in_the_connect_timeout_and_the_next_endpoint(mesh: Factory) -> None:
+    with Server(lambda peer: peer.sendall(b"here")) as server, black_hole() as hole:
+        m = mesh(simple(f"127.0.0.1:{hole}", server.address, balance="round_robin", connect={"timeout": "100ms"}))
+        for _ in range(4):
+            with connect(m.port()) as client:
+                assert read_to_end(client) == (b"here", "FIN")
+        assert m.cluster()["connect_failures"] >= 1
+
+
+def test_only_black_holes_end_within_the_budget(mesh: Factory) -> None:
+    with black_hole() as hole:
+        m = mesh(simple(f"127.0.0.1:{hole}", connect={"timeout": "80ms", "attempts": 3}))
+        with connect(m.port()) as client:
+            assert read_to_end(client) == (b"", "RST")
+        m.wait_closed(connect_timeout=1)
+        assert m.cluster()["connect_attempts"] == 3
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+def test_a_client_that_leaves_while_we_dial_cancels_the_dial(mesh: Factory, leave: str) -> None:
+    with black_hole() as hole:
+        m = mesh(simple(f"127.0.0.1:{hole}", connect={"timeout": "60s", "attempts": 1}))
+        client = connect(m.port())
+        wait_until(lambda: m.active() == 1, "the dial is under way")
+        if leave == "close":
+            client.close()
+        else:
+            reset(client)
+        m.wait_closed(downstream_left=1)
+
+
+def test_a_client_that_ends_its_half_after_a_request_is_still_dialled_for(mesh: Factory) -> None:
+    with Server(lambda peer: peer.sendall(read_to_end(peer)[0].upper())) as server, black_hole() as hole:
+        m = mesh(simple(f"127.0.0.1:{hole}", server.address, balance="round_robin", connect={"timeout": "300ms"}))
+        for _ in range(2):
+            with connect(m.port()) as client:
+                client.sendall(b"question")
+                client.shutdown(socket.SHUT_WR)
+                assert read_to_end(client) == (b"QUESTION", "FIN")
+
+
+def test_a_cluster_without_endpoints_refuses_and_says_so(mesh: Factory) -> None:
+    m = mesh(simple())
+    with connect(m.port()) as client:
+        assert read_to_end(client) == (b"", "RST")
+    m.wait_closed(no_endpoint=1)
