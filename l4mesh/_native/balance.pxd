@@ -476,10 +476,16 @@ cdef inline bint endpoint_is_warm(const cluster_t *cluster, pick_t *pick, uint32
     return warmth == 1000 or below(pick_random(pick), 1000) < warmth
 
 
+cdef inline uint64_t endpoint_load(const cluster_t *cluster, uint32_t index) noexcept nogil:
+    cdef int64_t active = load(&cluster.endpoints[index].stat.active)
+    return <uint64_t> active + 1 if active > 0 else 0
+
+
 cdef inline bint load_is_less(const cluster_t *cluster, uint32_t a, uint32_t b, uint64_t now_ms) noexcept nogil:
-    # Whether a would be less loaded for its weight with one connection more than b.
-    cdef uint64_t of_a = <uint64_t> load(&cluster.endpoints[a].stat.active) + 1
-    cdef uint64_t of_b = <uint64_t> load(&cluster.endpoints[b].stat.active) + 1
+    # Whether a would be less loaded for its weight with one connection more than b. Idle ones are equal (HAProxy's lb_fwlc.c):
+    # else the heaviest would get every connection as long as there are few.
+    cdef uint64_t of_a = endpoint_load(cluster, a)
+    cdef uint64_t of_b = endpoint_load(cluster, b)
     return (
         of_a * cluster.endpoints[b].weight * endpoint_warmth(cluster, b, now_ms)
         < of_b * cluster.endpoints[a].weight * endpoint_warmth(cluster, a, now_ms)
@@ -495,10 +501,15 @@ cdef inline uint32_t alias_draw(const tier_t *tier, pick_t *pick) noexcept nogil
 
 
 cdef inline int32_t scan_least(const cluster_t *cluster, const tier_t *tier, pick_t *pick, uint64_t now_ms) noexcept nogil:
-    # The least loaded usable endpoint, ties to the first from a random start.
+    # The least loaded usable endpoint. Ties go to one drawn by weight where there is an alias table, else to the first from a
+    # random start.
     cdef uint32_t i, index
     cdef uint32_t start = below(pick_random(pick), tier.n_members)
     cdef int32_t best = PICK_NONE
+    if cluster.settings.balance == BALANCE_LEAST_CONNECTIONS:
+        index = alias_draw(tier, pick)
+        if endpoint_is_usable(cluster, pick, index):
+            best = <int32_t> index
     for i in range(tier.n_members):
         index = tier.members[start + i if start + i < tier.n_members else start + i - tier.n_members]
         if endpoint_is_usable(cluster, pick, index):

@@ -34,6 +34,8 @@ def configure_logging() -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    # What strangers send to the admin server is no event of ours; failures of its handlers are logged where they happen.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
 def make_fields(record: ConnectionRecord) -> dict[str, Any]:

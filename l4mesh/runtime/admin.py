@@ -107,7 +107,13 @@ class AdminServer:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         async with self._places:
-            return await handler(request)
+            try:
+                return await handler(request)
+            except web.HTTPException:
+                raise
+            except Exception:
+                log.exception("admin_request_failed", path=request.path[:200])
+                return web.json_response({"error": "the request failed; the log says why"}, status=500)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         body, kind = await asyncio.to_thread(render_metrics, self._sources, request.headers.get("Accept", ""))

@@ -30,6 +30,8 @@ class SocketOptions:
     keepalive: Keepalive
     user_timeout_ms: int
     backlog: int
+    owner: str
+    """The listener, where the kernel chooses the port: two of them must not share a socket. Else ""."""
 
 
 class Listeners:
@@ -80,8 +82,9 @@ class Listeners:
 
 def socket_options(listener: Listener, bind: SocketAddress) -> SocketOptions:
     return SocketOptions(
-        bind, listener.capture == Capture.TPROXY, listener.keepalive, listener.user_timeout_ms, listener.backlog
-    )
+        bind, listener.capture == Capture.TPROXY, listener.keepalive, listener.user_timeout_ms, listener.backlog,
+        "" if bind.port else listener.name,
+    )  # fmt: skip
 
 
 def open_sockets(

@@ -1,0 +1,169 @@
+"""The load generator: builds ``load.pyx`` on first use, and runs it in a process of its own.
+
+The process is told what to do in its arguments, says when it is prepared (connections open, one reply checked on each), does one
+run for each line on its standard input, answers each with a line, and ends with its input.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import importlib
+import json
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from bench.process import Place
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "bench/load.pyx"
+DEADLINE_S = 60.0
+
+
+class Void(Exception):
+    """A check failed: what was measured doesn't count."""
+
+
+def build() -> ModuleType:
+    """The compiled generator, built when ``load.pyx``, Cython or Python has changed."""
+    import Cython
+
+    key = SOURCE.read_bytes() + f"{Cython.__version__} {sys.version}".encode()
+    folder = ROOT / ".cache/bench" / hashlib.sha256(key).hexdigest()[:16]
+    if not list(folder.glob(f"load*{sysconfig.get_config_var('EXT_SUFFIX')}")):
+        from Cython.Build import cythonize
+        from setuptools import Distribution, Extension
+
+        directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True}
+        extensions = cythonize(
+            [Extension("load", [str(SOURCE)], extra_compile_args=["-O2"])],
+            build_dir=str(folder), compiler_directives=directives, quiet=True,
+        )  # fmt: skip
+        command = Distribution({"ext_modules": extensions}).get_command_obj("build_ext")
+        command.build_lib = command.build_temp = str(folder)
+        command.ensure_finalized()
+        command.run()
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("load")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the load goes. Sources rotate over ``n_sources`` addresses, so that ports last; none: the kernel picks."""
+
+    host: str
+    port: int
+    first_source: str = ""
+    n_sources: int = 0
+
+
+class Load:
+    """A generator process, prepared. ``what``: ``requests``, ``pace``, ``connects`` or ``hold``."""
+
+    def __init__(self, place: Place, what: str, target: Target, **options: Any) -> None:
+        arguments = json.dumps({"what": what, "target": asdict(target), **options})
+        self._process = subprocess.Popen(
+            place.command([sys.executable, "-m", "bench.generator", arguments]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        )  # fmt: skip
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise Void("the load generator died")
+        answer: dict[str, Any] = json.loads(line)
+        if "void" in answer:
+            raise Void(answer["void"])
+        return answer
+
+    def begin(self, **options: Any) -> None:
+        """Starts a run; ``end`` waits for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(options) + "\n")
+        self._process.stdin.flush()
+
+    def end(self) -> dict[str, Any]:
+        """What the run gave. Raises Void when one of its checks failed."""
+        return self._answer()
+
+    def run(self, **options: Any) -> dict[str, Any]:
+        self.begin(**options)
+        return self.end()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def percentile(ordered: list[int] | array.array[int], share: float) -> int:
+    """Nearest rank: the smallest value with at least ``share`` of all at or below it."""
+    return ordered[max(0, min(len(ordered) - 1, -int(-share * len(ordered) // 1) - 1))]
+
+
+def _run_paced(connections: Any, rate: float, count: int, path: str | None) -> dict[str, Any]:
+    start_ns, latencies, late_ns = connections.pace(rate, count)
+    if path:
+        Path(path).write_bytes(latencies.tobytes())
+    ordered = sorted(latencies)
+    return {
+        "start_ns": start_ns,
+        "late_us": late_ns / 1e3,
+        **{name: percentile(ordered, share) / 1e3 for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))},
+    }
+
+
+def main() -> None:
+    """The process's side."""
+    load = build()
+    task = json.loads(sys.argv[1])
+    what, target = task["what"], task["target"]
+    where = target["host"], target["port"]
+    sources = target["first_source"], target["n_sources"]
+    size = task.get("size", 64)
+    try:
+        connections = None
+        if what != "connects":
+            connections = load.Connections(*where, task["connections"], size, *sources)
+        print("{}", flush=True)
+        done = 0
+        for line in sys.stdin:
+            options = json.loads(line)
+            answer: dict[str, Any] = {}
+            match what:
+                case "requests":
+                    answer = {"seconds": connections.exchange(options["count"])}
+                case "pace":
+                    answer = _run_paced(connections, options["rate"], options["count"], options.get("path"))
+                case "connects":
+                    count = options["count"]
+                    answer = {"seconds": load.connect_each(*where, count, task["at_once"], size, *sources, done)}
+                    done += count
+            print(json.dumps(answer), flush=True)
+    except load.LoadError as error:
+        print(json.dumps({"void": str(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The rows that compare proxies: what each measures, in which unit, and what l4mesh must reach (design figures)."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from bench.capture import captured_stage
+from bench.generator import Void
+from bench.rounds import AGAIN, Sample
+from bench.stage import DIRECT, PEERS, Machine, Stage
+
+MESSAGE_BYTES = 64
+REQUEST_CONNECTIONS = 16
+CONNECTS_AT_ONCE = 8
+IDLE_CONNECTIONS = 5000
+PACED_CONNECTIONS = 50
+GIB = 1 << 30
+ON_ITS_WAY_AT_MOST = 64 << 20
+"""So much of a stream may be in buffers (two sockets that receive, of 32 MiB each at most) when iperf3 ends the transfer."""
+TOOL_DEADLINE_S = 60
+
+SPLICED = ("haproxy-splice",)
+PLAIN_PEERS = tuple(peer for peer in PEERS if peer not in SPLICED)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much work one measurement is. ``share`` 1 is the full run."""
+
+    blocks: int
+    share: float
+    discard_first: bool
+
+    def count(self, full: int) -> int:
+        return max(200, int(full * self.share))
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """``of_best``: share of the best peer's figure; ``of_direct``: of the direct one; ``absolute``: in the row's unit."""
+
+    of_best: float | None = None
+    of_direct: float | None = None
+    absolute: float | None = None
+
+
+Measure = Callable[[Stage, str, Effort], Sample]
+MakeStage = Callable[[Machine, Sequence[str]], AbstractContextManager[Stage]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    name: str
+    title: str
+    unit: str
+    measure: Measure
+    stage: MakeStage
+    peers: tuple[str, ...] = PLAIN_PEERS
+    lower_is_better: bool = True
+    must: Limit | None = None
+    goal: Limit | None = None
+    blocks_share: float = 1.0
+    mirrored: bool = True
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return (DIRECT, *self.peers, "l4mesh", AGAIN)
+
+
+# ---------------------------------------------------------------- our own load
+
+
+def measure_requests(stage: Stage, entry: str, effort: Effort) -> Sample:
+    count = effort.count(50_000)
+    with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
+        load.run(count=count // 10)
+        return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+
+
+def measure_connects(stage: Stage, entry: str, effort: Effort) -> Sample:
+    count = effort.count(8_000)
+    with stage.load(entry, "connects", at_once=CONNECTS_AT_ONCE, size=MESSAGE_BYTES) as load:
+        load.run(count=count // 10)
+        return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+
+
+def measure_latency(rate: int) -> Measure:
+    def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
+        with stage.load(entry, "pace", connections=PACED_CONNECTIONS, size=MESSAGE_BYTES) as load:
+            load.run(rate=rate, count=rate // 10)
+            seen = load.run(rate=rate, count=effort.count(2 * rate))
+        return Sample(seen["p99"], rate, {name: seen[name] for name in ("p50", "p99", "p99.9", "late_us")})
+
+    return measure
+
+
+def measure_idle(stage: Stage, entry: str, effort: Effort) -> Sample:
+    """A proxy that has just been started and has served a few connections, without and with the idle ones."""
+    if entry == DIRECT:
+        return Sample(None)
+    count = effort.count(IDLE_CONNECTIONS)
+    proxy = stage.start(entry)
+    try:
+        with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
+            load.run(count=2000)
+        proxy.process.settled_cpu_s()
+        before = proxy.process.memory_kib()
+        with stage.load(entry, "hold", connections=count, size=MESSAGE_BYTES):
+            proxy.process.settled_cpu_s()
+            after = proxy.process.memory_kib()
+    finally:
+        stage.proxies.pop(entry).process.stop()
+    grown = {name: (after[name] - before[name]) / count for name in after}
+    return Sample(sum(grown.values()), None, {**grown, "connections": count, "before_kib": before, "after_kib": after})
+
+
+# ---------------------------------------------------------------- other people's load
+
+
+def run_tool(stage: Stage, *command: str) -> str:
+    done = subprocess.run(
+        stage.load_place.command(command), capture_output=True, text=True, timeout=TOOL_DEADLINE_S, check=False
+    )
+    if done.returncode:
+        raise Void(f"{command[0]}: {(done.stderr or done.stdout).strip()[-300:]}")
+    return done.stdout
+
+
+def measure_wrk(stage: Stage, entry: str, effort: Effort) -> Sample:
+    target = stage.target(entry, "http")
+    seconds = max(1, round(effort.share))
+
+    def work() -> tuple[float, float]:
+        url = f"http://{target.host}:{target.port}/"
+        said = run_tool(stage, "wrk", "-t1", f"-c{REQUEST_CONNECTIONS}", f"-d{seconds}s", url)
+        found = re.search(r"(\d+) requests in ([\d.]+)(m?s)", said)
+        if found is None or "Socket errors" in said or "Non-2xx" in said:
+            raise Void(f"wrk: {said.strip()[-300:]}")
+        return int(found[1]), float(found[2]) / (1000 if found[3] == "ms" else 1)
+
+    return stage.cpu_sample(entry, work, 1e6)
+
+
+def measure_redis(stage: Stage, entry: str, effort: Effort) -> Sample:
+    target = stage.target(entry, "redis")
+    count = effort.count(40_000)
+
+    def work() -> tuple[float, float]:
+        where = ["-h", target.host, "-p", str(target.port), "-c", str(REQUEST_CONNECTIONS)]
+        said = run_tool(stage, "redis-benchmark", *where, "-n", str(count), "-t", "get", "-d", "64", "--csv")
+        found = re.search(r'^"GET","([\d.]+)"', said, re.MULTILINE)
+        if found is None:
+            raise Void(f"redis-benchmark: {said.strip()[-300:]}")
+        return count, count / float(found[1])
+
+    return stage.cpu_sample(entry, work, 1e6)
+
+
+def run_iperf3(stage: Stage, entry: str, *options: str, streams: int = 1) -> tuple[float, float]:
+    """Gives bytes that arrived and seconds. Raises Void when more is missing than can be on its way at the end."""
+    target = stage.target(entry, "iperf3")
+    said = run_tool(stage, "iperf3", "-J", "-c", target.host, "-p", str(target.port), "-P", str(streams), *options)
+    ended = json.loads(said)["end"]
+    sent, arrived = ended["sum_sent"]["bytes"], ended["sum_received"]["bytes"]
+    if not 0 <= sent - arrived <= ON_ITS_WAY_AT_MOST * streams:
+        raise Void(f"iperf3: {sent} bytes sent, {arrived} arrived")
+    return arrived, ended["sum_received"]["seconds"]
+
+
+def check_bytes(stage: Stage, entry: str) -> None:
+    """4 MiB in large messages there and back, every byte compared. Raises Void."""
+    with stage.load(entry, "requests", connections=1, size=1 << 16) as load:
+        load.run(count=64)
+
+
+def measure_bulk(*options: str) -> Measure:
+    def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
+        check_bytes(stage, entry)
+        size = str(effort.count(GIB))
+        return stage.cpu_sample(entry, lambda: run_iperf3(stage, entry, "-n", size, *options), 1e9)
+
+    return measure
+
+
+def measure_streams(stage: Stage, entry: str, effort: Effort) -> Sample:
+    check_bytes(stage, entry)
+    arrived, seconds = run_iperf3(stage, entry, "-t", "1", streams=8)
+    return Sample(arrived * 8 / seconds / 1e9, None, {"units": arrived, "seconds": seconds})
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def stage_of(*services: str, pinned: bool = True) -> MakeStage:
+    return lambda machine, entries: Stage(machine, entries, services, pinned=pinned)
+
+
+@contextmanager
+def idle_stage(machine: Machine, entries: Sequence[str]) -> Iterator[Stage]:
+    """Backends only: each measurement starts a proxy of its own."""
+    with Stage(machine, [DIRECT]) as stage:
+        stage.entries = entries
+        yield stage
+
+
+AT_MOST_BEST = Limit(of_best=1.0)
+
+ROWS = (
+    Row(
+        "request", "keep-alive request, 64 B", "µs CPU", measure_requests, stage_of("echo"),
+        must=AT_MOST_BEST, goal=Limit(of_best=0.8),
+    ),
+    Row(
+        "connect", "connect, request, close", "µs CPU", measure_connects, stage_of("echo"),
+        must=AT_MOST_BEST, goal=Limit(of_best=0.85),
+    ),
+    Row(
+        "bulk-up", "bulk, 1 stream, to the server", "CPU s/GB", measure_bulk(), stage_of("iperf3", "echo"),
+        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5), blocks_share=0.75,
+    ),
+    Row(
+        "bulk-down", "bulk, 1 stream, to the client", "CPU s/GB", measure_bulk("-R"), stage_of("iperf3", "echo"),
+        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5), blocks_share=0.75,
+    ),
+    Row(
+        "streams", "bulk, 8 streams, all on both CPUs", "Gbit/s", measure_streams, stage_of("iperf3", "echo", pinned=False),
+        PEERS, lower_is_better=False, must=Limit(of_best=1.4), goal=Limit(of_direct=0.95), blocks_share=0.75,
+    ),
+    Row(
+        "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB", measure_idle, idle_stage,
+        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), blocks_share=0.3, mirrored=False,
+    ),
+    Row(
+        "request-captured", "keep-alive request, 64 B, transparent", "µs CPU", measure_requests, captured_stage,
+        must=AT_MOST_BEST, goal=Limit(of_best=0.8),
+    ),
+    Row(
+        "connect-captured", "connect, request, close, transparent", "µs CPU", measure_connects, captured_stage,
+        must=AT_MOST_BEST, goal=Limit(of_best=0.85),
+    ),
+    Row("wrk", "HTTP request (wrk, nginx behind)", "µs CPU", measure_wrk, stage_of("http"), blocks_share=0.4),
+    Row("redis", "Redis GET (redis-benchmark)", "µs CPU", measure_redis, stage_of("redis"), blocks_share=0.4),
+    Row(
+        "latency-2k", "p99 at 2,000 requests/s", "µs", measure_latency(2000), stage_of("echo"),
+        blocks_share=0.75, mirrored=False,
+    ),
+    Row(
+        "latency-10k", "p99 at 10,000 requests/s", "µs", measure_latency(10_000), stage_of("echo"),
+        blocks_share=0.75, mirrored=False,
+    ),
+)  # fmt: skip

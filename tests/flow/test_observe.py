@@ -1,0 +1,204 @@
+"""What operators see: admin server, metrics, access log, and the commands that show them."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Factory, skip_or_fail
+from tests.support.mesh import simple
+from tests.support.peers import Server, closed_port, connect, echo, is_refused, read_exactly
+from tests.support.waiting import wait_until
+
+
+def talk(client: socket.socket) -> None:
+    client.sendall(b"hi")
+    assert read_exactly(client, 2) == b"hi"
+
+
+def test_every_page_answers_and_nothing_else_is_allowed(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address))
+        for path in ("/live", "/ready", "/status", "/clusters", "/connections", "/config", "/metrics"):
+            assert m.fetch(path)[0] == 200, path
+            assert m.fetch(path, "POST")[0] == 405, path
+        assert m.fetch("/nothing")[0] == 404
+        assert m.fetch("/clusters?name=nothing")[0] == 404
+        for query in ("start=x", "limit=0", "limit=100000", "start=-1"):
+            assert m.fetch(f"/connections?{query}")[0] == 400
+        assert m.get("/config")["clusters"]["web"]["endpoints"][0]["port"] == server.port
+
+
+def test_the_admin_server_survives_abuse(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address))
+        path = m._settings["admin"]["bind"].removeprefix("unix:")
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        slow = []
+        for junk in (
+            b"\0" * 100,
+            b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+            b"GET /status HTTP/1.1\r\nX: " + b"y" * 100_000,
+            b"",
+        ):
+            peer = socket.socket(socket.AF_UNIX)
+            peer.connect(path)
+            try:
+                peer.sendall(junk)
+            except OSError:
+                pass
+            slow.append(peer)
+        assert m.status()["ready"]
+        for peer in slow:
+            peer.close()
+        with connect(m.port()) as client:
+            talk(client)
+
+
+def test_live_connections_are_shown_in_pages(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address))
+        port = m.port()
+        clients = [connect(port) for _ in range(120)]
+        for client in clients:
+            talk(client)
+        shown, start = {}, 0
+        while start is not None:
+            page = m.get(f"/connections?start={start}&limit=50")
+            assert len(page["connections"]) <= 50
+            shown |= {one["id"]: one for one in page["connections"]}
+            start = page["next"]
+        assert len(shown) == 120
+        sources = {f"127.0.0.1:{client.getsockname()[1]}" for client in clients}
+        assert {one["source"] for one in shown.values()} == sources
+        one = next(iter(shown.values()))
+        assert (one["listener"], one["cluster"], one["endpoint"], one["state"]) == ("web", "web", server.address, "relaying")
+        assert (one["bytes_to_upstream"], one["bytes_to_downstream"]) == (2, 2)
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+def test_metrics_are_what_prometheus_wants(mesh: Factory, accept: str) -> None:
+    if not shutil.which("promtool"):
+        skip_or_fail("needs promtool, of the package prometheus")
+    with Server(echo) as server:
+        m = mesh(simple(server.address, f"127.0.0.1:{closed_port()}"))
+        for _ in range(20):
+            with connect(m.port()) as client:
+                talk(client)
+        wait_until(lambda: m.closed().get("downstream_closed") == 20, "all have ended")
+        status, body = m.fetch("/metrics", headers={"Accept": accept})
+        assert status == 200
+        if accept:
+            assert body.endswith(b"# EOF\n")
+            return
+        done = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        metrics = m.metrics()
+        assert metrics['l4mesh_connect_seconds_count{cluster="web"}'] == 20
+        assert metrics['l4mesh_connect_seconds_bucket{cluster="web",le="+Inf"}'] == 20
+        assert metrics['l4mesh_bytes_total{cluster="web",direction="to_upstream"}'] == 40
+        assert m.total("l4mesh_endpoint_connections_opened_total") == 20
+        assert m.total("l4mesh_connect_failures_total") == m.total("l4mesh_endpoint_connect_failures_total") > 0
+
+
+def test_the_access_log_tells_the_whole_story_of_a_connection(mesh: Factory) -> None:
+    with Server(echo) as server:
+        config = simple(f"127.0.0.1:{closed_port()}", server.address, balance="round_robin")
+        m = mesh(config | {"access_log": {"when": "always"}})
+        for _ in range(4):
+            with connect(m.port()) as client:
+                talk(client)
+        wait_until(lambda: m.stdout.read_text().count("\n") == 4, "four lines are written")
+        lines = [json.loads(line) for line in m.stdout.read_text().splitlines()]
+        retried = [line for line in lines if line["attempts"] == 2]
+        assert retried
+        for line in lines:
+            assert line["event"] == "connection"
+            assert (line["listener"], line["cluster"], line["endpoint"]) == ("web", "web", server.address)
+            assert (line["reason"], line["initiator"]) == ("downstream_closed", "downstream")
+            assert (line["bytes_to_upstream"], line["bytes_to_downstream"]) == (2, 2)
+            assert 0 < line["connect_ms"] <= line["first_byte_ms"] <= line["total_ms"]
+            assert line["downstream_rtt_us"] >= 0
+            assert line["upstream_retransmits"] == 0
+            assert "error" not in line
+
+
+def test_errors_only_and_logfmt(mesh: Factory, tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    with Server(echo) as server:
+        config = simple(server.address) | {"access_log": {"path": str(log), "format": "logfmt", "when": "errors"}}
+        config["listeners"].append({"name": "bad", "bind": "127.0.0.1:0", "cluster": "bad"})
+        config["clusters"].append({"name": "bad", "endpoints": [f"127.0.0.1:{closed_port()}"]})
+        m = mesh(config)
+        with connect(m.port()) as client:
+            talk(client)
+        assert is_refused(m.port("bad"))
+        wait_until(lambda: log.exists() and log.read_text().count("\n") == 1, "one line is written")
+        line = log.read_text()
+        assert "reason=connect_refused" in line
+        assert "error=ECONNREFUSED" in line
+        moved = log.rename(tmp_path / "access.log.1")
+        m.process.send_signal(1)
+        assert is_refused(m.port("bad"))
+        wait_until(lambda: log.exists() and log.read_text().count("\n") == 1, "the log goes on in a new file")
+        assert moved.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/full"])
+def test_a_log_that_is_stuck_costs_lines_and_never_traffic(mesh: Factory, tmp_path: Path, kind: str) -> None:
+    path = Path(kind)
+    keep = -1
+    if kind == "fifo":
+        path = tmp_path / "fifo"
+        os.mkfifo(path)
+        keep = os.open(path, os.O_RDWR)
+    with Server(echo) as server:
+        m = mesh(simple(server.address) | {"access_log": {"path": str(path), "when": "always"}})
+        port = m.port()
+        count = 0
+        while m.total("l4mesh_access_log_dropped_total") == 0:
+            for _ in range(100):
+                with connect(port, source=f"127.0.0.{2 + count % 200}") as client:
+                    talk(client)
+                count += 1
+            assert count < 20_000
+        with connect(port) as client:
+            talk(client)
+    if keep >= 0:
+        os.close(keep)
+
+
+def test_the_commands_show_it(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address))
+        admin = m._settings["admin"]["bind"]
+
+        def command(*words: str) -> str:
+            done = subprocess.run(
+                [sys.executable, "-m", "l4mesh", *words, "--admin", admin], capture_output=True, text=True, check=True
+            )
+            return done.stdout
+
+        with connect(m.port()) as client:
+            talk(client)
+            shown = command("status")
+            assert server.address in shown
+            assert "ready" in shown
+            assert f"127.0.0.1:{client.getsockname()[1]}" in command("connections")
+            assert json.loads(command("connections", "--json"))[0]["cluster"] == "web"
+
+
+def test_commands_without_a_server_say_what_to_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "l4mesh", "status", "--admin", "unix:/nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "is l4mesh running?" in done.stderr

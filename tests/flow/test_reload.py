@@ -1,0 +1,222 @@
+"""Reload: a bad file changes nothing, a good one moves no connection. Invariants 6, 7 and 9 of the design."""
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import Factory
+from tests.support.mesh import Config, simple
+from tests.support.peers import Server, connect, echo, read_exactly, read_to_end
+from tests.support.proxies import free_port
+from tests.support.waiting import wait_until
+
+
+def talk(client: socket.socket) -> None:
+    client.sendall(b"hi")
+    assert read_exactly(client, 2) == b"hi"
+
+
+def named(name: bytes) -> Server:
+    return Server(lambda peer: peer.sendall(name))
+
+
+def ask(port: int) -> bytes:
+    with connect(port) as client:
+        return read_to_end(client)[0]
+
+
+def test_live_connections_stay_where_they_are_and_new_ones_follow_the_new_plan(mesh: Factory) -> None:
+    with Server(echo) as old, named(b"new") as new:
+        config = simple(old.address, listener={"bind": f"127.0.0.1:{free_port()}"})
+        m = mesh(config)
+        port = m.port()
+        with connect(port) as client:
+            talk(client)
+            m.reload(simple(new.address, listener=config["listeners"][0]))
+            assert ask(port) == b"new"
+            talk(client)
+        assert m.opened() == {new.address: 1}
+        assert m.total("l4mesh_connections_closed_total") == 2
+
+
+def test_a_bad_file_changes_nothing_and_is_shown(mesh: Factory) -> None:
+    with named(b"good") as server:
+        good = simple(server.address, listener={"bind": f"127.0.0.1:{free_port()}"})
+        m = mesh(good)
+        bad = simple("nonsense", listener=good["listeners"][0], balance="fastest")
+        m.write(bad)
+        wait_until(lambda: m.status()["config"]["failed"] >= 1, "the bad file is seen")
+        error = m.status()["config"]["last_error"]
+        assert len(error) == 2
+        assert "clusters[0].balance" in error[0] + error[1]
+        assert str(m.file) in error[0]
+        assert m.status()["generation"] == 1
+        assert m.total("l4mesh_config_last_reload_success") == 0
+        assert ask(m.port()) == b"good"
+        refusals = [event for event in m.events() if event["event"] == "config_refused"]
+        m.process.send_signal(1)
+        wait_until(lambda: m.status()["config"]["failed"] >= 2, "it is looked at again")
+        assert len([event for event in m.events() if event["event"] == "config_refused"]) == len(refusals) == 1
+        m.write(good)
+        wait_until(lambda: m.status()["config"]["last_error"] is None, "all is well again")
+        assert m.status()["generation"] == 1
+
+
+def test_a_port_that_is_taken_refuses_the_whole_change(mesh: Factory) -> None:
+    with named(b"good") as server:
+        config = simple(server.address, listener={"bind": f"127.0.0.1:{free_port()}"})
+        m = mesh(config)
+        second = {"name": "second", "bind": server.address, "cluster": "web"}
+        m.write(config | {"listeners": [*config["listeners"], second]})
+        wait_until(lambda: m.status()["config"]["failed"] >= 1, "the change is refused")
+        assert "another process has it" in m.status()["config"]["last_error"][0]
+        assert ask(m.port()) == b"good"
+
+
+def test_a_rewrite_without_a_change_is_none(mesh: Factory) -> None:
+    with named(b"same") as server:
+        config = simple(server.address)
+        m = mesh(config)
+        m.write(config)
+        wait_until(lambda: m.status()["config"]["unchanged"] >= 1, "the rewrite is seen")
+        assert m.status()["generation"] == 1
+
+
+def test_listeners_come_and_go(mesh: Factory) -> None:
+    with Server(echo) as server:
+        ports = [free_port(), free_port()]
+        both = simple(server.address)
+        both["listeners"] = [{"name": f"l{p}", "bind": f"127.0.0.1:{p}", "cluster": "web"} for p in ports]
+        one = both | {"listeners": both["listeners"][:1]}
+        m = mesh(one)
+        m.reload(both)
+        with connect(ports[0]) as first, connect(ports[1]) as second:
+            talk(first)
+            talk(second)
+            m.reload(one)
+            talk(second)
+            wait_until(lambda: _is_closed(ports[1]), "the removed listener is closed")
+            with connect(ports[0]) as third:
+                talk(third)
+            talk(first)
+        wait_until(lambda: m.active() == 0, "all have ended")
+        removed = 'l4mesh_listener_connections_opened_total{listener="(removed)"}'
+        wait_until(lambda: m.metrics()[removed] == 1, "what the removed listener counted is kept")
+
+
+def _is_closed(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_kubernetes_swaps_its_data_link(mesh: Factory, tmp_path: Path) -> None:
+    with named(b"one") as one, named(b"two") as two:
+        port = free_port()
+        listener = {"bind": f"127.0.0.1:{port}"}
+        m = mesh(simple(one.address, listener=listener))
+        folder = m.file.parent
+
+        def publish(version: str, config: Config) -> None:
+            data = folder / f"..{version}"
+            data.mkdir()
+            (data / "mesh.yaml").write_text(yaml.safe_dump(config | {"admin": m._settings["admin"], "workers": 2}))
+            link = folder / "..tmp"
+            link.symlink_to(data.name)
+            link.rename(folder / "..data")
+
+        publish("v1", simple(one.address, listener=listener))
+        (folder / "mesh.yaml").symlink_to("..data/mesh.yaml")
+        m.file.unlink()
+        wait_until(lambda: m.status()["config"]["last_error"] is None and m.status()["config"]["unchanged"], "v1 is seen")
+        assert ask(port) == b"one"
+        publish("v2", simple(two.address, listener=listener))
+        wait_until(lambda: ask(port) == b"two", "v2 is in force")
+
+
+def test_a_thousand_rewrites_leak_nothing(mesh: Factory) -> None:
+    with Server(echo) as server:
+        listener = {"bind": f"127.0.0.1:{free_port()}"}
+        m = mesh(simple(server.address, listener=listener))
+        m.reload(simple(server.address, listener=listener, balance="random"))
+        before = m.count_descriptors()
+        alive = 0
+        with connect(m.port()) as client:
+            for turn in range(1000):
+                m.write(simple(server.address, listener=listener, limits={"connections": turn + 1}))
+                if turn % 50 == 0:
+                    talk(client)
+                    alive = max(alive, m.status()["plans_alive"])
+            wait_until(
+                lambda: next(c for c in m.get("/config")["clusters"].values())["max_connections"] == 1000,
+                "the last one is in force",
+            )
+            talk(client)
+        assert alive <= 2
+        assert m.status()["plans_alive"] == 1
+        assert m.status()["config"]["failed"] == 0
+        wait_until(lambda: m.count_descriptors() <= before, "no descriptor is lost")
+
+
+def test_endpoints_that_come_and_go_under_load_fail_no_connection(mesh: Factory) -> None:
+    with Server(echo) as a, Server(echo) as b, Server(echo) as c:
+        listener = {"bind": f"127.0.0.1:{free_port()}"}
+        pairs = [(a, b), (b, c), (c, a)]
+        m = mesh(simple(a.address, b.address, listener=listener))
+        port = m.port()
+        stop = threading.Event()
+        failures: list[BaseException] = []
+        done = [0]
+
+        def load() -> None:
+            turn = 0
+            while not stop.is_set():
+                turn += 1
+                try:
+                    with connect(port, source=f"127.0.0.{2 + turn % 100}") as client:
+                        talk(client)
+                except BaseException as error:
+                    failures.append(error)
+                done[0] += 1
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        for turn in range(9):
+            m.reload(
+                simple(*(server.address for server in pairs[turn % 3]), listener=listener, limits={"connections": 500 + turn})
+            )
+        wait_until(lambda: done[0] > 500, "enough connections were made")
+        stop.set()
+        thread.join()
+        assert failures == []
+
+
+def test_a_large_configuration_loads_and_one_change_is_cheap(mesh: Factory) -> None:
+    # 5,000 clusters with 50,000 endpoints, in 50 files.
+    with Server(echo) as server:
+        config = simple(server.address)
+        m = mesh(config)
+        folder = m.file.parent
+        for number in range(50):
+            clusters = [
+                {"name": f"c{number}-{i}", "endpoints": [f"10.{number}.{i}.{e + 1}:80" for e in range(10)]} for i in range(100)
+            ]
+            (folder / f"n{number:02}.yaml").write_text(yaml.safe_dump({"clusters": clusters}, default_flow_style=None))
+        wait_until(lambda: len(m.get("/config").get("clusters", {})) == 5001, "all files are in force", 60)
+        with connect(m.port()) as client:
+            talk(client)
+            generation = m.status()["generation"]
+            file = folder / "n07.yaml"
+            text = file.read_text().replace("10.7.0.1:80", "10.7.0.99:80")
+            cpu_s = m.cpu_s()
+            new = folder / ".new"
+            new.write_text(text)
+            os.rename(new, file)
+            wait_until(lambda: m.status()["generation"] > generation, "the change is in force", 60)
+            assert m.cpu_s() - cpu_s < 3
+            talk(client)
