@@ -10,7 +10,8 @@ from bench.generator import ROOT, build
 from bench.process import Place, Ports, Process
 
 HTTP_BODY = "x" * 64
-NGINX = """daemon off;
+NGINX = """user root;
+daemon off;
 worker_processes 1;
 pid {folder}/http.pid;
 events {{ worker_connections 8192; }}

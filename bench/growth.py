@@ -42,7 +42,7 @@ class Growth:
 
             names = [f"{entry}@{point}" for point in self.points for entry in entries]
             return run_rounds(
-                names, measure, min(BLOCKS, effort.blocks), seed, discard_first=effort.discard_first, mirrored=False
+                names, measure, BLOCKS if effort.discard_first else 1, seed, discard_first=effort.discard_first, mirrored=False
             )
 
 

@@ -131,7 +131,13 @@ def _nginx(folder: Path, services: Sequence[Service], workers: int) -> list[str]
     """It can't see the original destination: a captured connection goes to the service of the port, unasked."""
     module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
     lines = [f"load_module {module};"] if module.exists() else []
-    lines += ["daemon off;", f"worker_processes {workers};", f"worker_rlimit_nofile {FD_LIMIT};", f"pid {folder}/nginx.pid;"]
+    lines += [
+        "user root;",
+        "daemon off;",
+        f"worker_processes {workers};",
+        f"worker_rlimit_nofile {FD_LIMIT};",
+        f"pid {folder}/nginx.pid;",
+    ]
     lines += [f"events {{ worker_connections {FD_LIMIT}; }}", "stream {", " access_log off;"]
     lines += [" proxy_timeout 1h;", " proxy_connect_timeout 5s;"]
     for service in services:

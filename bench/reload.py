@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import json
 import math
 import statistics
 import time
@@ -27,12 +26,12 @@ RELOADED = '"config_reloaded"'
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """``load_cpu_s``: from start to ready. ``full_*``: every file changed; ``one_*``: one endpoint of one file.
+    """``added_*``: all files appear beside a small configuration; ``full_*``: every cluster changes; ``one_*``: those of one file.
 
     CPU is the process's, less what the traffic costs; seconds are from the first write to the log line; p99 in µs.
     """
 
-    load_cpu_s: float
+    added_cpu_s: float
     before_p99: float
     full_cpu_s: float
     full_s: float
@@ -52,7 +51,7 @@ def median_reload(reloads: list[Reload]) -> Reload:
 
 
 def write_clusters(folder: Path, number: int, weight: int) -> None:
-    """One file of clusters; ``weight`` of the first endpoint of each is what changes."""
+    """One file of clusters; the ``weight`` of each one's first endpoint is what changes."""
     clusters = []
     for at in range(CLUSTERS_A_FILE):
         base = number * CLUSTERS_A_FILE + at
@@ -67,22 +66,21 @@ def write_clusters(folder: Path, number: int, weight: int) -> None:
 
 def _measure(machine: Machine) -> Reload:
     with Stage(machine, ["l4mesh"]) as stage:
-        # Once more, with the large configuration beside the listener's.
         proxy = stage.proxies["l4mesh"]
-        small = _start_cpu_s(proxy)
+        small = proxy.process.settled_cpu_s()
         config = proxy.folder / "config"
         shown = _reloads(proxy)
         for number in range(FILES):
             write_clusters(config, number, 1)
         _wait_for_reload(proxy, shown)
-        load_cpu_s = _start_cpu_s(proxy) - small
+        added_cpu_s = proxy.process.settled_cpu_s() - small
         with stage.load("l4mesh", "pace", connections=CONNECTIONS) as load:
             before = _traffic(load, proxy, machine.folder, BEFORE_S, [], 0)
             idle_cpu = before.cpu_s / before.seconds
             full = _traffic(load, proxy, machine.folder, 8.0, list(range(FILES)), 2)
             one = _traffic(load, proxy, machine.folder, 4.0, [FILES // 2], 3)
     return Reload(
-        load_cpu_s,
+        added_cpu_s,
         before.p99,
         full.cpu_s - idle_cpu * full.seconds,
         full.seconds,
@@ -91,10 +89,6 @@ def _measure(machine: Machine) -> Reload:
         one.seconds,
         one.p99,
     )
-
-
-def _start_cpu_s(proxy: Proxy) -> float:
-    return proxy.process.settled_cpu_s()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from bench.capture import captured_stage
 from bench.generator import Void
-from bench.rounds import AGAIN, Sample
-from bench.stage import DIRECT, PEERS, Machine, Stage
+from bench.rounds import AGAIN, Round, Sample, run_rounds
+from bench.stage import DIRECT, PEERS, Machine, Stage, kind_of
 
 MESSAGE_BYTES = 64
 REQUEST_CONNECTIONS = 16
@@ -30,7 +30,7 @@ PLAIN_PEERS = tuple(peer for peer in PEERS if peer not in SPLICED)
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much work one measurement is. ``share`` 1 is the full run."""
+    """How many blocks, and how much work one measurement is: ``share`` of the full run's."""
 
     blocks: int
     share: float
@@ -66,10 +66,25 @@ class Row:
     goal: Limit | None = None
     blocks_share: float = 1.0
     mirrored: bool = True
+    controlled: bool = True
+    """Beside direct, and with the second l4mesh."""
 
     @property
     def entries(self) -> tuple[str, ...]:
-        return (DIRECT, *self.peers, "l4mesh", AGAIN)
+        return (DIRECT, *self.peers, "l4mesh", AGAIN) if self.controlled else (*self.peers, "l4mesh")
+
+    def run(self, machine: Machine, proxies: Sequence[str], effort: Effort, seed: int) -> list[Round]:
+        entries = [entry for entry in self.entries if kind_of(entry) in proxies]
+        blocks = max(2, round(effort.blocks * self.blocks_share))
+        with self.stage(machine, entries) as stage:
+            return run_rounds(
+                entries,
+                lambda entry: self.measure(stage, entry, effort),
+                blocks,
+                seed,
+                discard_first=effort.discard_first,
+                mirrored=self.mirrored,
+            )
 
 
 # ---------------------------------------------------------------- our own load
@@ -101,8 +116,6 @@ def measure_latency(rate: int) -> Measure:
 
 def measure_idle(stage: Stage, entry: str, effort: Effort) -> Sample:
     """A proxy that has just been started and has served a few connections, without and with the idle ones."""
-    if entry == DIRECT:
-        return Sample(None)
     count = effort.count(IDLE_CONNECTIONS)
     proxy = stage.start(entry)
     try:
@@ -229,11 +242,11 @@ ROWS = (
     ),
     Row(
         "streams", "bulk, 8 streams, all on both CPUs", "Gbit/s", measure_streams, stage_of("iperf3", "echo", pinned=False),
-        PEERS, lower_is_better=False, must=Limit(of_best=1.4), goal=Limit(of_direct=0.95), blocks_share=0.75,
+        PEERS, lower_is_better=False, must=Limit(of_best=1.4), goal=Limit(of_direct=0.95), mirrored=False,
     ),
     Row(
         "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB", measure_idle, idle_stage,
-        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), blocks_share=0.3, mirrored=False,
+        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), blocks_share=0.3, mirrored=False, controlled=False,
     ),
     Row(
         "request-captured", "keep-alive request, 64 B, transparent", "µs CPU", measure_requests, captured_stage,
@@ -243,8 +256,8 @@ ROWS = (
         "connect-captured", "connect, request, close, transparent", "µs CPU", measure_connects, captured_stage,
         must=AT_MOST_BEST, goal=Limit(of_best=0.85),
     ),
-    Row("wrk", "HTTP request (wrk, nginx behind)", "µs CPU", measure_wrk, stage_of("http"), blocks_share=0.4),
-    Row("redis", "Redis GET (redis-benchmark)", "µs CPU", measure_redis, stage_of("redis"), blocks_share=0.4),
+    Row("wrk", "HTTP request (wrk, nginx behind)", "µs CPU", measure_wrk, stage_of("http"), mirrored=False),
+    Row("redis", "Redis GET (redis-benchmark)", "µs CPU", measure_redis, stage_of("redis"), mirrored=False),
     Row(
         "latency-2k", "p99 at 2,000 requests/s", "µs", measure_latency(2000), stage_of("echo"),
         blocks_share=0.75, mirrored=False,

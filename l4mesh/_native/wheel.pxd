@@ -74,14 +74,10 @@ cdef inline void wheel_remove(wheel_t *wheel, timer_t *timer) noexcept nogil:
     timer.at_ms = 0
 
 
-cdef inline void wheel_insert(wheel_t *wheel, uint32_t id, timer_t *timer, uint64_t at_ms) noexcept nogil:
-    # Arms a timer that is not in the wheel. A deadline in the past fires at the next advance.
-    cdef int slot
-    cdef uint32_t head
-    if at_ms <= wheel.now_ms:
-        at_ms = wheel.now_ms + 1
-    slot = wheel_slot(wheel, at_ms)
-    head = wheel.heads[slot]
+cdef inline void wheel_put(wheel_t *wheel, uint32_t id, timer_t *timer, uint64_t at_ms) noexcept nogil:
+    # Must hold: at_ms is not before now. At now it goes into the slot that is about to fire.
+    cdef int slot = wheel_slot(wheel, at_ms)
+    cdef uint32_t head = wheel.heads[slot]
     timer.at_ms = at_ms
     timer.next = head
     timer.prev = WHEEL_FIRST | <uint32_t> slot
@@ -89,6 +85,11 @@ cdef inline void wheel_insert(wheel_t *wheel, uint32_t id, timer_t *timer, uint6
         wheel.timer_of(wheel.context, head).prev = id
     wheel.heads[slot] = id
     wheel.occupied[slot // WHEEL_SLOTS] |= <uint64_t> 1 << (slot % WHEEL_SLOTS)
+
+
+cdef inline void wheel_insert(wheel_t *wheel, uint32_t id, timer_t *timer, uint64_t at_ms) noexcept nogil:
+    # Arms a timer that is not in the wheel. A deadline in the past fires at the next advance.
+    wheel_put(wheel, id, timer, at_ms if at_ms > wheel.now_ms else wheel.now_ms + 1)
 
 
 cdef inline uint64_t wheel_next_ms(const wheel_t *wheel) noexcept nogil:
@@ -135,7 +136,5 @@ cdef inline uint32_t wheel_expire(wheel_t *wheel, uint64_t now_ms) noexcept nogi
                 timer = wheel.timer_of(wheel.context, moved)
                 due = timer.at_ms
                 wheel_remove(wheel, timer)
-                if due <= wheel.now_ms:
-                    return moved
-                wheel_insert(wheel, moved, timer, due)
+                wheel_put(wheel, moved, timer, due)
                 moved = wheel.heads[slot]

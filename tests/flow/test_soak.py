@@ -32,9 +32,9 @@ def serve(peer: socket.socket) -> None:
         while part := peer.recv(rng.choice([1, 100, 65536, 262144])):
             assert part == expected[got : got + len(part)], "bytes to upstream differ"
             got += len(part)
-        assert got == up or gone.is_set(), "a clean end before all bytes"
     finally:
         sender.join()
+    assert got == up or gone.is_set(), "a clean end before all bytes"
     if mood:
         reset(peer)
 

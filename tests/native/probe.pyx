@@ -1,0 +1,205 @@
+"""Thin doors to the leaves of the data path, for tests. Never part of a wheel."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from l4mesh._native.address cimport address_t
+from l4mesh._native.balance cimport (
+    cluster_build, cluster_drop, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t, pick_random,
+)
+from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
+from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
+from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
+from l4mesh._native.types cimport record_t, ring_t
+from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
+
+
+cdef timer_t *timer_of(void *timers, uint32_t id) noexcept nogil:
+    return &(<timer_t *> timers)[id]
+
+
+cdef class Wheel:
+    cdef wheel_t wheel
+    cdef timer_t *timers
+    cdef uint32_t n
+
+    def __cinit__(self, uint32_t n, uint64_t now_ms):
+        self.timers = <timer_t *> calloc(n, sizeof(timer_t))
+        self.n = n
+        wheel_init(&self.wheel, now_ms, timer_of, self.timers)
+
+    def __dealloc__(self):
+        free(self.timers)
+
+    def insert(self, uint32_t id, uint64_t at_ms):
+        wheel_insert(&self.wheel, id, &self.timers[id], at_ms)
+
+    def remove(self, uint32_t id):
+        wheel_remove(&self.wheel, &self.timers[id])
+
+    def next_ms(self):
+        return wheel_next_ms(&self.wheel)
+
+    def expire(self, uint64_t now_ms):
+        cdef list fired = []
+        cdef uint32_t id = wheel_expire(&self.wheel, now_ms)
+        while id != WHEEL_NONE:
+            fired.append(id)
+            id = wheel_expire(&self.wheel, now_ms)
+        return fired
+
+
+cdef class Balancer:
+    """A cluster with live counts of its own."""
+
+    cdef cluster_t *cluster
+    cdef endpoint_stat_t *stats
+    cdef uint64_t random
+    cdef uint64_t cursor
+    cdef int64_t active
+    cdef uint32_t n
+
+    def __cinit__(self, list endpoints, int balance, uint64_t seed=1, uint64_t cursor=0, **settings):
+        """``endpoints``: (16 bytes of ip, port, weight, tier, warm from ms)."""
+        cdef cluster_settings_t compiled
+        cdef endpoint_t *table
+        cdef uint32_t i
+        memset(&compiled, 0, sizeof(compiled))
+        compiled.balance = balance
+        compiled.slow_start_ms = settings.get("slow_start_ms", 0)
+        compiled.bounded_load_percent = settings.get("bounded_load_percent", 0)
+        compiled.max_connections_per_endpoint = settings.get("max_connections_per_endpoint", 0)
+        self.n = len(endpoints)
+        self.random = seed | 1
+        self.cursor = cursor
+        self.stats = <endpoint_stat_t *> calloc(self.n + 1, sizeof(endpoint_stat_t))
+        table = <endpoint_t *> calloc(self.n + 1, sizeof(endpoint_t))
+        for i in range(self.n):
+            ip, port, weight, tier, warm_from_ms = endpoints[i]
+            memcpy(table[i].address.ip, <const uint8_t *> (<bytes> ip), 16)
+            table[i].address.port = port
+            table[i].weight = weight
+            table[i].tier = tier
+            table[i].warm_from_ms = warm_from_ms
+            table[i].stat = &self.stats[i]
+        self.cluster = cluster_build(&compiled, 1, NULL, table, self.n)
+        free(table)
+        for i in range(20):
+            pick_random_of(&self.random)
+
+    def __dealloc__(self):
+        cluster_drop(self.cluster)
+        free(self.stats)
+
+    @property
+    def size(self):
+        return self.cluster.size
+
+    def add(self, uint32_t index, int64_t count):
+        self.stats[index].active += count
+        self.active += count
+
+    def pick(self, uint64_t source_hash=0, tuple tried=(), uint64_t now_ms=1):
+        cdef pick_t pick
+        cdef uint32_t indexes[16]
+        cdef uint32_t i
+        for i in range(len(tried)):
+            indexes[i] = tried[i]
+        memset(&pick, 0, sizeof(pick))
+        pick.source_hash = source_hash
+        pick.random = &self.random
+        pick.cursor = &self.cursor
+        pick.tried = indexes
+        pick.n_tried = len(tried)
+        pick.cluster_active = &self.active
+        return cluster_pick(self.cluster, &pick, now_ms)
+
+    def count(self, uint32_t picks, uint64_t now_ms=1):
+        """How many of ``picks`` each endpoint gets, from sources 0, 1, 2…"""
+        cdef list counts = [0] * self.n
+        cdef uint32_t i
+        for i in range(picks):
+            counts[self.pick(i * 2654435761, (), now_ms)] += 1
+        return counts
+
+
+cdef void pick_random_of(uint64_t *state):
+    cdef pick_t pick
+    pick.random = state
+    pick_random(&pick)
+
+
+cdef tuple shown(const address_t *address):
+    return bytes(address.ip[:16]), address.port
+
+
+def parse_proxy(bytes data):
+    """(length or negative code, source, destination)"""
+    cdef address_t source, destination
+    memset(&source, 0, sizeof(source))
+    memset(&destination, 0, sizeof(destination))
+    # A copy of exactly this size, so that a sanitizer sees a read past the end.
+    cdef uint8_t *exact = <uint8_t *> calloc(len(data) if data else 1, 1)
+    memcpy(exact, <const uint8_t *> data, len(data))
+    length = proxy_parse(exact, len(data), &source, &destination)
+    free(exact)
+    return length, shown(&source), shown(&destination)
+
+
+def write_proxy(int version, bytes source_ip, int source_port, bytes destination_ip, int destination_port):
+    cdef address_t source, destination
+    cdef uint8_t out[128]
+    memcpy(source.ip, <const uint8_t *> source_ip, 16)
+    memcpy(destination.ip, <const uint8_t *> destination_ip, 16)
+    source.port = source_port
+    destination.port = destination_port
+    n = proxy_write_v1(out, &source, &destination) if version == 1 else proxy_write_v2(out, &source, &destination)
+    return bytes(out[:n])
+
+
+cdef class Ring:
+    cdef ring_t ring
+    cdef int fd
+
+    def __cinit__(self, uint64_t size):
+        self.ring.records = <record_t *> calloc(size, sizeof(record_t))
+        self.ring.mask = size - 1
+        self.fd = eventfd(0, EFD_NONBLOCK)
+
+    def __dealloc__(self):
+        free(self.ring.records)
+        close(self.fd)
+
+    def push(self, int64_t value):
+        cdef record_t *record = ring_claim(&self.ring)
+        if record == NULL:
+            return False
+        record.total_us = value
+        ring_push(&self.ring, self.fd)
+        return True
+
+    def pop(self):
+        cdef record_t *record = ring_peek(&self.ring)
+        if record == NULL:
+            return None
+        value = record.total_us
+        ring_pop(&self.ring)
+        return value
+
+    def woken(self):
+        cdef uint64_t count
+        return read(self.fd, &count, sizeof(count)) == sizeof(count)
+
+    @property
+    def dropped(self):
+        return self.ring.dropped
+
+
+def bucket_of(uint64_t ns):
+    return connect_bucket(ns)
+
+
+def n_buckets():
+    return CONNECT_BUCKETS

@@ -1,0 +1,196 @@
+"""``python -m bench``: runs the comparison and writes its result."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from bench.generator import ROOT, Void, build
+from bench.growth import GROWTHS
+from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.process import missing_programs
+from bench.reload import run_reload
+from bench.report import render, render_comparison
+from bench.results import summarize_growth, summarize_reload, summarize_row
+from bench.rows import ROWS, Effort
+from bench.stage import DIRECT, PEERS, Machine, share_cpus
+from l4mesh.errors import CommandError
+from l4mesh.lab import ensure_privileged, raise_interrupted
+
+FULL = Effort(blocks=7, share=1.0, discard_first=True)
+QUICK = Effort(blocks=2, share=0.25, discard_first=False)
+PROXIES = (DIRECT, *PEERS, "l4mesh")
+RELOAD = "reload"
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD)
+NEEDED = {
+    "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
+    "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
+}  # fmt: skip
+
+T = TypeVar("T")
+
+
+def choose(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str | None], tuple[str, ...]]:
+    """Reads names with commas between them; without any: all."""
+
+    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in value.split(",")) if value else allowed
+        for name in names:
+            if name not in allowed:
+                raise click.BadParameter(f"{name!r} is not among {', '.join(allowed)}")
+        return names
+
+    return read
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="Two short blocks: shows that it works, proves nothing (4 minutes).")
+@click.option("--only", callback=choose(NAMES), metavar="ROW,…", help=f"Of {', '.join(NAMES)}.")
+@click.option("--proxies", callback=choose(PROXIES), metavar="NAME,…", help=f"Of {', '.join(PROXIES)}.")
+@click.option("--blocks", type=click.IntRange(2), help=f"Blocks that count; {FULL.blocks} unless told.")
+@click.option("--seed", type=int, help="Of the order within blocks; random unless told.")
+@click.option("--baseline", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A result to compare with.")
+@click.option(
+    "--of", "saved", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show this result; run nothing."
+)
+@click.option("--out", default=ROOT / "bench/results", type=click.Path(file_okay=False, path_type=Path), show_default=True)
+def main(
+    quick: bool,
+    only: tuple[str, ...],
+    proxies: tuple[str, ...],
+    blocks: int | None,
+    seed: int | None,
+    baseline: Path | None,
+    saved: Path | None,
+    out: Path,
+) -> None:
+    """Compare l4mesh with HAProxy, nginx and Envoy; write a table and the raw rounds."""
+    if saved:
+        result = json.loads(saved.read_text())
+    else:
+        effort = QUICK if quick else FULL
+        effort = Effort(blocks or effort.blocks, effort.share, effort.discard_first)
+        result = run(only, proxies, effort, seed if seed is not None else random.randrange(1 << 16))
+        save(result, out)
+    print(render(result))
+    if baseline:
+        print(render_comparison(json.loads(baseline.read_text()), result))
+    if result["errors"]:
+        sys.exit(1)
+
+
+def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int) -> dict[str, Any]:
+    prepare()
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        **describe_commit(),
+        "seed": seed,
+        "blocks": effort.blocks,
+        "share": effort.share,
+        "machine": describe_machine(),
+        "versions": describe_versions(proxies),
+        "rows": [],
+        "growth": [],
+        "reload": None,
+        "errors": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
+        os.chmod(folder, 0o755)  # noqa: S103 - servers that drop their privileges read their configuration there
+        measure_all(result, share_cpus(Path(folder)), only, proxies, effort, seed)
+    result["minutes"] = (time.monotonic() - started) / 60
+    result["why_not"] = why_not(result, only, proxies, effort)
+    result["publish"] = not result["why_not"]
+    return result
+
+
+def measure_all(
+    result: dict[str, Any], machine: Machine, only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int
+) -> None:
+    """Fills in the result. What fails is named there, and the rest goes on."""
+
+    def attempt(name: str, title: str, work: Callable[[], T], add: Callable[[T], Any]) -> None:
+        if name not in only:
+            return
+        print(f"{time.strftime('%H:%M:%S')} {name}: {title}", file=sys.stderr, flush=True)
+        try:
+            add(work())
+        except (RuntimeError, CommandError, Void, OSError) as error:
+            result["errors"][name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
+
+    for row in ROWS:
+        attempt(
+            row.name,
+            row.title,
+            lambda row=row: row.run(machine, proxies, effort, seed),  # type: ignore[misc]
+            lambda rounds, row=row: result["rows"].append(summarize_row(row, rounds)),
+        )
+    for growth in GROWTHS:
+        attempt(
+            growth.name,
+            f"cost by {growth.title}",
+            lambda growth=growth: growth.run(machine, proxies, effort, seed),  # type: ignore[misc]
+            lambda rounds, growth=growth: result["growth"].append(summarize_growth(growth, rounds)),
+        )
+    if "l4mesh" in proxies:
+        repeats = 3 if effort.discard_first else 1
+        attempt(
+            RELOAD,
+            "a large configuration under load",
+            lambda: run_reload(machine, repeats),
+            lambda reloads: result.update(reload=summarize_reload(reloads)),
+        )
+
+
+def why_not(result: dict[str, Any], only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort) -> str:
+    """Why the result is not fit to publish; empty when it is."""
+    if effort.share < 1 or effort.blocks < FULL.blocks:
+        return "a short run"
+    if set(only) != set(NAMES) or set(proxies) != set(PROXIES):
+        return "a partial run"
+    if result["errors"]:
+        return f"{', '.join(result['errors'])} failed"
+    noisy = [row["name"] for row in result["rows"] if not row["publishable"]]
+    return f"the two l4mesh differ, or rounds are void, in {', '.join(noisy)}" if noisy else ""
+
+
+def prepare() -> None:
+    """Raises CommandError with what is missing."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    if missing := missing_programs(NEEDED):
+        packages = " ".join(NEEDED[name] for name in missing)
+        raise CommandError(f"{', '.join(missing)} not found: apt-get install {packages}")
+    ensure_privileged()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    build()
+
+
+def save(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{result['date']}-{result['commit']}{'' if result['publish'] else '-unpublished'}"
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(render(result))
+    print(f"written: {folder / name}.json and .md", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, raise_interrupted)
+    try:
+        main()
+    except (CommandError, RuntimeError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,155 @@
+"""A result as Markdown, and two results side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.proxies import KINDS
+from bench.reload import CLUSTERS_A_FILE, ENDPOINTS_A_CLUSTER, FILES, RATE
+from bench.results import LATENCIES
+from bench.rounds import AGAIN
+from bench.stage import DIRECT
+
+COLUMNS = (DIRECT, "haproxy", "haproxy-splice", "nginx", "envoy", "l4mesh")
+NOTHING = "–"
+
+
+def render(result: dict[str, Any]) -> str:
+    """The whole report."""
+    parts = [_heading(result), _rows_table(result["rows"]), _rates_table(result["rows"]), _latency_table(result["rows"])]
+    parts += [_growth_table(growth) for growth in result["growth"]]
+    if result["reload"]:
+        parts.append(_reload_table(result["reload"]["median"]))
+    if result["errors"]:
+        parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {error}" for name, error in result["errors"].items()))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], dict(result["versions"])
+    modified = " with uncommitted changes" if result["modified"] else ""
+    publish = "fit to publish" if result["publish"] else "**not fit to publish**: " + result["why_not"]
+    return (
+        f"# Comparison of {result['date']}, commit {result['commit']}{modified}\n\n"
+        f"{machine['cpu']}, {machine['cpus']} CPUs{' (virtual)' if machine['hypervisor'] else ''}, Linux {machine['kernel']}; "
+        + ", ".join(f"{KINDS[name].name if name in KINDS else name} {version}" for name, version in versions.items())
+        + f". {result['blocks']} blocks, seed {result['seed']}, {result['minutes']:.0f} min; {publish}."
+    )
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _ratio(ratio: dict[str, float] | None) -> str:
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})" if ratio else NOTHING
+
+
+def _limit(limit: dict[str, Any] | None, unit: str, lower: bool) -> str:
+    if not limit:
+        return NOTHING
+    sign = "≤" if lower else "≥"
+    of, met = limit["limit"], limit["met"]
+    if of["absolute"] is not None:
+        return f"{sign} {of['absolute']} {unit}: {met}"
+    kind = "direct" if of["of_direct"] is not None else "best peer"
+    return f"{sign} {of['of_direct'] or of['of_best']} × {kind}: {met}"
+
+
+def _name(entry: str) -> str:
+    return KINDS[entry].name if entry in KINDS else entry
+
+
+def _rows_table(rows: list[dict[str, Any]]) -> str:
+    """Medians, the paired ratio with the best peer, and the limits."""
+    if not rows:
+        return ""
+    columns = [name for name in COLUMNS if any(name in row["entries"] for row in rows)]
+    header = ["work", *map(_name, columns), "l4mesh / best peer (95 %)", "must", "goal", "l4mesh again / l4mesh (95 %)"]
+    lines = []
+    for row in rows:
+        values = [row["entries"].get(name, {}).get("median") for name in columns]
+        best = _name(row["best_peer"]) if row["best_peer"] else ""
+        limits = [_limit(row.get(name), row["unit"], row["lower_is_better"]) for name in ("must", "goal")]
+        void = sum(entry["void"] for entry in row["entries"].values())
+        again = _ratio(row["again"]) + (f"; {void} rounds void" if void else "")
+        compared = f"{_ratio(row['ratio'])} {best}".strip()
+        lines.append([f"{row['title']}: {row['unit']}", *map(_number, values), compared, *limits, again])
+    return _table(header, lines)
+
+
+def _rates_table(rows: list[dict[str, Any]]) -> str:
+    """How fast it went meanwhile: closed loop, load and backend on one CPU, so less is not always the proxy's doing."""
+    columns = [name for name in COLUMNS if any(name in row["entries"] for row in rows)]
+    lines = []
+    for row in rows:
+        rates = [row["entries"].get(name, {}).get("rate") for name in columns]
+        if any(rates) and "p99" not in row["entries"].get("l4mesh", row["entries"][next(iter(row["entries"]))]):
+            scale, unit = (1e6, "MB/s") if row["unit"] == "CPU s/GB" else (1, "1/s")
+            lines.append([f"{row['title']}: {unit}", *(_number(rate / scale if rate else None) for rate in rates)])
+    return "Meanwhile (closed loop):\n\n" + _table(["rate", *map(_name, columns)], lines) if lines else ""
+
+
+def _latency_table(rows: list[dict[str, Any]]) -> str:
+    rows = [row for row in rows if any("p99" in entry for entry in row["entries"].values())]
+    columns = [name for name in (*COLUMNS, AGAIN) if any(name in row["entries"] for row in rows)]
+    lines = []
+    for row in rows:
+        for percentile in LATENCIES:
+            values = [row["entries"].get(name, {}).get(percentile) for name in columns]
+            lines.append([row["title"].replace("p99", percentile), *map(_number, values)])
+    if not lines:
+        return ""
+    return "Latency from the intended send time, µs:\n\n" + _table(["open loop", *map(_name, columns)], lines)
+
+
+def _growth_table(growth: dict[str, Any]) -> str:
+    header = [f"connect, request, close: {growth['unit']}", *map(str, growth["points"])]
+    lines = [[_name(name), *map(_number, values)] for name, values in growth["entries"].items()]
+    return f"By {growth['title']}:\n\n" + _table(header, lines)
+
+
+def _reload_table(reload: dict[str, float]) -> str:
+    size = f"{FILES * CLUSTERS_A_FILE:,} clusters, {FILES * CLUSTERS_A_FILE * ENDPOINTS_A_CLUSTER:,} endpoints, {FILES} files"
+    lines = [
+        ["all added", _number(reload["added_cpu_s"]), NOTHING, NOTHING],
+        ["none changes", NOTHING, NOTHING, _number(reload["before_p99"])],
+        ["all change", *(_number(reload[f"full_{name}"]) for name in ("cpu_s", "s", "p99"))],
+        ["one file changes", *(_number(reload[f"one_{name}"]) for name in ("cpu_s", "s", "p99"))],
+    ]
+    header = ["reload", "CPU s", "until in force, s", "p99 of the traffic meanwhile, µs"]
+    return f"{size}, {RATE:,} requests/s meanwhile, everything of l4mesh on one CPU:\n\n" + _table(header, lines)
+
+
+def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """l4mesh then and now. What counts is the ratio with the best peer of the same run: machines and days differ."""
+    before = {row["name"]: row for row in old["rows"]}
+    lines = []
+    for row in new["rows"]:
+        was = before.get(row["name"])
+        if was is None:
+            continue
+        values = [_number(one["entries"].get("l4mesh", {}).get("median")) for one in (was, row)]
+        lines.append(
+            [f"{row['title']}: {row['unit']}", *values, _ratio(was["ratio"]), _ratio(row["ratio"]), _verdict(was, row)]
+        )
+    header = ["work", old["commit"], new["commit"], f"/ best peer, {old['commit']}", f"/ best peer, {new['commit']}", ""]
+    return _table(header, lines) + "\n"
+
+
+def _verdict(was: dict[str, Any], row: dict[str, Any]) -> str:
+    """Better or worse only when the confidence intervals don't overlap."""
+    old, new = was["ratio"], row["ratio"]
+    if not old or not new or (old["low"] <= new["high"] and new["low"] <= old["high"]):
+        return "same"
+    return "better" if (new["median"] < old["median"]) == row["lower_is_better"] else "**worse**"
