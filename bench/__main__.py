@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +109,6 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
-        os.chmod(folder, 0o755)  # noqa: S103 - servers that drop their privileges read their configuration there
         measure_all(result, share_cpus(Path(folder)), only, proxies, effort, seed)
     result["minutes"] = (time.monotonic() - started) / 60
     result["why_not"] = why_not(result, only, proxies, effort)
@@ -135,22 +135,21 @@ def measure_all(
         attempt(
             row.name,
             row.title,
-            lambda row=row: row.run(machine, proxies, effort, seed),  # type: ignore[misc]
-            lambda rounds, row=row: result["rows"].append(summarize_row(row, rounds)),
+            partial(row.run, machine, proxies, effort, seed),
+            partial(lambda row, rounds: result["rows"].append(summarize_row(row, rounds)), row),
         )
     for growth in GROWTHS:
         attempt(
             growth.name,
             f"cost by {growth.title}",
-            lambda growth=growth: growth.run(machine, proxies, effort, seed),  # type: ignore[misc]
-            lambda rounds, growth=growth: result["growth"].append(summarize_growth(growth, rounds)),
+            partial(growth.run, machine, proxies, effort, seed),
+            partial(lambda growth, rounds: result["growth"].append(summarize_growth(growth, rounds)), growth),
         )
     if "l4mesh" in proxies:
-        repeats = 3 if effort.discard_first else 1
         attempt(
             RELOAD,
             "a large configuration under load",
-            lambda: run_reload(machine, repeats),
+            partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
         )
 

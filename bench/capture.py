@@ -1,7 +1,7 @@
 """Transparent mode: all parties in a network namespace, where dialling a service address leads to a proxy by REDIRECT.
 
-l4mesh brings its own rules; each peer gets one REDIRECT rule for its service address, before them. HAProxy and Envoy look up the
-original destination and route by it as l4mesh does; nginx can't, and forwards without asking.
+l4mesh brings its own rules; each peer gets one REDIRECT rule for its service address, before them. HAProxy and Envoy look up
+the original destination and route by it as l4mesh does; nginx can't, and forwards without asking.
 """
 
 from __future__ import annotations

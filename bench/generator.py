@@ -1,7 +1,7 @@
 """The load generator: builds ``load.pyx`` on first use, and runs it in a process of its own.
 
-The process is told what to do in its arguments, says when it is prepared (connections open, one reply checked on each), does one
-run for each line on its standard input, answers each with a line, and ends with its input.
+The process is told what to do in its arguments, says when it is prepared (connections open, one reply checked on each), does
+one run for each line on its standard input, answers each with a line, and ends with its input.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -31,20 +32,16 @@ class Void(Exception):
 
 def build() -> ModuleType:
     """The compiled generator, built when ``load.pyx``, Cython or Python has changed."""
-    import Cython
-
-    key = SOURCE.read_bytes() + f"{Cython.__version__} {sys.version}".encode()
+    key = SOURCE.read_bytes() + f"{importlib.metadata.version('Cython')} {sys.version}".encode()
     folder = ROOT / ".cache/bench" / hashlib.sha256(key).hexdigest()[:16]
     if not list(folder.glob(f"load*{sysconfig.get_config_var('EXT_SUFFIX')}")):
-        from Cython.Build import cythonize
-        from setuptools import Distribution, Extension
-
+        cython, setuptools = importlib.import_module("Cython.Build"), importlib.import_module("setuptools")
         directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True}
-        extensions = cythonize(
-            [Extension("load", [str(SOURCE)], extra_compile_args=["-O2"])],
+        extensions = cython.cythonize(
+            [setuptools.Extension("load", [str(SOURCE)], extra_compile_args=["-O2"])],
             build_dir=str(folder), compiler_directives=directives, quiet=True,
         )  # fmt: skip
-        command = Distribution({"ext_modules": extensions}).get_command_obj("build_ext")
+        command = setuptools.Distribution({"ext_modules": extensions}).get_command_obj("build_ext")
         command.build_lib = command.build_temp = str(folder)
         command.ensure_finalized()
         command.run()
@@ -143,7 +140,7 @@ def main() -> None:
     sources = target["first_source"], target["n_sources"]
     size = task.get("size", 64)
     try:
-        connections = None
+        connections: Any = None
         if what != "connects":
             connections = load.Connections(*where, task["connections"], size, *sources)
         print("{}", flush=True)

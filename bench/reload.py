@@ -26,7 +26,7 @@ RELOADED = '"config_reloaded"'
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """``added_*``: all files appear beside a small configuration; ``full_*``: every cluster changes; ``one_*``: those of one file.
+    """``added_*``: all files come beside a small configuration; ``full_*``: every cluster changes; ``one_*``: those of a file.
 
     CPU is the process's, less what the traffic costs; seconds are from the first write to the log line; p99 in µs.
     """
@@ -99,7 +99,7 @@ class _Window:
 
 
 def _traffic(load: Load, proxy: Proxy, folder: Path, seconds: float, files: list[int], weight: int) -> _Window:
-    """Steady requests for ``seconds``, and after half a second new contents for ``files``: what happened until it was in force."""
+    """Requests for ``seconds``, and after half a second new contents for ``files``: what happened until they were in force."""
     path = folder / "latencies"
     load.begin(rate=RATE, count=int(RATE * seconds), path=str(path))
     time.sleep(0.5)

@@ -116,7 +116,7 @@ def measure_latency(rate: int) -> Measure:
 
 def measure_idle(stage: Stage, entry: str, effort: Effort) -> Sample:
     """A proxy that has just been started and has served a few connections, without and with the idle ones."""
-    count = effort.count(IDLE_CONNECTIONS)
+    count = IDLE_CONNECTIONS
     proxy = stage.start(entry)
     try:
         with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
