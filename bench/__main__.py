@@ -22,13 +22,14 @@ from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.machine import describe_commit, describe_machine, describe_versions
 from bench.process import missing_programs
+from bench.proxies import FD_LIMIT
 from bench.reload import run_reload
 from bench.report import render, render_comparison
 from bench.results import summarize_growth, summarize_reload, summarize_row
 from bench.rows import ROWS, Effort
 from bench.stage import DIRECT, PEERS, Machine, share_cpus
 from l4mesh.errors import CommandError
-from l4mesh.lab import ensure_privileged, raise_interrupted
+from l4mesh.lab import Interrupted, ensure_privileged, raise_interrupted
 
 FULL = Effort(blocks=7, share=1.0, discard_first=True)
 QUICK = Effort(blocks=2, share=0.25, discard_first=False)
@@ -162,7 +163,7 @@ def why_not(result: dict[str, Any], only: tuple[str, ...], proxies: tuple[str, .
         return "a partial run"
     if result["errors"]:
         return f"{', '.join(result['errors'])} failed"
-    noisy = [row["name"] for row in result["rows"] if not row["publishable"]]
+    noisy = [row["name"] for row in result["rows"] if "must" in row and not row["publishable"]]
     return f"the two l4mesh differ, or rounds are void, in {', '.join(noisy)}" if noisy else ""
 
 
@@ -173,8 +174,11 @@ def prepare() -> None:
         packages = " ".join(NEEDED[name] for name in missing)
         raise CommandError(f"{', '.join(missing)} not found: apt-get install {packages}")
     ensure_privileged()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    hard = max(FD_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:
+        raise CommandError(f"{FD_LIMIT} descriptors are needed: run it as root, or after `ulimit -n {FD_LIMIT}`") from error
     build()
 
 
@@ -190,6 +194,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, raise_interrupted)
     try:
         main()
-    except (CommandError, RuntimeError) as error:
+    except (CommandError, RuntimeError, Interrupted) as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(1)

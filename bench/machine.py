@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.generator import ROOT
-from bench.proxies import KINDS
+from bench.proxies import KINDS, SPLICED
 
 SETTINGS = (
     "net/ipv4/tcp_congestion_control",
@@ -46,7 +46,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions(proxies: Iterable[str]) -> dict[str, str]:
-    versions = {name: KINDS[name].version() for name in proxies if name in KINDS}
+    versions = {name: KINDS[name].version() for name in proxies if name in KINDS and name not in SPLICED}
     for name, command in TOOLS.items():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = re.search(r"\d+\.\d+[.\d]*", done.stdout + done.stderr)
@@ -56,7 +56,7 @@ def describe_versions(proxies: Iterable[str]) -> dict[str, str]:
 
 def describe_commit() -> dict[str, Any]:
     """The commit, and whether what is measured differs from it."""
-    changed = _git("status", "--porcelain", "--", "l4mesh", "bench", "setup.py")
+    changed = _git("status", "--porcelain", "--", "l4mesh", "bench", "setup.py", ":!bench/results")
     return {"commit": _git("rev-parse", "--short", "HEAD") or "unknown", "modified": bool(changed)}
 
 

@@ -19,8 +19,8 @@ from bench.generator import ROOT
 from bench.process import Place, Process
 
 MAX_CONNECTIONS = 7000
-"""More than any load opens, and no more than 20,000 descriptors are enough for."""
-FD_LIMIT = 20000
+"""More than any load opens, and no more than the descriptors are enough for."""
+FD_LIMIT = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +218,9 @@ def _l4mesh_version() -> str:
 
 
 _HAPROXY_VERSION = _says(r"version (\S+)", "haproxy", "-v")
+
+SPLICED = ("haproxy-splice",)
+"""Variants that matter for bulk only."""
 
 KINDS = {
     "haproxy": Kind("HAProxy", _haproxy(), _HAPROXY_VERSION),

@@ -82,7 +82,7 @@ def _rows_table(rows: list[dict[str, Any]]) -> str:
         best = _name(row["best_peer"]) if row["best_peer"] else ""
         limits = [_limit(row.get(name), row["unit"], row["lower_is_better"]) for name in ("must", "goal")]
         void = sum(entry["void"] for entry in row["entries"].values())
-        again = _ratio(row["again"]) + (f"; {void} rounds void" if void else "")
+        again = _ratio(row["again"]) + (f"; {void} rounds void" if void else "") + ("" if row["publishable"] else "; **noise**")
         compared = f"{_ratio(row['ratio'])} {best}".strip()
         lines.append([f"{row['title']}: {row['unit']}", *map(_number, values), compared, *limits, again])
     return _table(header, lines)
@@ -143,6 +143,8 @@ def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
         lines.append(
             [f"{row['title']}: {row['unit']}", *values, _ratio(was["ratio"]), _ratio(row["ratio"]), _verdict(was, row)]
         )
+    if not lines:
+        return "The two results have no row in common.\n"
     header = ["work", old["commit"], new["commit"], f"/ best peer, {old['commit']}", f"/ best peer, {new['commit']}", ""]
     return _table(header, lines) + "\n"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bench.capture import captured_stage
 from bench.generator import Void
+from bench.proxies import SPLICED
 from bench.rounds import AGAIN, Round, Sample, run_rounds
 from bench.stage import DIRECT, PEERS, Machine, Stage, kind_of
 
@@ -24,7 +25,6 @@ ON_ITS_WAY_AT_MOST = 64 << 20
 """So much of a stream may be in buffers (two sockets that receive, of 32 MiB each at most) when iperf3 ends the transfer."""
 TOOL_DEADLINE_S = 60
 
-SPLICED = ("haproxy-splice",)
 PLAIN_PEERS = tuple(peer for peer in PEERS if peer not in SPLICED)
 
 
@@ -64,7 +64,6 @@ class Row:
     lower_is_better: bool = True
     must: Limit | None = None
     goal: Limit | None = None
-    blocks_share: float = 1.0
     mirrored: bool = True
     controlled: bool = True
     """Beside direct, and with the second l4mesh."""
@@ -75,12 +74,11 @@ class Row:
 
     def run(self, machine: Machine, proxies: Sequence[str], effort: Effort, seed: int) -> list[Round]:
         entries = [entry for entry in self.entries if kind_of(entry) in proxies]
-        blocks = max(2, round(effort.blocks * self.blocks_share))
         with self.stage(machine, entries) as stage:
             return run_rounds(
                 entries,
                 lambda entry: self.measure(stage, entry, effort),
-                blocks,
+                effort.blocks,
                 seed,
                 discard_first=effort.discard_first,
                 mirrored=self.mirrored,
@@ -234,11 +232,11 @@ ROWS = (
     ),
     Row(
         "bulk-up", "bulk, 1 stream, to the server", "CPU s/GB", measure_bulk(), stage_of("iperf3", "echo"),
-        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5), blocks_share=0.75,
+        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5),
     ),
     Row(
         "bulk-down", "bulk, 1 stream, to the client", "CPU s/GB", measure_bulk("-R"), stage_of("iperf3", "echo"),
-        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5), blocks_share=0.75,
+        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5),
     ),
     Row(
         "streams", "bulk, 8 streams, all on both CPUs", "Gbit/s", measure_streams, stage_of("iperf3", "echo", pinned=False),
@@ -246,7 +244,7 @@ ROWS = (
     ),
     Row(
         "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB", measure_idle, idle_stage,
-        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), blocks_share=0.3, mirrored=False, controlled=False,
+        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), mirrored=False, controlled=False,
     ),
     Row(
         "request-captured", "keep-alive request, 64 B, transparent", "µs CPU", measure_requests, captured_stage,
@@ -259,11 +257,9 @@ ROWS = (
     Row("wrk", "HTTP request (wrk, nginx behind)", "µs CPU", measure_wrk, stage_of("http"), mirrored=False),
     Row("redis", "Redis GET (redis-benchmark)", "µs CPU", measure_redis, stage_of("redis"), mirrored=False),
     Row(
-        "latency-2k", "p99 at 2,000 requests/s", "µs", measure_latency(2000), stage_of("echo"),
-        blocks_share=0.75, mirrored=False,
+        "latency-2k", "p99 at 2,000 requests/s", "µs", measure_latency(2000), stage_of("echo"), mirrored=False,
     ),
     Row(
-        "latency-10k", "p99 at 10,000 requests/s", "µs", measure_latency(10_000), stage_of("echo"),
-        blocks_share=0.75, mirrored=False,
+        "latency-10k", "p99 at 10,000 requests/s", "µs", measure_latency(10_000), stage_of("echo"), mirrored=False,
     ),
 )  # fmt: skip
