@@ -203,7 +203,7 @@ def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath,
         yield (), "leads nowhere: add cluster: NAME, routes, or default: original_destination"
     if not captures:
         for key in ("direction", "preserve_source", "include", "exclude"):
-            if key in listener.model_fields_set and getattr(listener, key):
+            if getattr(listener, key) not in (None, False, schema.FilterSection()):
                 yield (key,), "goes with capture: redirect or capture: tproxy only"
         if (listener.default or listener.cluster) == ORIGINAL_DESTINATION:
             yield ("default",), "can't be original_destination without capture: the destination would be this listener"

@@ -351,7 +351,7 @@ def _reword(section: type[BaseModel], detail: Any) -> tuple[KeyPath, str]:
         return path, str(detail["ctx"]["error"])
     if kind == "extra_forbidden":
         known = _keys_at(section, path[:-1])
-        meant = difflib.get_close_matches(str(path[-1]), known, n=1)
+        meant = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.75)
         hint = f"did you mean {meant[0]}?" if meant else f"known here: {', '.join(known)}"
         return path, f"is not a known key; {hint}"
     if kind == "missing":

@@ -1,0 +1,123 @@
+"""Rules on a real host: applied twice, tampered with, repaired, removed without a trace, foreign ones untouched."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from l4mesh.capture.host import apply_rules, check_rules, remove_rules
+from l4mesh.capture.rules import FamilyRules, build_rules
+from l4mesh.config.load import parse_config
+from l4mesh.lab import Host, Lab
+
+pytestmark = pytest.mark.netns
+
+CONFIG = """
+listeners:
+  - name: outbound
+    bind: ["0.0.0.0:15001", "[::]:15001"]
+    capture: redirect
+    preserve_source: on
+    exclude: {ports: [22, "8000-8010"], destinations: [10.9.0.0/16], users: ["0"]}
+    default: original_destination
+  - name: inbound
+    bind: ["0.0.0.0:15006", "[::]:15006"]
+    capture: tproxy
+    include: {ports: [80, 443]}
+    default: original_destination
+"""
+FOREIGN = """\
+*nat
+:FOREIGN - [0:0]
+-A PREROUTING -p tcp -m tcp --dport 9999 -j FOREIGN
+-A OUTPUT -p tcp -m tcp --dport 9998 -j ACCEPT
+-A FOREIGN -j RETURN
+COMMIT
+*mangle
+-A PREROUTING -p udp -j ACCEPT
+COMMIT
+"""
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Lab() as lab:
+        yield lab.host("h")
+
+
+@pytest.fixture
+def rules() -> list[FamilyRules]:
+    return build_rules(parse_config(CONFIG))
+
+
+def saved(host: Host) -> str:
+    """Everything but counters, comments, and tables that hold nothing."""
+    text = host.run("iptables-save") + host.run("ip6tables-save")
+    text = re.sub(r"\[\d+:\d+\]", "", re.sub(r"^#.*\n", "", text, flags=re.M))
+    text = re.sub(r"\*\w+\n(:(PREROUTING|INPUT|FORWARD|OUTPUT|POSTROUTING) ACCEPT \n)*COMMIT\n", "", text)
+    return text + host.run("ip", "rule") + host.run("ip", "-6", "rule")
+
+
+def test_applied_twice_is_applied_once(host: Host, rules: list[FamilyRules]) -> None:
+    apply_rules(rules, host.namespace)
+    once = saved(host)
+    apply_rules(rules, host.namespace)
+    assert saved(host) == once
+    assert check_rules(rules, host.namespace) == []
+
+
+TAMPERING = [
+    (("iptables", "-t", "nat", "-D", "L4MESH_OUTPUT", "3"), "IPv4 nat L4MESH_OUTPUT: missing: -A L4MESH_OUTPUT -d 10.9.0.0/16"),
+    (("iptables", "-t", "nat", "-A", "L4MESH_OUTPUT", "-j", "ACCEPT"), "IPv4 nat L4MESH_OUTPUT: not ours: -A L4MESH_OUTPUT -j ACCEPT"),
+    (("iptables", "-t", "nat", "-F", "L4MESH_PREROUTING"), "IPv4 nat L4MESH_PREROUTING: missing:"),
+    (("iptables", "-t", "nat", "-F"), "IPv4 nat: missing: -A OUTPUT"),
+    (("ip6tables", "-t", "mangle", "-F", "PREROUTING"), "IPv6 mangle: missing: -A PREROUTING"),
+    (("iptables", "-t", "nat", "-I", "OUTPUT", "-m", "comment", "--comment", "l4mesh", "-j", "L4MESH_OUTPUT"), "IPv4 nat: one too many: -A OUTPUT"),
+    (("ip", "rule", "del", "pref", "32764"), "IPv4 routing: missing: rule"),
+    (("ip", "-6", "route", "flush", "table", "1539"), "IPv6 routing: missing: local route"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "difference"), TAMPERING, ids=range(len(TAMPERING)))
+def test_tampering_is_named_and_repaired(host: Host, rules: list[FamilyRules], command: tuple[str, ...], difference: str) -> None:
+    apply_rules(rules, host.namespace)
+    right = saved(host)
+    host.run(*command)
+    found = check_rules(rules, host.namespace)
+    assert any(text.startswith(difference) for text in found), found
+    apply_rules(rules, host.namespace)
+    assert saved(host) == right
+    assert check_rules(rules, host.namespace) == []
+
+
+def test_the_wrong_order_is_named(host: Host, rules: list[FamilyRules]) -> None:
+    apply_rules(rules, host.namespace)
+    host.run("iptables", "-t", "nat", "-D", "L4MESH_OUTPUT", "1")
+    host.run("iptables", "-t", "nat", "-A", "L4MESH_OUTPUT", "-m", "mark", "--mark", "0x539/0xfff", "-j", "RETURN")
+    assert any("another order" in text for text in check_rules(rules, host.namespace))
+
+
+def test_removed_without_a_trace_and_foreign_rules_untouched(host: Host, rules: list[FamilyRules], tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.write_text(FOREIGN)
+    host.run("iptables-restore", "--noflush", str(foreign))
+    before = saved(host)
+    apply_rules(rules, host.namespace)
+    host.run("iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "9997", "-j", "ACCEPT")
+    apply_rules(rules, host.namespace)
+    remove_rules(host.namespace)
+    host.run("iptables", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "--dport", "9997", "-j", "ACCEPT")
+    assert saved(host) == before
+    remove_rules(host.namespace)
+    assert saved(host) == before
+
+
+def test_another_configuration_replaces_the_whole(host: Host, rules: list[FamilyRules]) -> None:
+    apply_rules(rules, host.namespace)
+    other = build_rules(parse_config('listeners: [{name: l, bind: "0.0.0.0:1", capture: redirect, default: original_destination}]'))
+    assert check_rules(other, host.namespace)
+    apply_rules(other, host.namespace)
+    assert check_rules(other, host.namespace) == []
+    assert "1539" not in saved(host)
+    assert "L4MESH" not in host.run("ip6tables-save")

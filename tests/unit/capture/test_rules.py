@@ -1,0 +1,60 @@
+"""Rules as text, beside golden files. ``L4MESH_WRITE_GOLDEN=1`` writes them anew: read the difference before you commit it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from l4mesh.capture.render import render_all
+from l4mesh.capture.rules import build_rules
+from l4mesh.config.load import parse_config
+
+GOLDEN = Path(__file__).parent / "golden"
+V4, V6, BOTH = '"0.0.0.0:15001"', '"[::]:15001"', '["0.0.0.0:15001", "[::]:15001"]'
+CASES = {
+    "redirect_v4": f"bind: {V4}, capture: redirect",
+    "redirect_v6": f"bind: {V6}, capture: redirect",
+    "redirect_inbound": f"bind: {V4}, capture: redirect, direction: inbound",
+    "tproxy_inbound": f"bind: {V4}, capture: tproxy",
+    "tproxy_outbound": f"bind: {V4}, capture: tproxy, direction: outbound",
+    "tproxy_preserve_source": f"bind: {BOTH}, capture: tproxy, preserve_source: on",
+    "redirect_preserve_source": f"bind: {V4}, capture: redirect, preserve_source: on",
+    "filters": f"""bind: {BOTH}, capture: redirect,
+      include: {{ports: [80, "8000-8999"], destinations: [10.0.0.0/8, "fd00::/8"], interfaces: [pod0]}},
+      exclude: {{ports: [22], destinations: [10.9.0.0/16], users: ["1337"]}}""",
+    "many_ports": f"bind: {V4}, capture: redirect, include: {{ports: [{', '.join(str(port) for port in range(1, 21))}]}}",
+    "only_other_family": f"bind: {V6}, capture: redirect, include: {{destinations: [10.0.0.0/8]}}",
+    "none": f"bind: {V4}, cluster: a",
+}
+
+
+def text_of(settings: str) -> str:
+    default = "" if "cluster:" in settings else ", default: original_destination"
+    return render_all(build_rules(parse_config(f"listeners:\n  - {{name: l, {settings}{default}}}\nclusters: [{{name: a}}]\n")))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rules_are_as_the_golden_file_has_them(name: str) -> None:
+    file = GOLDEN / f"{name}.txt"
+    text = text_of(CASES[name])
+    if os.environ.get("L4MESH_WRITE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+def test_all_that_is_ours_is_in_chains_of_our_own() -> None:
+    for settings in CASES.values():
+        for line in text_of(settings).splitlines():
+            assert not line.startswith("-A ") or line.startswith("-A L4MESH_")
+            assert not line.startswith("-I ") or "--comment l4mesh -j L4MESH_" in line
+
+
+def test_marked_packets_are_left_alone_before_anything_else() -> None:
+    for settings in CASES.values():
+        chains: dict[str, list[str]] = {}
+        for line in text_of(settings).splitlines():
+            if line.startswith("-A L4MESH_") and ("REDIRECT" in line or "RETURN" in line or "TPROXY" in line):
+                chains.setdefault(line.split()[1], []).append(line)
+        for chain, lines in chains.items():
+            if chain != "L4MESH_RETURN":
+                assert "--mark 0x539/0xfff -j RETURN" in lines[0]

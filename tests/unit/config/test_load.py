@@ -1,0 +1,172 @@
+"""Files and folders, merging, caching, and the examples in conf/."""
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l4mesh.config import schema
+from l4mesh.config.load import ConfigCache, load_config, parse_config
+from l4mesh.errors import ConfigError
+from l4mesh.model import Balance
+
+CONF = Path(__file__).parents[3] / "conf"
+LISTENER = 'listeners: [{name: web, bind: "127.0.0.1:8080", cluster: a}]\n'
+
+
+@pytest.mark.parametrize("name", ["minimal.yaml", "node.yaml", "reference.yaml"])
+def test_the_examples_are_valid(name: str) -> None:
+    assert load_config([CONF / name]).listeners
+
+
+def test_the_systemd_unit_runs_commands_that_exist() -> None:
+    from l4mesh.cli import cli, redirect
+
+    text = (CONF / "l4mesh.service").read_text()
+    for line in text.splitlines():
+        if line.startswith("Exec") and "/l4mesh " in line:
+            words = line.split("/l4mesh ")[1].split()
+            assert words[0] in cli.commands
+            if words[0] == "redirect":
+                assert words[1] in redirect.commands
+    assert "LimitNOFILE" in text
+
+
+def keys_of(section: type[pydantic.BaseModel], path: str = "") -> set[str]:
+    keys = set()
+    for name, field in section.model_fields.items():
+        key = f"{path}{field.alias or name}"
+        keys.add(key)
+        inner = schema._section_in(field.annotation)
+        if inner:
+            keys |= keys_of(inner, f"{key}.")
+    return keys
+
+
+def test_the_reference_names_every_key_with_its_default() -> None:
+    text = (CONF / "reference.yaml").read_text()
+    for key in keys_of(schema.FileSection):
+        assert f"{key.rpartition('.')[2]}:" in text, key
+    reference = load_config([CONF / "reference.yaml"])
+    bare = parse_config('listeners: [{name: example, bind: "127.0.0.1:8080", cluster: example}]\nclusters: [{name: example, endpoints: ["127.0.0.1:9001"]}]')
+    assert reference.listeners == bare.listeners
+    assert reference.clusters == bare.clusters
+    for key in ("workers", "admin", "access_log", "max_connections", "max_connections_per_source", "splice", "mark", "return_mark"):
+        assert getattr(reference, key) == getattr(bare, key), key
+
+
+def test_words_stay_words() -> None:
+    config = parse_config(LISTENER.replace("cluster: a", "cluster: on") + "clusters: [{name: on, endpoints: [22.example:22], zone_preference: off}]\nsplice: off\n")
+    assert not config.splice
+    assert not config.clusters["on"].zone_preference
+    assert config.clusters["on"].endpoints[0].address == "22.example:22"
+
+
+def test_addresses_are_canonical() -> None:
+    config = parse_config(LISTENER + 'clusters: [{name: a, endpoints: ["[2001:DB8:0::1]:80", "[::ffff:10.0.0.1]:81", "Host.Example:82"]}]')
+    assert [endpoint.address for endpoint in config.clusters["a"].endpoints] == ["[2001:db8::1]:80", "10.0.0.1:81", "host.example:82"]
+
+
+def test_the_implicit_cluster_of_original_destinations_can_be_tuned() -> None:
+    text = 'listeners: [{name: out, bind: "0.0.0.0:15001", capture: redirect, default: original_destination}]\n'
+    assert parse_config(text).clusters["original_destination"].connect_timeout_ms == 1000
+    tuned = parse_config(text + "clusters: [{name: original_destination, connect: {timeout: 7s}}]")
+    assert tuned.clusters["original_destination"].connect_timeout_ms == 7000
+    with pytest.raises(ConfigError, match="must be left out"):
+        parse_config(text + 'clusters: [{name: original_destination, endpoints: ["a:1"]}]')
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_the_files_of_a_folder_are_merged(tmp_path: Path) -> None:
+    write(tmp_path, a=LISTENER + "workers: 2\n", b="clusters: [{name: a, balance: maglev}]\n", c="# nothing\n")
+    (tmp_path / "notes.txt").write_text("not: [yaml")
+    (tmp_path / ".hidden.yaml").write_text("not: [yaml")
+    config = load_config([tmp_path])
+    assert config.workers == 2
+    assert config.clusters["a"].balance == Balance.MAGLEV
+
+
+def test_conflicts_between_files_name_both(tmp_path: Path) -> None:
+    write(tmp_path, a=LISTENER + "workers: 2\nclusters: [{name: a}]\n", b="workers: 3\nclusters:\n  - {name: a}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config([tmp_path])
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}/b.yaml:1: workers: stands in {tmp_path}/a.yaml already: keep one of the two",
+        f"{tmp_path}/b.yaml:3: clusters[0].name: a is the name of a cluster in {tmp_path}/a.yaml already",
+    ]
+
+
+def test_what_can_not_be_read_says_so(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"node:\n  name: caf\xe9\n")
+    for path, message in [
+        (tmp_path / "none.yaml", "can't be read: No such file or directory"),
+        (tmp_path / "latin.yaml", "latin.yaml:2: is not UTF-8: byte 17 is not text"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_config([path])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="is a folder without a .yaml file"):
+        load_config([tmp_path / "empty"])
+
+
+def test_bombs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nested more than"):
+        parse_config("[" * 100_000)
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    with pytest.raises(ConfigError, match="too many aliases"):
+        parse_config(bomb)
+
+
+def test_unchanged_parts_keep_their_objects(tmp_path: Path) -> None:
+    write(tmp_path, a=LISTENER + "clusters: [{name: a}]\n", b='clusters: [{name: b, endpoints: ["a:1"]}, {name: c, endpoints: ["a:1"]}]\n')
+    cache = ConfigCache()
+    first = load_config([tmp_path], cache)
+    write(tmp_path, b='clusters: [{name: b, endpoints: ["a:1"]}, {name: c, endpoints: ["a:2"]}]\n')
+    second = load_config([tmp_path], cache)
+    assert second.clusters["a"] is first.clusters["a"]
+    assert second.clusters["b"] is first.clusters["b"]
+    assert second.clusters["c"] is not first.clusters["c"]
+    assert second.digest != first.digest
+
+
+def test_a_file_that_was_refused_does_not_stay_in_the_cache(tmp_path: Path) -> None:
+    write(tmp_path, a=LISTENER + "clusters: [{name: a}]\n")
+    cache = ConfigCache()
+    good = load_config([tmp_path], cache)
+    write(tmp_path, a=LISTENER + "clusters: [{name: a, balance: x}]\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            load_config([tmp_path], cache)
+    write(tmp_path, a=LISTENER + "clusters: [{name: a}]\n")
+    assert load_config([tmp_path], cache) == good
+
+
+ATOMS: Any = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["off", "web", "127.0.0.1:80", "5s"]))
+KEYS = st.sampled_from(sorted({key.rpartition(".")[2] for key in keys_of(schema.FileSection)} | {"x"}))
+TREES = st.recursive(ATOMS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=20)
+
+
+@given(st.dictionaries(KEYS, TREES, max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_no_data_raises_anything_but_a_config_error(data: dict[str, Any]) -> None:
+    try:
+        parse_config(yaml.safe_dump(data))
+    except ConfigError as error:
+        assert error.problems
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_no_text_raises_anything_but_a_config_error(text: str) -> None:
+    try:
+        parse_config(text)
+    except ConfigError as error:
+        assert error.problems

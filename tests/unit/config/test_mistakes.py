@@ -1,0 +1,144 @@
+"""Mistakes and what is said about them: the whole message, with its line."""
+
+import pytest
+
+from l4mesh.config.load import parse_config
+from l4mesh.errors import ConfigError
+
+GOOD = """\
+listeners:
+  - {name: web, bind: "127.0.0.1:8080", cluster: web}
+clusters:
+  - {name: web, endpoints: ["127.0.0.1:9001"]}
+"""
+
+
+def listener(text: str) -> str:
+    return GOOD.replace("cluster: web}", f"cluster: web, {text}}}", 1)
+
+
+def cluster(text: str) -> str:
+    return GOOD.replace("9001\"]", f'9001"], {text}', 1)
+
+
+def endpoint(text: str) -> str:
+    return GOOD.replace('"127.0.0.1:9001"', text)
+
+
+def top(text: str) -> str:
+    return GOOD + text
+
+
+DURATION = "must be a duration with its unit, such as 250ms, 5s, 1h or 1d"
+OPTIONAL = "must be a duration with its unit, such as 250ms, 5s, 1h, 1d, or off"
+CASES = [
+    (GOOD.replace("9001", "nine"), "4: clusters[0].endpoints[0]: must end in a port from 1 to 65535; got '127.0.0.1:nine'"),
+    (endpoint("127.0.0.1:0"), "4: clusters[0].endpoints[0]: must end in a port from 1 to 65535; got '127.0.0.1:0'"),
+    (endpoint("127.0.0.1:70000"), "4: clusters[0].endpoints[0]: must end in a port from 1 to 65535; got '127.0.0.1:70000'"),
+    (endpoint("127.0.0.1"), '4: clusters[0].endpoints[0]: must be an address with a port, such as "10.0.0.1:6379" (IPv6 in brackets); got \'127.0.0.1\''),
+    (endpoint("'::1:80'"), '4: clusters[0].endpoints[0]: must be an address with a port, such as "10.0.0.1:6379" (IPv6 in brackets); got \'::1:80\''),
+    (endpoint("999.0.0.1:80"), "4: clusters[0].endpoints[0]: must have an IP address or a host name before the port; got '999.0.0.1'"),
+    (endpoint("-bad-.example:80"), "4: clusters[0].endpoints[0]: must have an IP address or a host name before the port; got '-bad-.example'"),
+    (endpoint("7"), '4: clusters[0].endpoints[0]: must be a mapping of keys; got 7'),
+    (endpoint("{weight: 1}"), "4: clusters[0].endpoints[0].address: is missing"),
+    (endpoint('{address: "a:1", weight: 300}'), "4: clusters[0].endpoints[0].weight: must be a whole number from 0 to 256; got 300"),
+    (endpoint('{address: "a:1", weight: heavy}'), "4: clusters[0].endpoints[0].weight: must be a whole number from 0 to 256; got 'heavy'"),
+    (endpoint('"a:1", "a:1"'), "4: clusters[0].endpoints[1]: a:1 is endpoint 0 already: give that one a weight instead"),
+    (cluster("balance: fastest"), "4: clusters[0].balance: must be round_robin, least_connections, random, source_hash or maglev; got 'fastest'"),
+    (cluster("balance: roundrobin"), "4: clusters[0].balance: must be round_robin, least_connections, random, source_hash or maglev; got 'roundrobin' (did you mean round_robin?)"),
+    (cluster("connect: {timeout: 5}"), f"4: clusters[0].connect.timeout: {DURATION}; got 5"),
+    (cluster("connect: {timeout: 0s}"), "4: clusters[0].connect.timeout: must be between 1ms and 366d; got '0s'"),
+    (cluster("connect: {timeout: 5 s}"), f"4: clusters[0].connect.timeout: {DURATION}; got '5 s'"),
+    (cluster("connect: {timeout: off}"), f"4: clusters[0].connect.timeout: {DURATION}; got 'off'"),
+    (cluster("connect: {attempts: 9}"), "4: clusters[0].connect.attempts: must be a whole number from 1 to 8; got 9"),
+    (cluster("connect: 5s"), "4: clusters[0].connect: must be a mapping of keys; got '5s'"),
+    (cluster("conect: {}"), "4: clusters[0].conect: is not a known key; did you mean connect?"),
+    (cluster("tls: {mode: mutual}"), "4: clusters[0].tls: is not a known key; known here: balance, bounded_load, connect, endpoints, keepalive, limits, name, proxy_protocol, slow_start, timeouts, user_timeout, zone_preference"),
+    (cluster("outlier_detection: {}"), "4: clusters[0].outlier_detection: is not a known key; known here: balance, bounded_load, connect, endpoints, keepalive, limits, name, proxy_protocol, slow_start, timeouts, user_timeout, zone_preference"),
+    (cluster("timeouts: {idle: never}"), f"4: clusters[0].timeouts.idle: {OPTIONAL}; got 'never'"),
+    (cluster("timeouts: {lifetime_jitter: 120%}"), "4: clusters[0].timeouts.lifetime_jitter: must be between 0% and 100%; got '120%'"),
+    (cluster("timeouts: {lifetime_jitter: 0.1}"), "4: clusters[0].timeouts.lifetime_jitter: must be a share such as 50%; got 0.1"),
+    (cluster("limits: {connections: 0}"), "4: clusters[0].limits.connections: must be off or a whole number from 1 to 100000000; got 0"),
+    (cluster("limits: {connections: true}"), "4: clusters[0].limits.connections: must be off or a whole number from 1 to 100000000; got true"),
+    (cluster("keepalive: {idle: 500ms}"), "4: clusters[0].keepalive.idle: must be whole seconds, at most 32767s; got '500ms'"),
+    (cluster("keepalive: on"), "4: clusters[0].keepalive: must be a mapping of keys; got 'on'"),
+    (cluster("proxy_protocol: v3"), "4: clusters[0].proxy_protocol: must be off, v1 or v2; got 'v3'"),
+    (cluster("zone_preference: maybe"), "4: clusters[0].zone_preference: must be on or off; got 'maybe'"),
+    (cluster("bounded_load: 50%"), "4: clusters[0].bounded_load: must be off or between 100% and 10000%; got '50%'"),
+    (cluster("bounded_load: 150%"), "4: clusters[0].bounded_load: goes with balance source_hash or maglev only; here it is least_connections"),
+    (cluster("balance: maglev, slow_start: 5s"), "4: clusters[0].slow_start: does not go with balance maglev, which gives each source one endpoint"),
+    (GOOD.replace("{name: web, endpoints", "{endpoints"), "4: clusters[0].name: is missing"),
+    (GOOD.replace("{name: web, endpoints", '{name: "a b", endpoints'), "4: clusters[0].name: must be a name of letters, digits, '.', '_', '-' or '/'; got 'a b'"),
+    (GOOD.replace("{name: web, endpoints", "{name: reject, endpoints"), "4: clusters[0].name: must not be reject: as a listener's default this word refuses connections"),
+    (GOOD.replace("cluster: web", "cluster: wob"), "2: listeners[0].cluster: 'wob' is not a cluster; there are: web"),
+    (listener("default: web"), "2: listeners[0].cluster: means the same as default: keep one of the two"),
+    (GOOD.replace(", cluster: web", ""), "2: listeners[0]: leads nowhere: add cluster: NAME, routes, or default: original_destination"),
+    (GOOD.replace("cluster: web", "default: original_destination"), "2: listeners[0].default: can't be original_destination without capture: the destination would be this listener"),
+    (listener("capture: tpoxy"), "2: listeners[0].capture: must be none, redirect or tproxy; got 'tpoxy' (did you mean tproxy?)"),
+    (listener("preserve_source: on"), "2: listeners[0].preserve_source: goes with capture: redirect or capture: tproxy only"),
+    (listener("direction: inbound"), "2: listeners[0].direction: goes with capture: redirect or capture: tproxy only"),
+    (GOOD.replace("127.0.0.1:8080", "localhost:8080"), "2: listeners[0].bind[0]: must be an IP address with a port to listen on, not a name; got 'localhost:8080'"),
+    (GOOD.replace('"127.0.0.1:8080"', "[]"), "2: listeners[0].bind: must not be empty"),
+    (listener("routes: [{match: {}}]"), "2: listeners[0].routes[0]: must have one of cluster or split"),
+    (listener("routes: [{split: [{cluster: web, weight: 0}]}]"), "2: listeners[0].routes[0].split: must have a weight above 0"),
+    (listener("routes: [{cluster: nope}]"), "2: listeners[0].routes[0].cluster: 'nope' is not a cluster; there are: web"),
+    (listener("routes: [{match: {ports: [0]}, cluster: web}]"), "2: listeners[0].routes[0].match.ports[0]: must be within 1 to 65535, the smaller first; got 0"),
+    (listener('routes: [{match: {ports: ["9-3"]}, cluster: web}]'), "2: listeners[0].routes[0].match.ports[0]: must be within 1 to 65535, the smaller first; got '9-3'"),
+    (listener('routes: [{match: {ports: [http]}, cluster: web}]'), "2: listeners[0].routes[0].match.ports[0]: must be a port, or a range such as \"8000-8999\"; got 'http'"),
+    (listener("routes: [{match: {sources: [10.0.0.1/8]}, cluster: web}]"), "2: listeners[0].routes[0].match.sources[0]: has bits set behind its prefix: write 10.0.0.0/8, or 10.0.0.1 for that address alone"),
+    (listener("routes: [{match: {destinations: [home]}, cluster: web}]"), "2: listeners[0].routes[0].match.destinations[0]: must be an address or a CIDR such as 10.0.0.0/8; got 'home'"),
+    (listener("proxy_protocol: {timeout: 5s}"), "2: listeners[0].proxy_protocol.from: is missing"),
+    (listener("backlog: 0"), "2: listeners[0].backlog: must be a whole number from 1 to 65535; got 0"),
+    (top("workers: 0\n"), "5: workers: must be auto or a whole number from 1 to 256; got 0"),
+    (top("workers: many\n"), "5: workers: must be auto or a whole number from 1 to 256; got 'many'"),
+    (top("splice: fast\n"), "5: splice: must be on or off; got 'fast'"),
+    (top("marks: {upstream: 0x539}\n"), '5: marks.upstream: must be a mark and its mask, such as "0x539/0xfff"; got 1337'),
+    (top('marks: {upstream: "0x1000/0xfff"}\n'), "5: marks.upstream: must be a mark other than 0 that lies within its mask; got '0x1000/0xfff'"),
+    (top("admin: {bind: nowhere}\n"), "5: admin.bind: must be an address with a port, such as \"127.0.0.1:8080\" (IPv6 in brackets); got 'nowhere'"),
+    (top("access_log: {when: sometimes}\n"), "5: access_log.when: must be always, errors or never; got 'sometimes'"),
+    (top("limits: {connections: none}\n"), "5: limits.connections: must be auto or a whole number from 1 to 100000000; got 'none'"),
+    (top("identities: []\n"), "5: identities: is not a known key; known here: access_log, admin, clusters, limits, listeners, marks, node, splice, workers"),
+    (top("policies: []\n"), "5: policies: is not a known key; known here: access_log, admin, clusters, limits, listeners, marks, node, splice, workers"),
+    (top("listeners: []\n"), "5: the key 'listeners' stands twice here"),
+    (top("node: [\n"), "6: is not YAML: did not find expected node content"),
+    (top("\tnode: {}\n"), "5: is not YAML: found character that cannot start any token"),
+    (GOOD + "---\n" + GOOD, "5: must be one document: remove the ---"),
+    ("- 1\n", "1: must be a mapping with keys such as listeners and clusters"),
+    ("listeners: many\n", "1: listeners: must be a list; got 'many'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), CASES, ids=range(len(CASES)))
+def test_a_mistake_is_named_with_its_line_and_what_is_allowed(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "f")
+    assert f"f:{message}" in str(caught.value).splitlines()
+
+
+def test_there_are_many_cases() -> None:
+    assert len({message for _, message in CASES}) >= 60
+
+
+def test_all_mistakes_are_reported_together_in_order() -> None:
+    text = """\
+workers: none
+listeners:
+  - {name: web, bind: "127.0.0.1:8080", cluster: missing}
+  - {name: web, bind: "127.0.0.1:8080", cluster: web}
+clusters:
+  - name: web
+    endpoints: ["127.0.0.1:1", bad]
+    connect: {timeout: 5}
+  - name: web
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "f")
+    assert [(problem.line, problem.key) for problem in caught.value.problems] == [
+        (1, "workers"),
+        (3, "listeners[0].cluster"),
+        (4, "listeners[1].bind"),
+        (4, "listeners[1].name"),
+        (7, "clusters[0].endpoints[1]"),
+        (8, "clusters[0].connect.timeout"),
+        (9, "clusters[1].name"),
+    ]
