@@ -1,1 +1,1 @@
-"""The comparison: l4mesh beside HAProxy, nginx and Envoy under the same loads. Run it with ``python -m bench``."""
+"""The comparison with HAProxy, nginx and Envoy. `python -m bench --help`."""

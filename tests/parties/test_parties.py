@@ -1,0 +1,116 @@
+"""Real servers with their own clients and benchmarks, through l4mesh, byte for byte."""
+
+import hashlib
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Factory, skip_or_fail
+from tests.support.mesh import simple
+from tests.support.peers import make_bytes
+from tests.support.proxies import accepts, free_port
+from tests.support.waiting import wait_until
+
+
+def need(*tools: str) -> None:
+    missing = [tool for tool in tools if not shutil.which(tool)]
+    if missing:
+        skip_or_fail(f"needs {', '.join(missing)}")
+
+
+def run(*command: str, stdin: bytes | None = None) -> bytes:
+    done = subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextmanager
+def running(command: list[str], port: int, folder: Path) -> Iterator[None]:
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: accepts(port), f"{command[0]} listens", 30)
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_nginx_with_curl_and_wrk(mesh: Factory, tmp_path: Path) -> None:
+    need("nginx", "curl", "wrk")
+    data = make_bytes(20_000_000, 1)
+    (tmp_path / "big.bin").write_bytes(data)
+    tmp_path.chmod(0o755)
+    port = free_port()
+    (tmp_path / "conf").write_text(
+        f"daemon off; user root; worker_processes 1; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
+        f"http {{ access_log off; client_max_body_size 50m; client_body_temp_path {tmp_path}; proxy_temp_path {tmp_path};\n"
+        f"server {{ listen 127.0.0.1:{port}; root {tmp_path}; }} }}\n"
+    )
+    with running(["nginx", "-e", str(tmp_path / "error.log"), "-c", str(tmp_path / "conf")], port, tmp_path):
+        m = mesh(simple(f"127.0.0.1:{port}"))
+        url = f"http://127.0.0.1:{m.port()}/big.bin"
+        assert hashlib.sha256(run("curl", "-s", url)).digest() == hashlib.sha256(data).digest()
+        parts = [run("curl", "-s", "-r", f"{at}-{at + 999_999}", url) for at in range(0, 5_000_000, 1_000_000)]
+        assert b"".join(parts) == data[:5_000_000]
+        shown = run("wrk", "-t1", "-c20", "-d1", "-H", "Range: bytes=0-99", url).decode()
+        assert "requests in" in shown
+        assert "Socket errors" not in shown
+        assert "Non-2xx" not in shown
+
+
+def test_redis_with_its_client_and_benchmark(mesh: Factory, tmp_path: Path) -> None:
+    need("redis-server", "redis-cli", "redis-benchmark")
+    port = free_port()
+    server = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with running(server, port, tmp_path):
+        m = mesh(simple(f"127.0.0.1:{port}"))
+        ours = str(m.port())
+        value = make_bytes(10_000_000, 2)
+        assert run("redis-cli", "-p", ours, "-x", "SET", "big", stdin=value) == b"OK\n"
+        assert run("redis-cli", "-p", ours, "--raw", "GET", "big") == value + b"\n"
+        shown = run("redis-benchmark", "-p", ours, "-n", "5000", "-c", "20", "-P", "4", "-t", "set,get,lpush", "-q").decode()
+        assert shown.count("requests per second") == 3
+        assert run("redis-cli", "-p", ours, "DBSIZE").strip().isdigit()
+
+
+def test_postgresql_with_psql_and_pgbench(mesh: Factory, tmp_path: Path) -> None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found or not (found[-1] / "initdb").exists():
+        skip_or_fail("needs PostgreSQL")
+    tools = found[-1]
+    # PostgreSQL refuses to run as root.
+    as_user: list[str] = []
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if os.geteuid() == 0:
+        user = pwd.getpwnam("nobody")
+        for path in (folder, *list(tmp_path.parents)[:3]):
+            if path == folder:
+                os.chown(path, user.pw_uid, user.pw_gid)
+            else:
+                path.chmod(path.stat().st_mode | 0o055)
+        tmp_path.chmod(0o777)
+        as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+    run(*as_user, str(tools / "initdb"), "-D", str(folder), "-A", "trust", "-U", "mesh", "-N", "--locale=C", "-E", "UTF8")
+    port = free_port()
+    server = [*as_user, str(tools / "postgres"), "-D", str(folder), "-p", str(port), "-h", "127.0.0.1", "-k", str(folder), "-F"]
+    with running(server, port, tmp_path):
+        m = mesh(simple(f"127.0.0.1:{port}"))
+        where = ["-h", "127.0.0.1", "-p", str(m.port()), "-U", "mesh"]
+        psql = [str(tools / "psql"), *where, "-d", "postgres", "-At", "-c"]
+        length = 3_000_000
+        shown = run(*psql, f"SELECT md5(string_agg(md5(i::text), '')) FROM generate_series(1, {length // 32}) i").strip()
+        text = run(*psql, f"SELECT string_agg(md5(i::text), '') FROM generate_series(1, {length // 32}) i").strip()
+        assert hashlib.md5(text).hexdigest().encode() == shown
+        run(str(tools / "pgbench"), *where, "-i", "-q", "-s", "1", "postgres")
+        done = run(str(tools / "pgbench"), *where, "-c", "4", "-t", "50", "-n", "postgres").decode()
+        assert "number of failed transactions: 0" in done
+        again = run(str(tools / "pgbench"), *where, "-c", "4", "-t", "10", "-n", "-C", "-S", "postgres").decode()
+        assert "number of failed transactions: 0" in again
