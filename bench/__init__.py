@@ -1,1 +1,1 @@
-"""The comparison with HAProxy, nginx and Envoy. `python -m bench --help`."""
+"""The comparison: l4mesh beside HAProxy, nginx and Envoy under the same loads. Run it with ``python -m bench``."""

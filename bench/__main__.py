@@ -1,115 +1,199 @@
-"""`python -m bench`: all rows, in pairs, to a table and a JSON result."""
+"""``python -m bench``: runs the comparison and writes its result."""
 
-import argparse
+from __future__ import annotations
+
 import datetime
 import json
 import os
-import platform
 import random
-import statistics
-import subprocess
+import resource
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from bench import rows
-from bench.proxies import NAMES, versions
+import click
 
-RESULTS = Path(__file__).parent / "results"
+from bench.generator import ROOT, Void, build
+from bench.growth import GROWTHS
+from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.process import missing_programs
+from bench.proxies import FD_LIMIT
+from bench.reload import run_reload
+from bench.report import render, render_comparison
+from bench.results import summarize_growth, summarize_reload, summarize_row
+from bench.rows import ROWS, Effort
+from bench.stage import DIRECT, PEERS, Machine, share_cpus
+from l4mesh.errors import CommandError
+from l4mesh.lab import Interrupted, ensure_privileged, raise_interrupted
 
+FULL = Effort(blocks=7, share=1.0, discard_first=True)
+QUICK = Effort(blocks=2, share=0.25, discard_first=False)
+PROXIES = (DIRECT, *PEERS, "l4mesh")
+RELOAD = "reload"
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD)
+NEEDED = {
+    "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
+    "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
+}  # fmt: skip
 
-def interval(values: list[float], rounds: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    rng = random.Random(1)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(rounds))
-    return medians[int(rounds * 0.025)], medians[int(rounds * 0.975)]
-
-
-def summarise(row: rows.Row, blocks: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians, and the median over blocks of l4mesh's ratio to the best peer of the same block."""
-    names = [name for name in NAMES if all(name in block for block in blocks)]
-    peers = [name for name in names if not name.startswith("l4mesh")]
-    medians = {name: statistics.median(block[name] for block in blocks) for name in [*names, *(["direct"] if "direct" in blocks[0] else [])]}
-    summary: dict[str, Any] = {"row": row.title, "unit": row.unit, "must": row.must, "medians": medians, "blocks": blocks}
-    if peers and "l4mesh" in names:
-        pick: Callable[..., str] = max if row.more_is_better else min
-        best = pick(peers, key=lambda name: medians[name])
-        ratios = [block["l4mesh"] / block[best] for block in blocks]
-        summary |= {"best_peer": best, "ratio": statistics.median(ratios), "ratio_interval": interval(ratios)}
-        summary["met"] = summary["ratio"] >= row.limit if row.more_is_better else summary["ratio"] <= row.limit
-    if row.title.startswith("idle"):
-        summary["met"] = medians["l4mesh"] <= row.limit
-    if "l4mesh again" in names:
-        same = [block["l4mesh again"] / block["l4mesh"] for block in blocks]
-        low, high = interval(same)
-        summary |= {"same_ratio": statistics.median(same), "same_interval": (low, high)}
-        summary["publishable"] = low <= 1.03 and high >= 0.97
-    return summary
+T = TypeVar("T")
 
 
-def measure(row: rows.Row, blocks: int, folder: Path, names: list[str]) -> dict[str, Any]:
-    results: list[dict[str, float]] = []
-    for number in range(blocks + 1):
-        order = list(names)
-        random.Random(number // 2).shuffle(order)
-        if number % 2:
-            order.reverse()
-        results.append(row.run(folder, order))
-        print(f"  {row.title}: block {number}" + (" (warm-up)" if number == 0 else ""), ", ".join(f"{k} {v:.3g}" for k, v in sorted(results[-1].items())), file=sys.stderr)
-    return summarise(row, results[1:])
+def choose(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str | None], tuple[str, ...]]:
+    """Reads names with commas between them; without any: all."""
+
+    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in value.split(",")) if value else allowed
+        for name in names:
+            if name not in allowed:
+                raise click.BadParameter(f"{name!r} is not among {', '.join(allowed)}")
+        return names
+
+    return read
 
 
-def show(summaries: list[dict[str, Any]], extra: list[dict[str, Any]], head: dict[str, Any]) -> str:
-    columns = ["direct", *NAMES]
-    lines = [f"# {head['date']}, commit {head['commit']}", "", f"{head['cpu']}, {head['cpus']} CPUs, Linux {head['kernel']}, Python {head['python']}."]
-    lines += ["", "; ".join(f"{name}: {version}" for name, version in head["versions"].items()) + ".", ""]
-    lines += ["| work | " + " | ".join(columns) + " | ratio to best peer (95 %) | must | met | A/A (95 %) |", "|" + "---|" * (len(columns) + 5)]
-    for one in summaries:
-        cells = [f"{one['medians'][name]:.3g}" if name in one["medians"] else "–" for name in columns]
-        ratio = f"{one['ratio']:.2f} ({one['ratio_interval'][0]:.2f}–{one['ratio_interval'][1]:.2f}) {one['best_peer']}" if "ratio" in one else "–"
-        same = f"{one['same_ratio']:.2f} ({one['same_interval'][0]:.2f}–{one['same_interval'][1]:.2f}){'' if one['publishable'] else ' NOT EQUAL: do not publish'}" if "same_ratio" in one else "–"
-        lines.append(f"| {one['row']}, {one['unit']} | " + " | ".join(cells) + f" | {ratio} | {one['must']} | {'yes' if one.get('met') else 'NO' if 'met' in one else '–'} | {same} |")
-    for table in extra:
-        lines += ["", f"## {table['title']}", "", "| " + " | ".join(table["columns"]) + " |", "|" + "---|" * len(table["columns"])]
-        lines += ["| " + " | ".join(str(cell) for cell in line) + " |" for line in table["lines"]]
-    return "\n".join(lines) + "\n"
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="Two short blocks: shows that it works, proves nothing (4 minutes).")
+@click.option("--only", callback=choose(NAMES), metavar="ROW,…", help=f"Of {', '.join(NAMES)}.")
+@click.option("--proxies", callback=choose(PROXIES), metavar="NAME,…", help=f"Of {', '.join(PROXIES)}.")
+@click.option("--blocks", type=click.IntRange(2), help=f"Blocks that count; {FULL.blocks} unless told.")
+@click.option("--seed", type=int, help="Of the order within blocks; random unless told.")
+@click.option("--baseline", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A result to compare with.")
+@click.option(
+    "--of", "saved", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show this result; run nothing."
+)
+@click.option("--out", default=ROOT / "bench/results", type=click.Path(file_okay=False, path_type=Path), show_default=True)
+def main(
+    quick: bool,
+    only: tuple[str, ...],
+    proxies: tuple[str, ...],
+    blocks: int | None,
+    seed: int | None,
+    baseline: Path | None,
+    saved: Path | None,
+    out: Path,
+) -> None:
+    """Compare l4mesh with HAProxy, nginx and Envoy; write a table and the raw rounds."""
+    if saved:
+        result = json.loads(saved.read_text())
+    else:
+        effort = QUICK if quick else FULL
+        effort = Effort(blocks or effort.blocks, effort.share, effort.discard_first)
+        result = run(only, proxies, effort, seed if seed is not None else random.randrange(1 << 16))
+        save(result, out)
+    print(render(result))
+    if baseline:
+        print(render_comparison(json.loads(baseline.read_text()), result))
+    if result["errors"]:
+        sys.exit(1)
 
 
-def describe_machine() -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "unknown")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "cpus": os.cpu_count(),
-        "kernel": platform.release(), "python": platform.python_version(), "versions": versions(),
-    }  # fmt: skip
+def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int) -> dict[str, Any]:
+    prepare()
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        **describe_commit(),
+        "seed": seed,
+        "blocks": effort.blocks,
+        "share": effort.share,
+        "machine": describe_machine(),
+        "versions": describe_versions(proxies),
+        "rows": [],
+        "growth": [],
+        "reload": None,
+        "errors": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
+        measure_all(result, share_cpus(Path(folder)), only, proxies, effort, seed)
+    result["minutes"] = (time.monotonic() - started) / 60
+    result["why_not"] = why_not(result, only, proxies, effort)
+    result["publish"] = not result["why_not"]
+    return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=7, help="blocks a row; the first, discarded one is extra")
-    parser.add_argument("--quick", action="store_true", help="two short blocks: to see that it works, not to publish")
-    parser.add_argument("--only", default="", help="rows whose title contains this")
-    parser.add_argument("--proxies", default=",".join(NAMES), help="comma-separated")
-    parser.add_argument("--no-extra", action="store_true", help="leave out latency, scaling and reload")
-    options = parser.parse_args()
-    blocks = 2 if options.quick else options.blocks
-    rows.prepare(0.3 if options.quick else 1.0)
-    head = describe_machine()
-    with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as name:
-        folder = Path(name)
-        chosen = [row for row in rows.ROWS if options.only in row.title]
-        summaries = [measure(row, blocks, folder, options.proxies.split(",")) for row in chosen]
-        extra = [] if options.no_extra or options.only else [table(folder, options.proxies.split(",")) for table in rows.TABLES]
-    text = show(summaries, extra, head)
-    print(text)
-    if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        stem = RESULTS / f"{head['date']}-{head['commit']}"
-        stem.with_suffix(".json").write_text(json.dumps(head | {"rows": summaries, "tables": extra}, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text)
-        print(f"written to {stem}.json and {stem}.md", file=sys.stderr)
+def measure_all(
+    result: dict[str, Any], machine: Machine, only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int
+) -> None:
+    """Fills in the result. What fails is named there, and the rest goes on."""
+
+    def attempt(name: str, title: str, work: Callable[[], T], add: Callable[[T], Any]) -> None:
+        if name not in only:
+            return
+        print(f"{time.strftime('%H:%M:%S')} {name}: {title}", file=sys.stderr, flush=True)
+        try:
+            add(work())
+        except (RuntimeError, CommandError, Void, OSError) as error:
+            result["errors"][name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
+
+    for row in ROWS:
+        attempt(
+            row.name,
+            row.title,
+            partial(row.run, machine, proxies, effort, seed),
+            partial(lambda row, rounds: result["rows"].append(summarize_row(row, rounds)), row),
+        )
+    for growth in GROWTHS:
+        attempt(
+            growth.name,
+            f"cost by {growth.title}",
+            partial(growth.run, machine, proxies, effort, seed),
+            partial(lambda growth, rounds: result["growth"].append(summarize_growth(growth, rounds)), growth),
+        )
+    if "l4mesh" in proxies:
+        attempt(
+            RELOAD,
+            "a large configuration under load",
+            partial(run_reload, machine, 3 if effort.discard_first else 1),
+            lambda reloads: result.update(reload=summarize_reload(reloads)),
+        )
 
 
-main()
+def why_not(result: dict[str, Any], only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort) -> str:
+    """Why the result is not fit to publish; empty when it is."""
+    if effort.share < 1 or effort.blocks < FULL.blocks:
+        return "a short run"
+    if set(only) != set(NAMES) or set(proxies) != set(PROXIES):
+        return "a partial run"
+    if result["errors"]:
+        return f"{', '.join(result['errors'])} failed"
+    noisy = [row["name"] for row in result["rows"] if "must" in row and not row["publishable"]]
+    return f"the two l4mesh differ, or rounds are void, in {', '.join(noisy)}" if noisy else ""
+
+
+def prepare() -> None:
+    """Raises CommandError with what is missing."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    if missing := missing_programs(NEEDED):
+        packages = " ".join(NEEDED[name] for name in missing)
+        raise CommandError(f"{', '.join(missing)} not found: apt-get install {packages}")
+    ensure_privileged()
+    hard = max(FD_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:
+        raise CommandError(f"{FD_LIMIT} descriptors are needed: run it as root, or after `ulimit -n {FD_LIMIT}`") from error
+    build()
+
+
+def save(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{result['date']}-{result['commit']}{'' if result['publish'] else '-unpublished'}"
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(render(result))
+    print(f"written: {folder / name}.json and .md", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, raise_interrupted)
+    try:
+        main()
+    except (CommandError, RuntimeError, Interrupted) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,31 +1,34 @@
-"""The load of the benchmark: an echo server and clients, each one epoll loop in compiled code, much lighter than what they measure.
+"""Load, and its other end: echo server, requests, connections, a fixed rate. One thread, epoll, no GIL.
 
-``echo``: answers every message with itself. ``conversations``: N connections that ping-pong. ``connects``: N at a time that connect, ask,
-are answered and close. ``fixed_rate``: messages at set times whatever the answers do, so that a stall counts for all it delays.
-Every answer is compared with its question.
+Every message carries its number, and pattern bytes that depend on it; every reply is compared with what was sent.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
+import array
+import os
+import socket as python_socket
+import struct
+
 cdef extern from *:
     """
-    #include <arpa/inet.h>
     #include <errno.h>
     #include <netinet/in.h>
     #include <netinet/tcp.h>
     #include <sys/epoll.h>
+    #include <sys/prctl.h>
     #include <sys/socket.h>
     #include <time.h>
     #include <unistd.h>
     """
     int errno
     enum:
-        EAGAIN, EINPROGRESS, AF_INET, SOCK_STREAM, SOCK_NONBLOCK, SOL_SOCKET, SO_REUSEADDR, SO_LINGER, IPPROTO_TCP, TCP_NODELAY
-        SOL_IP, IP_BIND_ADDRESS_NO_PORT, EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET, EPOLL_CTL_ADD, EPOLL_CTL_MOD
-        CLOCK_MONOTONIC, MSG_NOSIGNAL, SO_ERROR
-    ctypedef unsigned int socklen_t
+        EAGAIN, EINPROGRESS, EINTR
+        AF_INET, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, SOL_IP, IP_BIND_ADDRESS_NO_PORT, IPPROTO_TCP, TCP_NODELAY
+        MSG_NOSIGNAL, MSG_DONTWAIT, EPOLLIN, EPOLLOUT, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, CLOCK_MONOTONIC
+        PR_SET_TIMERSLACK
     struct sockaddr:
         pass
     struct in_addr:
@@ -43,273 +46,464 @@ cdef extern from *:
         long tv_sec
         long tv_nsec
     int socket(int domain, int kind, int protocol) noexcept nogil
-    int bind(int fd, const sockaddr *address, socklen_t length) noexcept nogil
-    int listen(int fd, int backlog) noexcept nogil
-    int accept4(int fd, sockaddr *address, socklen_t *length, int flags) noexcept nogil
-    int connect(int fd, const sockaddr *address, socklen_t length) noexcept nogil
-    int setsockopt(int fd, int level, int name, const void *value, socklen_t length) noexcept nogil
-    ssize_t recv(int fd, void *buffer, size_t length, int flags) noexcept nogil
-    ssize_t send(int fd, const void *buffer, size_t length, int flags) noexcept nogil
+    int bind(int fd, const sockaddr *address, uint32_t length) noexcept nogil
+    int connect(int fd, const sockaddr *address, uint32_t length) noexcept nogil
+    int accept4(int fd, sockaddr *address, uint32_t *length, int flags) noexcept nogil
+    int setsockopt(int fd, int level, int name, const void *value, uint32_t length) noexcept nogil
+    ssize_t send(int fd, const void *data, size_t length, int flags) noexcept nogil
+    ssize_t recv(int fd, void *data, size_t length, int flags) noexcept nogil
     int close(int fd) noexcept nogil
     int epoll_create1(int flags) noexcept nogil
-    int epoll_ctl(int epoll_fd, int operation, int fd, epoll_event *event) noexcept nogil
-    int epoll_wait(int epoll_fd, epoll_event *events, int most, int timeout_ms) noexcept nogil
-    int clock_gettime(int clock, timespec *ts) noexcept nogil
+    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event) noexcept nogil
+    int epoll_wait(int epoll, epoll_event *events, int room, int timeout_ms) noexcept nogil
+    int epoll_pwait2(int epoll, epoll_event *events, int room, const timespec *timeout, const void *mask) noexcept nogil
+    int clock_gettime(int clock, timespec *now) noexcept nogil
+    int prctl(int option, unsigned long value) noexcept nogil
     uint16_t htons(uint16_t value) noexcept nogil
     uint32_t htonl(uint32_t value) noexcept nogil
 
 cdef enum:
-    MESSAGE = 64
     EVENTS = 256
+    LARGEST = 65536
+    STALL_MS = 5000
+    MAX_FD = 65536
+
+cdef enum Failure:
+    OK, DIFFERS, CLOSED, STALLED, SHORT_SEND, REFUSED
+
+EXPLAINED = {
+    DIFFERS: "a reply differs from what was sent",
+    CLOSED: "a connection was closed or reset before its reply",
+    STALLED: f"nothing arrived for {STALL_MS} ms",
+    SHORT_SEND: "the socket took less than one message",
+    REFUSED: "connect failed",
+}
 
 
-cdef uint64_t now_ns() noexcept nogil:
-    cdef timespec ts
-    clock_gettime(CLOCK_MONOTONIC, &ts)
-    return <uint64_t> ts.tv_sec * 1000000000 + <uint64_t> ts.tv_nsec
+class LoadError(Exception):
+    """A check failed: the run is void."""
 
 
-cdef void set_address(sockaddr_in *address, uint32_t host, uint16_t port) noexcept nogil:
-    memset(address, 0, sizeof(sockaddr_in))
-    address.sin_family = AF_INET
-    address.sin_port = htons(port)
-    address.sin_addr.s_addr = htonl(host)
+cdef struct Target:
+    sockaddr_in address
+    uint32_t first_source  # host order; 0: the kernel picks
+    uint32_t n_sources
+
+cdef char pattern[LARGEST + 256]
+for i, byte in enumerate((os.urandom(251) * (LARGEST // 251 + 4))[: LARGEST + 256]):
+    pattern[i] = <char><unsigned char>byte
 
 
-cdef int open_connection(uint32_t host, uint16_t port, uint32_t source) noexcept nogil:
-    # A connection under way, or -1. A source address each keeps ports from running out.
-    cdef sockaddr_in address
+cdef inline int64_t now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec * <int64_t>1000000000 + now.tv_nsec
+
+
+cdef inline void fill(char *message, uint64_t serial, size_t size) noexcept nogil:
+    memcpy(message, pattern + (serial & 255), size)
+    memcpy(message, &serial, 8)
+
+
+cdef inline bint is_intact(const char *message, uint64_t serial, size_t size) noexcept nogil:
+    return memcmp(message, &serial, 8) == 0 and memcmp(message + 8, pattern + (serial & 255) + 8, size - 8) == 0
+
+
+cdef inline int send_message(int fd, char *scratch, uint64_t serial, size_t size) noexcept nogil:
+    fill(scratch, serial, size)
+    cdef ssize_t sent = send(fd, scratch, size, MSG_NOSIGNAL | MSG_DONTWAIT)
+    if sent == <ssize_t>size:
+        return OK
+    return SHORT_SEND if sent >= 0 or errno == EAGAIN else CLOSED
+
+
+cdef inline int watch(int epoll, int operation, int fd, uint32_t events, uint64_t data) noexcept nogil:
+    cdef epoll_event event
+    event.events = events
+    event.data.u64 = data
+    return epoll_ctl(epoll, operation, fd, &event)
+
+
+cdef int open_socket(Target *target, uint64_t serial, int flags) noexcept nogil:
+    """A connected (or, with SOCK_NONBLOCK, connecting) socket; -1 when refused. Sources go round so that ports last."""
     cdef int one = 1
-    cdef int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0)
+    cdef sockaddr_in source
+    cdef int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | flags, 0)
     if fd < 0:
         return -1
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
-    if source:
+    if target.first_source:
+        memset(&source, 0, sizeof(source))
+        source.sin_family = AF_INET
+        source.sin_addr.s_addr = htonl(target.first_source + <uint32_t>(serial % target.n_sources))
         setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one))
-        set_address(&address, source, 0)
-        if bind(fd, <sockaddr *> &address, sizeof(address)) != 0:
+        if bind(fd, <sockaddr *>&source, sizeof(source)) != 0:
             close(fd)
             return -1
-    set_address(&address, host, port)
-    if connect(fd, <sockaddr *> &address, sizeof(address)) != 0 and errno != EINPROGRESS:
+    if connect(fd, <sockaddr *>&target.address, sizeof(target.address)) != 0 and errno != EINPROGRESS:
         close(fd)
         return -1
     return fd
 
 
-cdef void fill(uint8_t *message, uint64_t number) noexcept nogil:
-    cdef int i
-    memcpy(message, &number, 8)
-    for i in range(8, MESSAGE):
-        message[i] = <uint8_t> (number + i)
+cdef Target make_target(str host, int port, str first_source, int n_sources) except *:
+    cdef Target target
+    memset(&target, 0, sizeof(target))
+    target.address.sin_family = AF_INET
+    target.address.sin_port = htons(port)
+    target.address.sin_addr.s_addr = htonl(struct.unpack("!I", python_socket.inet_aton(host))[0])
+    if first_source:
+        target.first_source = struct.unpack("!I", python_socket.inet_aton(first_source))[0]
+        target.n_sources = n_sources
+    return target
 
 
-cdef int watch(int epoll_fd, int fd, uint64_t data, uint32_t events) noexcept nogil:
-    cdef epoll_event event
-    event.events = events
-    event.data.u64 = data
-    return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event)
+cdef void raise_failure(int failure) except *:
+    if failure != OK:
+        raise LoadError(EXPLAINED[failure])
 
 
-cdef int run_echo(int listening) noexcept nogil:
-    cdef int epoll_fd = epoll_create1(0)
+# ---------------------------------------------------------------- the other end
+
+cdef struct Unsent:
+    size_t start
+    size_t end
+    char data[LARGEST]
+
+
+cdef inline void drop(int fd, Unsent **unsent) noexcept nogil:
+    free(unsent[fd])
+    unsent[fd] = NULL
+    close(fd)
+
+
+cdef void echo(int epoll, int fd, Unsent **unsent, char *scratch) noexcept nogil:
+    """Sends back what has arrived. Reads no more while something is unsent."""
+    cdef Unsent *left = unsent[fd]
+    cdef ssize_t got, sent
+    if left != NULL:
+        sent = send(fd, left.data + left.start, left.end - left.start, MSG_NOSIGNAL)
+        if sent < 0:
+            if errno != EAGAIN:
+                drop(fd, unsent)
+            return
+        left.start += sent
+        if left.start == left.end:
+            free(left)
+            unsent[fd] = NULL
+            watch(epoll, EPOLL_CTL_MOD, fd, EPOLLIN, fd)
+        return
+    got = recv(fd, scratch, LARGEST, 0)
+    if got <= 0:
+        if got == 0 or errno != EAGAIN:
+            drop(fd, unsent)
+        return
+    sent = send(fd, scratch, got, MSG_NOSIGNAL)
+    if sent == got:
+        return
+    if sent < 0 and errno != EAGAIN:
+        drop(fd, unsent)
+        return
+    left = <Unsent *>malloc(sizeof(Unsent))
+    left.start = 0
+    left.end = got - (sent if sent > 0 else 0)
+    memcpy(left.data, scratch + got - left.end, left.end)
+    unsent[fd] = left
+    watch(epoll, EPOLL_CTL_MOD, fd, EPOLLOUT, fd)
+
+
+def serve_echo(int listener):
+    """Echoes on every connection of a non-blocking listening socket, for ever; a connection inherits its NODELAY."""
+    cdef int epoll = epoll_create1(EPOLL_CLOEXEC), n, i, fd, accepted
     cdef epoll_event events[EVENTS]
-    cdef uint8_t buffer[65536]
-    cdef ssize_t n
-    cdef int i, count, fd, one = 1
-    watch(epoll_fd, listening, <uint64_t> listening, EPOLLIN)
-    while True:
-        count = epoll_wait(epoll_fd, events, EVENTS, -1)
-        for i in range(count):
-            fd = <int> events[i].data.u64
-            if fd == listening:
-                fd = accept4(listening, NULL, NULL, SOCK_NONBLOCK)
-                if fd >= 0:
-                    watch(epoll_fd, fd, <uint64_t> fd, EPOLLIN)
-                continue
-            n = recv(fd, buffer, sizeof(buffer), 0)
-            if n > 0:
-                n = send(fd, buffer, <size_t> n, MSG_NOSIGNAL)
-            elif n == 0 or errno != EAGAIN:
-                close(fd)
-    return 0
-
-
-def echo(uint16_t port, ready):
-    """Serves until the process ends, on all addresses. ``ready(port)`` is called when it listens."""
-    cdef sockaddr_in address
-    cdef int one = 1
-    cdef int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0)
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
-    set_address(&address, 0, port)
-    if bind(fd, <sockaddr *> &address, sizeof(address)) != 0 or listen(fd, 4096) != 0:
-        raise OSError(errno, "echo server")
-    ready(port)
+    cdef Unsent **unsent = <Unsent **>calloc(MAX_FD, sizeof(Unsent *))
+    cdef char *scratch = <char *>malloc(LARGEST)
+    watch(epoll, EPOLL_CTL_ADD, listener, EPOLLIN, listener)
     with nogil:
-        run_echo(fd)
-
-
-def conversations(uint32_t host, uint16_t port, int n, double seconds, uint32_t first_source=0, int hold=0):
-    """Ping-pong on ``n`` connections for ``seconds``. Gives (messages, errors)."""
-    cdef int epoll_fd = epoll_create1(0)
-    cdef int *fds = <int *> calloc(n, sizeof(int))
-    cdef uint64_t *numbers = <uint64_t *> calloc(n, sizeof(uint64_t))
-    cdef epoll_event events[EVENTS]
-    cdef uint8_t message[MESSAGE]
-    cdef uint8_t buffer[MESSAGE * 2]
-    cdef uint64_t end, done = 0, errors = 0
-    cdef int i, j, count
-    with nogil:
-        for i in range(n):
-            fds[i] = open_connection(host, port, first_source + i if first_source else 0)
-            watch(epoll_fd, fds[i], i, EPOLLOUT | EPOLLET | EPOLLIN)
-        end = now_ns() + <uint64_t> (seconds * 1e9)
-        while now_ns() < end:
-            count = epoll_wait(epoll_fd, events, EVENTS, 100)
-            for j in range(count):
-                i = <int> events[j].data.u64
-                if events[j].events & (EPOLLERR | EPOLLHUP):
-                    errors += 1
+        while True:
+            n = epoll_wait(epoll, events, EVENTS, -1)
+            for i in range(n):
+                fd = <int>events[i].data.u64
+                if fd != listener:
+                    echo(epoll, fd, unsent, scratch)
                     continue
-                if events[j].events & EPOLLIN:
-                    if recv(fds[i], buffer, sizeof(buffer), 0) != MESSAGE:
-                        continue
-                    fill(message, numbers[i])
-                    if memcmp(buffer, message, MESSAGE) != 0:
-                        errors += 1
-                    done += 1
-                    numbers[i] += 1
-                elif numbers[i]:
-                    continue
-                else:
-                    numbers[i] = 1
-                fill(message, numbers[i])
-                if send(fds[i], message, MESSAGE, MSG_NOSIGNAL) != MESSAGE:
-                    errors += 1
-        for i in range(n):
-            close(fds[i])
-        close(epoll_fd)
-    free(fds)
-    free(numbers)
-    return done, errors
+                accepted = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+                if accepted >= 0:
+                    watch(epoll, EPOLL_CTL_ADD, accepted, EPOLLIN, accepted)
 
 
-def connects(uint32_t host, uint16_t port, int n, uint64_t total, uint32_t first_source):
-    """``total`` connections, ``n`` at a time, each asks once and closes after the answer. Gives (done, errors)."""
-    cdef int epoll_fd = epoll_create1(0)
-    cdef int *fds = <int *> calloc(n, sizeof(int))
-    cdef epoll_event events[EVENTS]
-    cdef uint8_t message[MESSAGE]
-    cdef uint8_t buffer[MESSAGE * 2]
-    cdef uint64_t started = 0, done = 0, errors = 0, quiet = 0
-    cdef int i, j, count
-    fill(message, 7)
-    with nogil:
-        for i in range(n):
-            fds[i] = open_connection(host, port, first_source + <uint32_t> (started & 127))
-            watch(epoll_fd, fds[i], i, EPOLLOUT | EPOLLET | EPOLLIN)
-            started += 1
-        while done + errors < total and quiet < 50:
-            count = epoll_wait(epoll_fd, events, EVENTS, 100)
-            quiet = 0 if count else quiet + 1
-            for j in range(count):
-                i = <int> events[j].data.u64
-                if events[j].events & (EPOLLIN | EPOLLERR | EPOLLHUP) == 0:
-                    if send(fds[i], message, MESSAGE, MSG_NOSIGNAL) != MESSAGE:
-                        errors += 1
-                    continue
-                if recv(fds[i], buffer, sizeof(buffer), 0) == MESSAGE and memcmp(buffer, message, MESSAGE) == 0:
-                    done += 1
-                else:
-                    errors += 1
-                close(fds[i])
-                fds[i] = -1
-                if started < total:
-                    fds[i] = open_connection(host, port, first_source + <uint32_t> (started & 127))
-                    if fds[i] < 0:
-                        errors += 1
-                    else:
-                        watch(epoll_fd, fds[i], i, EPOLLOUT | EPOLLET | EPOLLIN)
-                    started += 1
-        for i in range(n):
-            if fds[i] >= 0:
-                close(fds[i])
-        close(epoll_fd)
-    free(fds)
-    return done, errors
+# ---------------------------------------------------------------- load
 
+cdef class Connections:
+    """Open connections to an echo server behind ``host:port``; each has answered one message of ``size`` bytes."""
 
-def fixed_rate(uint32_t host, uint16_t port, int n, double rate, double seconds):
-    """``rate`` messages a second over ``n`` connections, each at its set time. Gives (latencies in ns from the set time,
-    messages not answered)."""
-    cdef int epoll_fd = epoll_create1(0)
-    cdef int *fds = <int *> calloc(n, sizeof(int))
-    cdef uint64_t total = <uint64_t> (rate * seconds)
-    cdef uint64_t *set_at = <uint64_t *> calloc(total, sizeof(uint64_t))
-    cdef uint64_t *latency = <uint64_t *> calloc(total, sizeof(uint64_t))
-    cdef epoll_event events[EVENTS]
-    cdef uint8_t message[MESSAGE]
-    cdef uint8_t buffer[65536]
-    cdef uint64_t begin, now, sent = 0, answered = 0, number, limit
-    cdef ssize_t got, at
-    cdef int i, j, count
-    cdef double gap = 1e9 / rate
-    with nogil:
-        for i in range(n):
-            fds[i] = open_connection(host, port, 0)
-            watch(epoll_fd, fds[i], i, EPOLLIN)
-        epoll_wait(epoll_fd, events, EVENTS, 200)
-        begin = now_ns()
-        limit = begin + <uint64_t> ((seconds + 2) * 1e9)
-        while answered < total and now_ns() < limit:
-            now = now_ns()
-            while sent < total and begin + <uint64_t> (sent * gap) <= now:
-                set_at[sent] = begin + <uint64_t> (sent * gap)
-                fill(message, sent)
-                send(fds[sent % <uint64_t> n], message, MESSAGE, MSG_NOSIGNAL)
-                sent += 1
-            count = epoll_wait(epoll_fd, events, EVENTS, 0)
-            for j in range(count):
-                i = <int> events[j].data.u64
-                got = recv(fds[i], buffer, sizeof(buffer), 0)
-                now = now_ns()
-                at = 0
-                while at + MESSAGE <= got:
-                    memcpy(&number, buffer + at, 8)
-                    if number < total:
-                        latency[answered] = now - set_at[number]
-                        answered += 1
-                    at += MESSAGE
-        for i in range(n):
-            close(fds[i])
-        close(epoll_fd)
-    result = [latency[number] for number in range(answered)]
-    free(fds)
-    free(set_at)
-    free(latency)
-    return result, total - answered
+    cdef int n, epoll
+    cdef int *fds
+    cdef size_t size
+    cdef uint64_t *serials  # what each connection waits for
+    cdef size_t *got
+    cdef char *buffers  # two messages for each connection
+    cdef char *scratch
 
-
-def hold(uint32_t host, uint16_t port, int n, uint32_t first_source):
-    """``n`` connections that have each exchanged one message. Gives their descriptors."""
-    cdef uint8_t buffer[MESSAGE]
-    cdef uint8_t message[MESSAGE]
-    cdef int i, fd
-    cdef ssize_t got
-    fds = []
-    fill(message, 1)
-    for i in range(n):
-        fd = open_connection(host, port, first_source + <uint32_t> (i & 127))
-        if fd < 0:
-            break
+    def __cinit__(self, str host, int port, int n, size_t size, str first_source, int n_sources):
+        if not 16 <= size <= LARGEST:
+            raise ValueError(f"size: {size} is not between 16 and {LARGEST}")
+        cdef Target target = make_target(host, port, first_source, n_sources)
+        self.n = n
+        self.size = size
+        self.fds = <int *>malloc(n * sizeof(int))
+        self.serials = <uint64_t *>calloc(n, sizeof(uint64_t))
+        self.got = <size_t *>calloc(n, sizeof(size_t))
+        self.buffers = <char *>malloc(n * size * 2)
+        self.scratch = <char *>malloc(LARGEST)
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        cdef int i, failure = OK
+        memset(self.fds, 0xff, n * sizeof(int))
         with nogil:
-            while send(fd, message, MESSAGE, MSG_NOSIGNAL) != MESSAGE and errno == EAGAIN:
-                pass
-            got = recv(fd, buffer, MESSAGE, 0)
-            while got < 0 and errno == EAGAIN:
-                got = recv(fd, buffer, MESSAGE, 0)
-        if got != MESSAGE:
-            break
-        fds.append(fd)
-    return fds
+            for i in range(n):
+                self.fds[i] = open_socket(&target, i, 0)
+                if self.fds[i] < 0:
+                    failure = REFUSED
+                    break
+                watch(self.epoll, EPOLL_CTL_ADD, self.fds[i], EPOLLIN, i)
+                failure = self.exchange_once(i)
+                if failure != OK:
+                    break
+        raise_failure(failure)
+
+    def __dealloc__(self):
+        for i in range(self.n):
+            if self.fds[i] >= 0:
+                close(self.fds[i])
+        close(self.epoll)
+        free(self.fds)
+        free(self.serials)
+        free(self.got)
+        free(self.buffers)
+        free(self.scratch)
+
+    cdef int exchange_once(self, int i) noexcept nogil:
+        cdef epoll_event event
+        cdef int failure = send_message(self.fds[i], self.scratch, i, self.size)
+        self.serials[i] = i
+        while failure == OK:
+            if epoll_wait(self.epoll, &event, 1, STALL_MS) == 0:
+                return STALLED
+            if event.data.u64 != <uint64_t>i:
+                return CLOSED
+            failure = self.receive(i)
+            if failure == OK and self.got[i] == 0:
+                return OK
+        return failure
+
+    cdef int receive(self, int i) noexcept nogil:
+        """Takes what is there. ``got`` is 0 afterwards when a reply is complete and right."""
+        cdef char *buffer = self.buffers + i * self.size
+        cdef ssize_t n = recv(self.fds[i], buffer + self.got[i], self.size - self.got[i], MSG_DONTWAIT)
+        if n <= 0:
+            return OK if n < 0 and errno == EAGAIN else CLOSED
+        self.got[i] += n
+        if self.got[i] == self.size:
+            self.got[i] = 0
+            return OK if is_intact(buffer, self.serials[i], self.size) else DIFFERS
+        return OK
+
+    def exchange(self, long count):
+        """``count`` requests, one at a time on each connection. Gives the seconds it took. Raises LoadError."""
+        cdef epoll_event events[EVENTS]
+        cdef long issued = 0, done = 0
+        cdef int i, k, n, failure = OK
+        cdef int64_t start = now_ns()
+        with nogil:
+            for i in range(self.n):
+                if issued < count and failure == OK:
+                    failure = self.ask(i, issued)
+                    issued += 1
+            while done < count and failure == OK:
+                n = epoll_wait(self.epoll, events, EVENTS, STALL_MS)
+                if n == 0:
+                    failure = STALLED
+                for k in range(n):
+                    i = <int>events[k].data.u64
+                    failure = self.receive(i)
+                    if failure != OK:
+                        break
+                    if self.got[i]:
+                        continue
+                    done += 1
+                    if issued < count:
+                        failure = self.ask(i, issued)
+                        issued += 1
+                        if failure != OK:
+                            break
+        raise_failure(failure)
+        return (now_ns() - start) / 1e9
+
+    cdef int ask(self, int i, uint64_t serial) noexcept nogil:
+        self.serials[i] = serial
+        return send_message(self.fds[i], self.scratch, serial, self.size)
+
+    def pace(self, double rate, long count):
+        """``count`` requests, number i due at start + i / rate whatever the replies do, connections in turn.
+
+        Gives (start in monotonic ns, array of ns from when each was due to its reply, most ns that a send was late).
+        Raises LoadError.
+        """
+        latencies = array.array("q", bytes(8 * count))
+        cdef int64_t[::1] latency = latencies
+        cdef epoll_event events[EVENTS]
+        cdef timespec wait
+        cdef long issued = 0, done = 0
+        cdef int i, k, n, failure = OK
+        cdef int64_t now, due, late = 0, heard
+        prctl(PR_SET_TIMERSLACK, 1)
+        cdef int64_t start = now_ns() + 1000000
+        with nogil:
+            heard = start
+            while done < count and failure == OK:
+                now = now_ns()
+                due = start + <int64_t>(issued * 1e9 / rate)
+                while issued < count and due <= now and failure == OK:
+                    late = max(late, now - due)
+                    failure = send_message(self.fds[issued % self.n], self.scratch, issued, self.size)
+                    issued += 1
+                    due = start + <int64_t>(issued * 1e9 / rate)
+                    now = now_ns()
+                if failure != OK:
+                    break
+                if issued == count:
+                    due = now + 100000000
+                if now - heard > STALL_MS * <int64_t>1000000:
+                    failure = STALLED
+                    break
+                wait.tv_sec = max(0, due - now) // 1000000000
+                wait.tv_nsec = max(0, due - now) % 1000000000
+                n = epoll_pwait2(self.epoll, events, EVENTS, &wait, NULL)
+                for k in range(n):
+                    i = <int>events[k].data.u64
+                    failure = self.receive_paced(i, start, rate, &latency[0], count, &done)
+                    if failure != OK:
+                        break
+                if n > 0:
+                    heard = now_ns()
+        raise_failure(failure)
+        return start, latencies, late
+
+    cdef int receive_paced(
+        self, int i, int64_t start, double rate, int64_t *latency, long count, long *done
+    ) noexcept nogil:
+        """Like receive, for several replies in one read; they tell their own numbers."""
+        cdef char *buffer = self.buffers + i * self.size * 2
+        cdef ssize_t n = recv(self.fds[i], buffer + self.got[i], self.size * 2 - self.got[i], MSG_DONTWAIT)
+        cdef int64_t now = now_ns()
+        cdef uint64_t serial
+        cdef size_t at = 0
+        if n <= 0:
+            return OK if n < 0 and errno == EAGAIN else CLOSED
+        self.got[i] += n
+        while self.got[i] - at >= self.size:
+            memcpy(&serial, buffer + at, 8)
+            if serial >= <uint64_t>count or latency[serial] or not is_intact(buffer + at, serial, self.size):
+                return DIFFERS
+            latency[serial] = now - start - <int64_t>(serial * 1e9 / rate)
+            done[0] += 1
+            at += self.size
+        self.got[i] -= at
+        memcpy(buffer, buffer + at, self.got[i])
+        return OK
+
+
+cdef struct Slot:
+    int fd
+    uint64_t serial
+    size_t got
+    bint sent
+    char *buffer
+
+
+cdef int begin(Slot *slot, int epoll, uint64_t i, Target *target, uint64_t serial, size_t size, char *scratch) noexcept nogil:
+    """A new connection for this slot. Over loopback the handshake is mostly done when connect returns: ask at once."""
+    cdef int failure
+    slot.fd = open_socket(target, serial, SOCK_NONBLOCK)
+    if slot.fd < 0:
+        return REFUSED
+    slot.serial = serial
+    slot.got = 0
+    failure = send_message(slot.fd, scratch, serial, size)
+    slot.sent = failure == OK
+    if failure != OK and (failure != SHORT_SEND or errno != EAGAIN):
+        return failure
+    watch(epoll, EPOLL_CTL_ADD, slot.fd, EPOLLIN if slot.sent else EPOLLIN | EPOLLOUT, i)
+    return OK
+
+
+cdef int go_on(Slot *slot, int epoll, uint64_t i, size_t size, char *scratch, bint *ended) noexcept nogil:
+    cdef ssize_t n
+    ended[0] = False
+    if not slot.sent:
+        slot.sent = True
+        watch(epoll, EPOLL_CTL_MOD, slot.fd, EPOLLIN, i)
+        return send_message(slot.fd, scratch, slot.serial, size)
+    n = recv(slot.fd, slot.buffer + slot.got, size - slot.got, 0)
+    if n <= 0:
+        return OK if n < 0 and errno == EAGAIN else CLOSED
+    slot.got += n
+    if slot.got < size:
+        return OK
+    if not is_intact(slot.buffer, slot.serial, size):
+        return DIFFERS
+    close(slot.fd)
+    slot.fd = -1
+    ended[0] = True
+    return OK
+
+
+def connect_each(
+    str host, int port, long count, int concurrency, size_t size, str first_source, int n_sources, uint64_t first_serial
+):
+    """``count`` times connect, ask, check the reply, close; ``concurrency`` at once. Gives the seconds it took.
+
+    Raises LoadError.
+    """
+    cdef Target target = make_target(host, port, first_source, n_sources)
+    cdef epoll_event events[EVENTS]
+    cdef Slot *slots = <Slot *>calloc(concurrency, sizeof(Slot))
+    cdef char *buffers = <char *>malloc(concurrency * size)
+    cdef char *scratch = <char *>malloc(LARGEST)
+    cdef int epoll = epoll_create1(EPOLL_CLOEXEC), i, k, n, failure = OK
+    cdef long issued = 0, done = 0
+    cdef bint ended
+    cdef int64_t start = now_ns()
+    with nogil:
+        for i in range(concurrency):
+            slots[i].fd = -1
+            slots[i].buffer = buffers + i * size
+        for i in range(concurrency):
+            if issued < count and failure == OK:
+                failure = begin(&slots[i], epoll, i, &target, first_serial + issued, size, scratch)
+                issued += 1
+        while done < count and failure == OK:
+            n = epoll_wait(epoll, events, EVENTS, STALL_MS)
+            if n == 0:
+                failure = STALLED
+            for k in range(n):
+                i = <int>events[k].data.u64
+                failure = go_on(&slots[i], epoll, i, size, scratch, &ended)
+                if failure != OK:
+                    break
+                if ended:
+                    done += 1
+                    if issued < count:
+                        failure = begin(&slots[i], epoll, i, &target, first_serial + issued, size, scratch)
+                        issued += 1
+                        if failure != OK:
+                            break
+        for i in range(concurrency):
+            if slots[i].fd >= 0:
+                close(slots[i].fd)
+        close(epoll)
+        free(slots)
+        free(buffers)
+        free(scratch)
+    raise_failure(failure)
+    return (now_ns() - start) / 1e9

@@ -1,345 +1,265 @@
-"""What is measured. A row gives one figure for each proxy; a table tells how figures depend on something."""
+"""The rows that compare proxies: what each measures, in which unit, and what l4mesh must reach (design figures)."""
 
-import contextlib
-import importlib.util
+from __future__ import annotations
+
 import json
-import multiprocessing
-import os
-import resource
-import socket
+import re
 import subprocess
-import sys
-import sysconfig
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from bench.proxies import NAMES, Proxy, free_port, run_proxy
+from bench.capture import captured_stage
+from bench.generator import Void
+from bench.proxies import SPLICED
+from bench.rounds import AGAIN, Round, Sample, run_rounds
+from bench.stage import DIRECT, PEERS, Machine, Stage, kind_of
 
-LOOPBACK = 0x7F000001
-SOURCES = 0x7F000101
-PROXY_CPU, LOAD_CPU = {0}, {1}
-ALL_CPUS = os.sched_getaffinity(0)
-CAPTURED_PORT = 7
+MESSAGE_BYTES = 64
+REQUEST_CONNECTIONS = 16
+CONNECTS_AT_ONCE = 8
+IDLE_CONNECTIONS = 5000
+PACED_CONNECTIONS = 50
+GIB = 1 << 30
+ON_ITS_WAY_AT_MOST = 64 << 20
+"""So much of a stream may be in buffers (two sockets that receive, of 32 MiB each at most) when iperf3 ends the transfer."""
+TOOL_DEADLINE_S = 60
 
-_load: ModuleType | None = None
-_scale = 1.0
-
-
-def prepare(scale: float) -> None:
-    """Compiles the load generator. ``scale``: of all durations and counts."""
-    global _load, _scale
-    _scale = scale
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    cache = Path(".cache/bench")
-    cache.mkdir(parents=True, exist_ok=True)
-    source = Path(__file__).with_name("load.pyx")
-    built = cache / f"load{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not built.exists() or built.stat().st_mtime < source.stat().st_mtime:
-        c_file = cache / "load.c"
-        subprocess.run([sys.executable, "-m", "cython", "-3", str(source), "-o", str(c_file)], check=True)
-        include = sysconfig.get_path("include")
-        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", f"-I{include}", str(c_file), "-o", str(built)], check=True)
-    spec = importlib.util.spec_from_file_location("load", built)
-    assert spec
-    assert spec.loader
-    _load = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(_load)
+PLAIN_PEERS = tuple(peer for peer in PEERS if peer not in SPLICED)
 
 
-def load() -> Any:
-    assert _load is not None
-    return _load
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How many blocks, and how much work one measurement is: ``share`` of the full run's."""
+
+    blocks: int
+    share: float
+    discard_first: bool
+
+    def count(self, full: int) -> int:
+        return max(200, int(full * self.share))
 
 
-def _serve_echo(port: int, ready: Any) -> None:
-    os.sched_setaffinity(0, LOAD_CPU if len(ALL_CPUS) > 1 else ALL_CPUS)
-    load().echo(port, ready.send)
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """``of_best``: share of the best peer's figure; ``of_direct``: of the direct one; ``absolute``: in the row's unit."""
+
+    of_best: float | None = None
+    of_direct: float | None = None
+    absolute: float | None = None
 
 
-@contextlib.contextmanager
-def echo_server() -> Iterator[int]:
-    port = free_port()
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_serve_echo, args=(port, there), daemon=True)
-    process.start()
-    here.recv()
-    try:
-        yield port
-    finally:
-        process.terminate()
-        process.join()
+Measure = Callable[[Stage, str, Effort], Sample]
+MakeStage = Callable[[Machine, Sequence[str]], AbstractContextManager[Stage]]
 
 
-@contextlib.contextmanager
-def iperf_server() -> Iterator[int]:
-    port = free_port()
-    process = subprocess.Popen(["iperf3", "-s", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        time.sleep(0.3)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
+    name: str
     title: str
     unit: str
-    must: str
-    limit: float
-    more_is_better: bool
-    run: Callable[[Path, list[str]], dict[str, float]]
+    measure: Measure
+    stage: MakeStage
+    peers: tuple[str, ...] = PLAIN_PEERS
+    lower_is_better: bool = True
+    must: Limit | None = None
+    goal: Limit | None = None
+    mirrored: bool = True
+    controlled: bool = True
+    """Beside direct, and with the second l4mesh."""
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return (DIRECT, *self.peers, "l4mesh", AGAIN) if self.controlled else (*self.peers, "l4mesh")
+
+    def run(self, machine: Machine, proxies: Sequence[str], effort: Effort, seed: int) -> list[Round]:
+        entries = [entry for entry in self.entries if kind_of(entry) in proxies]
+        with self.stage(machine, entries) as stage:
+            return run_rounds(
+                entries,
+                lambda entry: self.measure(stage, entry, effort),
+                effort.blocks,
+                seed,
+                discard_first=effort.discard_first,
+                mirrored=self.mirrored,
+            )
 
 
-def check(errors: int, what: str) -> None:
-    if errors:
-        raise SystemExit(f"bench: {errors} errors in {what}: the round is void")
+# ---------------------------------------------------------------- our own load
 
 
-def request_cost(port: int, proxy: Proxy) -> float:
-    before = proxy.cpu_s()
-    done, errors = load().conversations(LOOPBACK, port, 16, 2.0 * _scale)
-    check(errors, f"requests through {proxy.name}")
-    return (proxy.cpu_s() - before) / done * 1e6
+def measure_requests(stage: Stage, entry: str, effort: Effort) -> Sample:
+    count = effort.count(50_000)
+    with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
+        load.run(count=count // 10)
+        return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
 
 
-def connect_cost(port: int, proxy: Proxy, count: int = 25_000) -> float:
-    before = proxy.cpu_s()
-    done, errors = load().connects(LOOPBACK, port, 16, int(count * _scale), SOURCES)
-    check(errors + int(count * _scale) - done, f"connections through {proxy.name}")
-    return (proxy.cpu_s() - before) / done * 1e6
+def measure_connects(stage: Stage, entry: str, effort: Effort) -> Sample:
+    count = effort.count(8_000)
+    with stage.load(entry, "connects", at_once=CONNECTS_AT_ONCE, size=MESSAGE_BYTES) as load:
+        load.run(count=count // 10)
+        return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
 
 
-def _with_echo(cost: Callable[[int, Proxy], float]) -> Callable[[Path, list[str]], dict[str, float]]:
-    def run(folder: Path, names: list[str]) -> dict[str, float]:
-        result = {}
-        os.sched_setaffinity(0, LOAD_CPU)
-        with echo_server() as endpoint:
-            for name in names:
-                with run_proxy(name, folder, endpoint) as proxy:
-                    proxy.pin(PROXY_CPU)
-                    result[name] = cost(proxy.port, proxy)
-        os.sched_setaffinity(0, ALL_CPUS)
-        return result
+def measure_latency(rate: int) -> Measure:
+    def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
+        with stage.load(entry, "pace", connections=PACED_CONNECTIONS, size=MESSAGE_BYTES) as load:
+            load.run(rate=rate, count=rate // 10)
+            seen = load.run(rate=rate, count=effort.count(2 * rate))
+        return Sample(seen["p99"], rate, {name: seen[name] for name in ("p50", "p99", "p99.9", "late_us")})
 
-    return run
+    return measure
 
 
-def _transparent(cost: Callable[[int, Proxy], float]) -> Callable[[Path, list[str]], dict[str, float]]:
-    """Everyone behind the same REDIRECT rule in a network namespace. Only l4mesh asks for the original destination."""
-
-    def run(folder: Path, names: list[str]) -> dict[str, float]:
-        code = f"from bench import rows; import json; rows.prepare({_scale}); print(json.dumps(rows.run_captured({cost.__name__!r}, {names!r}, {str(folder)!r})))"
-        # The rules apply to this namespace alone, which is gone with its last process.
-        done = subprocess.run(["unshare", "--net", sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"bench: the captured row failed: {done.stderr[-800:]}")
-        result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return result
-
-    return run
-
-
-def run_captured(cost_name: str, names: list[str], folder: str) -> dict[str, float]:
-    """Inside the namespace. The client dials a port that no proxy is bound to; REDIRECT brings it to the proxy."""
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    cost: Callable[[int, Proxy], float] = {"request_cost": request_cost, "connect_cost": connect_cost}[cost_name]
-    result = {}
-    os.sched_setaffinity(0, LOAD_CPU)
-    with echo_server() as endpoint:
-        for name in names:
-            with run_proxy(name, Path(folder), endpoint, bind="0.0.0.0", more=", capture: redirect") as proxy:
-                proxy.pin(PROXY_CPU)
-                rule = ["-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", str(CAPTURED_PORT)]
-                subprocess.run(["iptables", "-t", "nat", "-F"], check=True)
-                subprocess.run(["iptables", *rule, "-j", "REDIRECT", "--to-ports", str(proxy.port)], check=True)
-                result[name] = cost(CAPTURED_PORT, proxy)
-    return result
-
-
-def _iperf(port: int, streams: int, seconds: float, reverse: bool) -> tuple[float, float]:
-    """Gbit/s and bytes that arrived."""
-    command = ["iperf3", "-c", "127.0.0.1", "-p", str(port), "-P", str(streams), "-t", str(max(1, round(seconds))), "-J"]
-    done = subprocess.run(command + (["-R"] if reverse else []), capture_output=True, text=True, check=False)
-    end = json.loads(done.stdout)["end"]
-    sent, received = end["sum_sent"]["bytes"], end["sum_received"]["bytes"]
-    check(int(received < 0.9 * sent), "iperf3's byte counts")
-    return end["sum_received"]["bits_per_second"] / 1e9, float(received)
-
-
-def bulk_cost(folder: Path, names: list[str]) -> dict[str, float]:
-    result = {}
-    os.sched_setaffinity(0, LOAD_CPU)
-    with iperf_server() as endpoint:
-        for name in names:
-            with run_proxy(name, folder, endpoint, haproxy_splice=True) as proxy:
-                proxy.pin(PROXY_CPU)
-                before, moved = proxy.cpu_s(), 0.0
-                for reverse in (False, True):
-                    moved += _iperf(proxy.port, 1, 2 * _scale, reverse)[1]
-                result[name] = (proxy.cpu_s() - before) / (moved / 1e9)
-    os.sched_setaffinity(0, ALL_CPUS)
-    return result
-
-
-def bulk_rate(folder: Path, names: list[str]) -> dict[str, float]:
-    with iperf_server() as endpoint:
-        result = {"direct": _iperf(endpoint, 8, 2 * _scale, False)[0]}
-        for name in names:
-            with run_proxy(name, folder, endpoint, haproxy_splice=True) as proxy:
-                result[name] = _iperf(proxy.port, 8, 2 * _scale, False)[0]
-    return result
-
-
-def idle_memory(folder: Path, names: list[str]) -> dict[str, float]:
-    result = {}
-    count = 5000
-    with echo_server() as endpoint:
-        for name in names:
-            with run_proxy(name, folder, endpoint) as proxy:
-                # What is allocated once, whatever the number of connections, is there before.
-                first = load().hold(LOOPBACK, proxy.port, 64, SOURCES)
-                before = proxy.memory_kb()
-                held = load().hold(LOOPBACK, proxy.port, count, SOURCES)
-                check(count - len(held), f"idle connections through {name}")
-                result[name] = (proxy.memory_kb() - before) * 1024 / count
-                for fd in first + held:
-                    os.close(fd)
-    return result
-
-
-ROWS = [
-    Row("keep-alive request, 64 B", "µs of CPU", "≤ best peer", 1.0, False, _with_echo(request_cost)),
-    Row("connect, request, close", "µs of CPU", "≤ best peer", 1.0, False, _with_echo(connect_cost)),
-    Row("bulk, 1 stream", "CPU s/GB", "≤ 0.6 × best peer", 0.6, False, bulk_cost),
-    Row("bulk, 8 streams", "Gbit/s", "≥ 1.4 × best peer", 1.4, True, bulk_rate),
-    Row("idle connection", "bytes of user memory", "≤ 1024 B", 1024, False, idle_memory),
-    Row("keep-alive request, 64 B, captured by REDIRECT", "µs of CPU", "≤ best peer", 1.0, False, _transparent(request_cost)),
-    Row("connect, request, close, captured by REDIRECT", "µs of CPU", "≤ best peer", 1.0, False, _transparent(connect_cost)),
-]
-
-
-def _percentile(values: list[int], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))] / 1000
-
-
-def latency_table(folder: Path, names: list[str]) -> dict[str, Any]:
-    lines = []
-    for rate in (2000, 10_000):
-        with echo_server() as endpoint:
-            os.sched_setaffinity(0, LOAD_CPU)
-            for name in ["direct", *(name for name in names if name != "l4mesh again")]:
-                with contextlib.ExitStack() as stack:
-                    port = endpoint
-                    if name != "direct":
-                        proxy = stack.enter_context(run_proxy(name, folder, endpoint))
-                        proxy.pin(PROXY_CPU)
-                        port = proxy.port
-                    values, lost = load().fixed_rate(LOOPBACK, port, 50, rate, 4 * _scale)
-                    check(lost, f"messages at a fixed rate through {name}")
-                    lines.append([rate, name, *(f"{_percentile(values, share):.0f}" for share in (0.5, 0.99, 0.999))])
-            os.sched_setaffinity(0, ALL_CPUS)
-    return {"title": "Latency at a fixed rate, µs from the set time, 64 B over 50 connections", "columns": ["messages/s", "through", "p50", "p99", "p99.9"], "lines": lines}
-
-
-def scaling_table(folder: Path, names: list[str]) -> dict[str, Any]:
-    lines = []
-    with echo_server() as endpoint:
-        for workers in (1, 2):
-            with run_proxy("l4mesh", folder, endpoint, workers=workers) as proxy:
-                lines.append([f"{workers} workers", f"{connect_cost(proxy.port, proxy, 10_000):.1f}", f"{request_cost(proxy.port, proxy):.2f}"])
-        for idle in (0, 1000, 5000):
-            with run_proxy("l4mesh", folder, endpoint) as proxy:
-                held = load().hold(LOOPBACK, proxy.port, idle, SOURCES)
-                lines.append([f"beside {idle} idle connections", f"{connect_cost(proxy.port, proxy, 10_000):.1f}", f"{request_cost(proxy.port, proxy):.2f}"])
-                for fd in held:
-                    os.close(fd)
-        for count in (1, 10, 1000, 10_000):
-            endpoints = ", ".join(f'"127.{1 + i // 62500}.{i // 250 % 250}.{1 + i % 250}:{endpoint}"' for i in range(count))
-            with run_proxy("l4mesh", folder, endpoint, endpoints=endpoints) as proxy:
-                lines.append([f"{count} endpoints", f"{connect_cost(proxy.port, proxy, 10_000):.1f}", f"{request_cost(proxy.port, proxy):.2f}"])
-    return {"title": "How l4mesh's cost grows, µs of CPU", "columns": ["with", "connection", "request"], "lines": lines}
-
-
-def reload_table(folder: Path, names: list[str]) -> dict[str, Any]:
-    lines = []
-    with echo_server() as endpoint, run_proxy("l4mesh", folder, endpoint) as proxy:
-        where = folder / "l4mesh" / "conf.yaml"
-        text = where.read_text()
-        many = "".join(
-            f"  - {{name: n{number}, endpoints: [{', '.join(f'10.{number >> 8}.{number & 255}.{e + 1}:80' for e in range(10))}]}}\n"
-            for number in range(5000)
-        )
-
-        def while_(change: Callable[[], None]) -> list[str]:
-            before = proxy.cpu_s()
-            change()
-            values, lost = load().fixed_rate(LOOPBACK, proxy.port, 50, 2000, 4.0)
-            check(lost, "messages during a reload")
-            return [f"{proxy.cpu_s() - before:.2f}", f"{_percentile(values, 0.5):.0f}", f"{_percentile(values, 0.99):.0f}"]
-
-        def put(new: str) -> None:
-            temporary = where.with_suffix(".new")
-            temporary.write_text(new)
-            temporary.rename(where)
-
-        for what, change in (
-            ("nothing else", lambda: None),
-            ("loading 5,000 clusters with 50,000 endpoints", lambda: put(text + many)),
-            ("nothing else, with those", lambda: None),
-            ("changing one endpoint, all in one file", lambda: put(text + many.replace("10.0.7.1:80", "10.0.7.99:80"))),
-        ):
-            lines.append([what, *while_(change)])
-        with socket.socket(socket.AF_UNIX) as admin:
-            admin.connect(str(folder / "l4mesh" / "admin.sock"))
-            admin.sendall(b"GET /status HTTP/1.0\r\n\r\n")
-            answer = b""
-            while part := admin.recv(65536):
-                answer += part
-        generation = json.loads(answer.partition(b"\r\n\r\n")[2])["generation"]
-        check(int(generation < 3), "reloads: a change was not taken up")
-    return {"title": "Reload beside 2,000 messages/s for 4 s", "columns": ["during", "CPU s in all", "p50 µs", "p99 µs"], "lines": lines}
-
-
-def real_loads_table(folder: Path, names: list[str]) -> dict[str, Any]:
-    """wrk against nginx and redis-benchmark against Redis, through each proxy: µs of the proxy's CPU a request."""
-    lines = []
-    web, redis = free_port(), free_port()
-    conf = folder / "web.conf"
-    conf.write_text(
-        f"daemon off; worker_processes 1; pid {folder}/web.pid; error_log {folder}/web.log; events {{ worker_connections 1000; }}\n"
-        f"http {{ access_log off; server {{ listen 127.0.0.1:{web}; keepalive_requests 1000000; location / {{ return 200 hello; }} }} }}\n"
-    )
-    servers = [
-        subprocess.Popen(["nginx", "-e", f"{folder}/web.log", "-c", str(conf)]),
-        subprocess.Popen(["redis-server", "--port", str(redis), "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL),
-    ]
+def measure_idle(stage: Stage, entry: str, effort: Effort) -> Sample:
+    """A proxy that has just been started and has served a few connections, without and with the idle ones."""
+    count = IDLE_CONNECTIONS
+    proxy = stage.start(entry)
     try:
-        time.sleep(0.5)
-        for name in [name for name in NAMES if name in names and name != "l4mesh again"]:
-            costs = []
-            for port, command in (
-                (web, ["wrk", "-t1", "-c32", "-d2", "http://127.0.0.1:{}/"]),
-                (web, ["wrk", "-t1", "-c32", "-d2", "-H", "Connection: close", "http://127.0.0.1:{}/"]),
-                (redis, ["redis-benchmark", "-p", "{}", "-n", "100000", "-c", "50", "-t", "get", "-q"]),
-            ):
-                with run_proxy(name, folder, port) as proxy:
-                    before = proxy.cpu_s()
-                    done = subprocess.run([word.format(proxy.port) for word in command], capture_output=True, text=True, check=True)
-                    count = 100_000 if "redis-benchmark" in command else int(done.stdout.split(" requests in")[0].split()[-1])
-                    costs.append(f"{(proxy.cpu_s() - before) / count * 1e6:.1f}")
-            lines.append([name, *costs])
+        with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
+            load.run(count=2000)
+        proxy.process.settled_cpu_s()
+        before = proxy.process.memory_kib()
+        with stage.load(entry, "hold", connections=count, size=MESSAGE_BYTES):
+            proxy.process.settled_cpu_s()
+            after = proxy.process.memory_kib()
     finally:
-        for server in servers:
-            server.terminate()
-            server.wait()
-    return {"title": "Real loads, µs of the proxy's CPU a request", "columns": ["through", "wrk, keep-alive", "wrk, a connection each", "redis-benchmark GET"], "lines": lines}
+        stage.proxies.pop(entry).process.stop()
+    grown = {name: (after[name] - before[name]) / count for name in after}
+    return Sample(sum(grown.values()), None, {**grown, "connections": count, "before_kib": before, "after_kib": after})
 
 
-TABLES = [latency_table, real_loads_table, scaling_table, reload_table]
+# ---------------------------------------------------------------- other people's load
+
+
+def run_tool(stage: Stage, *command: str) -> str:
+    done = subprocess.run(
+        stage.load_place.command(command), capture_output=True, text=True, timeout=TOOL_DEADLINE_S, check=False
+    )
+    if done.returncode:
+        raise Void(f"{command[0]}: {(done.stderr or done.stdout).strip()[-300:]}")
+    return done.stdout
+
+
+def measure_wrk(stage: Stage, entry: str, effort: Effort) -> Sample:
+    target = stage.target(entry, "http")
+    seconds = max(1, round(effort.share))
+
+    def work() -> tuple[float, float]:
+        url = f"http://{target.host}:{target.port}/"
+        said = run_tool(stage, "wrk", "-t1", f"-c{REQUEST_CONNECTIONS}", f"-d{seconds}s", url)
+        found = re.search(r"(\d+) requests in ([\d.]+)(m?s)", said)
+        if found is None or "Socket errors" in said or "Non-2xx" in said:
+            raise Void(f"wrk: {said.strip()[-300:]}")
+        return int(found[1]), float(found[2]) / (1000 if found[3] == "ms" else 1)
+
+    return stage.cpu_sample(entry, work, 1e6)
+
+
+def measure_redis(stage: Stage, entry: str, effort: Effort) -> Sample:
+    target = stage.target(entry, "redis")
+    count = effort.count(40_000)
+
+    def work() -> tuple[float, float]:
+        where = ["-h", target.host, "-p", str(target.port), "-c", str(REQUEST_CONNECTIONS)]
+        said = run_tool(stage, "redis-benchmark", *where, "-n", str(count), "-t", "get", "-d", "64", "--csv")
+        found = re.search(r'^"GET","([\d.]+)"', said, re.MULTILINE)
+        if found is None:
+            raise Void(f"redis-benchmark: {said.strip()[-300:]}")
+        return count, count / float(found[1])
+
+    return stage.cpu_sample(entry, work, 1e6)
+
+
+def run_iperf3(stage: Stage, entry: str, *options: str, streams: int = 1) -> tuple[float, float]:
+    """Gives bytes that arrived and seconds. Raises Void when more is missing than can be on its way at the end."""
+    target = stage.target(entry, "iperf3")
+    said = run_tool(stage, "iperf3", "-J", "-c", target.host, "-p", str(target.port), "-P", str(streams), *options)
+    ended = json.loads(said)["end"]
+    sent, arrived = ended["sum_sent"]["bytes"], ended["sum_received"]["bytes"]
+    if not 0 <= sent - arrived <= ON_ITS_WAY_AT_MOST * streams:
+        raise Void(f"iperf3: {sent} bytes sent, {arrived} arrived")
+    return arrived, ended["sum_received"]["seconds"]
+
+
+def check_bytes(stage: Stage, entry: str) -> None:
+    """4 MiB in large messages there and back, every byte compared. Raises Void."""
+    with stage.load(entry, "requests", connections=1, size=1 << 16) as load:
+        load.run(count=64)
+
+
+def measure_bulk(*options: str) -> Measure:
+    def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
+        check_bytes(stage, entry)
+        size = str(effort.count(GIB))
+        return stage.cpu_sample(entry, lambda: run_iperf3(stage, entry, "-n", size, *options), 1e9)
+
+    return measure
+
+
+def measure_streams(stage: Stage, entry: str, effort: Effort) -> Sample:
+    check_bytes(stage, entry)
+    arrived, seconds = run_iperf3(stage, entry, "-t", "1", streams=8)
+    return Sample(arrived * 8 / seconds / 1e9, None, {"units": arrived, "seconds": seconds})
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def stage_of(*services: str, pinned: bool = True) -> MakeStage:
+    return lambda machine, entries: Stage(machine, entries, services, pinned=pinned)
+
+
+@contextmanager
+def idle_stage(machine: Machine, entries: Sequence[str]) -> Iterator[Stage]:
+    """Backends only: each measurement starts a proxy of its own."""
+    with Stage(machine, [DIRECT]) as stage:
+        stage.entries = entries
+        yield stage
+
+
+AT_MOST_BEST = Limit(of_best=1.0)
+
+ROWS = (
+    Row(
+        "request", "keep-alive request, 64 B", "µs CPU", measure_requests, stage_of("echo"),
+        must=AT_MOST_BEST, goal=Limit(of_best=0.8),
+    ),
+    Row(
+        "connect", "connect, request, close", "µs CPU", measure_connects, stage_of("echo"),
+        must=AT_MOST_BEST, goal=Limit(of_best=0.85),
+    ),
+    Row(
+        "bulk-up", "bulk, 1 stream, to the server", "CPU s/GB", measure_bulk(), stage_of("iperf3", "echo"),
+        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5),
+    ),
+    Row(
+        "bulk-down", "bulk, 1 stream, to the client", "CPU s/GB", measure_bulk("-R"), stage_of("iperf3", "echo"),
+        PEERS, must=Limit(of_best=0.6), goal=Limit(of_best=0.5),
+    ),
+    Row(
+        "streams", "bulk, 8 streams, all on both CPUs", "Gbit/s", measure_streams, stage_of("iperf3", "echo", pinned=False),
+        PEERS, lower_is_better=False, must=Limit(of_best=1.4), goal=Limit(of_direct=0.95), mirrored=False,
+    ),
+    Row(
+        "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB", measure_idle, idle_stage,
+        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), mirrored=False, controlled=False,
+    ),
+    Row(
+        "request-captured", "keep-alive request, 64 B, transparent", "µs CPU", measure_requests, captured_stage,
+        must=AT_MOST_BEST, goal=Limit(of_best=0.8),
+    ),
+    Row(
+        "connect-captured", "connect, request, close, transparent", "µs CPU", measure_connects, captured_stage,
+        must=AT_MOST_BEST, goal=Limit(of_best=0.85),
+    ),
+    Row("wrk", "HTTP request (wrk, nginx behind)", "µs CPU", measure_wrk, stage_of("http"), mirrored=False),
+    Row("redis", "Redis GET (redis-benchmark)", "µs CPU", measure_redis, stage_of("redis"), mirrored=False),
+    Row(
+        "latency-2k", "p99 at 2,000 requests/s", "µs", measure_latency(2000), stage_of("echo"), mirrored=False,
+    ),
+    Row(
+        "latency-10k", "p99 at 10,000 requests/s", "µs", measure_latency(10_000), stage_of("echo"), mirrored=False,
+    ),
+)  # fmt: skip
