@@ -64,9 +64,7 @@ def choose(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 @click.option("--blocks", type=click.IntRange(2), help=f"Blocks that count; {FULL.blocks} unless told.")
 @click.option("--seed", type=int, help="Of the order within blocks; random unless told.")
 @click.option("--baseline", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A result to compare with.")
-@click.option(
-    "--of", "saved", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show this result; run nothing."
-)
+@click.option("--of", "saved", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show this result; run nothing.")
 @click.option("--out", default=ROOT / "bench/results", type=click.Path(file_okay=False, path_type=Path), show_default=True)
 def main(
     quick: bool,

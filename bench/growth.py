@@ -32,8 +32,7 @@ class Growth:
         entries = [entry for entry in self.entries if entry in proxies]
         with contextlib.ExitStack() as stack:
             stages = {
-                point: stack.enter_context(self.stage(_apart(machine, f"{self.name}-{point}"), entries, point))
-                for point in self.points
+                point: stack.enter_context(self.stage(_apart(machine, f"{self.name}-{point}"), entries, point)) for point in self.points
             }
 
             def measure(name: str) -> Sample:

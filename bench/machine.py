@@ -37,9 +37,7 @@ def describe_machine() -> dict[str, Any]:
         "hypervisor": " hypervisor " in cpuinfo,
         "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "kernel": platform.release(),
-        "mitigations": {
-            path.name: text for path in sorted(vulnerabilities.glob("*")) if (text := _text(path)) != "Not affected"
-        },
+        "mitigations": {path.name: text for path in sorted(vulnerabilities.glob("*")) if (text := _text(path)) != "Not affected"},
         "settings": {name.replace("/", "."): _text(Path("/proc/sys") / name) for name in SETTINGS},
         "load_average": os.getloadavg()[0],
     }

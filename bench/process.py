@@ -38,9 +38,7 @@ class Process:
         self.name = name
         self._log = log
         with log.open("wb") as output:
-            self._popen = subprocess.Popen(
-                place.command(arguments), stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd
-            )
+            self._popen = subprocess.Popen(place.command(arguments), stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd)
 
     def wait_until_listening(self, ports: Iterable[int]) -> None:
         """Returns when every port has a listening socket in the program's network namespace. Raises RuntimeError."""

@@ -140,9 +140,7 @@ def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
         if was is None:
             continue
         values = [_number(one["entries"].get("l4mesh", {}).get("median")) for one in (was, row)]
-        lines.append(
-            [f"{row['title']}: {row['unit']}", *values, _ratio(was["ratio"]), _ratio(row["ratio"]), _verdict(was, row)]
-        )
+        lines.append([f"{row['title']}: {row['unit']}", *values, _ratio(was["ratio"]), _ratio(row["ratio"]), _verdict(was, row)])
     if not lines:
         return "The two results have no row in common.\n"
     header = ["work", old["commit"], new["commit"], f"/ best peer, {old['commit']}", f"/ best peer, {new['commit']}", ""]

@@ -134,9 +134,7 @@ def measure_idle(stage: Stage, entry: str, effort: Effort) -> Sample:
 
 
 def run_tool(stage: Stage, *command: str) -> str:
-    done = subprocess.run(
-        stage.load_place.command(command), capture_output=True, text=True, timeout=TOOL_DEADLINE_S, check=False
-    )
+    done = subprocess.run(stage.load_place.command(command), capture_output=True, text=True, timeout=TOOL_DEADLINE_S, check=False)
     if done.returncode:
         raise Void(f"{command[0]}: {(done.stderr or done.stdout).strip()[-300:]}")
     return done.stdout

@@ -95,10 +95,7 @@ class Stage:
             Service(
                 name,
                 self._machine.ports.take(),
-                tuple(
-                    (f"127.{64 + number}.{1 + i // 250}.{1 + i % 250}", self.backends.port(name))
-                    for i in range(self._endpoints)
-                ),
+                tuple((f"127.{64 + number}.{1 + i // 250}.{1 + i % 250}", self.backends.port(name)) for i in range(self._endpoints)),
                 self.destinations.get(entry, ""),
             )
             for name in self._service_names

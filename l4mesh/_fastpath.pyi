@@ -1,9 +1,12 @@
+from typing_extensions import disjoint_base
+
 from l4mesh.policy.plan import Packed, Prefix, RouteRow
 
 ClusterCounts = tuple[int, int, list[int], int, int, int, int, int, list[int]]
 Record = tuple[int, int, int, str, str, str, int, int, int, int, int, int, int, int, int, int, int, int]
 View = tuple[int, int, int, bool, int, int, str, str, str, int, int, int, int]
 
+@disjoint_base
 class EndpointStat:
     id: int
     def __new__(cls, id: int) -> EndpointStat: ...
@@ -11,6 +14,7 @@ class EndpointStat:
     def active(self) -> int: ...
     def read(self) -> tuple[int, int, int, int, int]: ...
 
+@disjoint_base
 class ClusterStat:
     id: int
     def __new__(cls, id: int, n_workers: int, cursors: list[int]) -> ClusterStat: ...
@@ -18,6 +22,7 @@ class ClusterStat:
     def active(self) -> int: ...
     def read(self) -> ClusterCounts: ...
 
+@disjoint_base
 class ListenerStat:
     id: int
     def __new__(cls, id: int, n_workers: int) -> ListenerStat: ...
@@ -25,6 +30,7 @@ class ListenerStat:
     def active(self) -> int: ...
     def read(self) -> tuple[int, int, list[int]]: ...
 
+@disjoint_base
 class Cluster:
     stat: ClusterStat
     endpoint_stats: tuple[EndpointStat, ...]
@@ -32,6 +38,7 @@ class Cluster:
         cls, stat: ClusterStat, endpoints: list[tuple[Packed, int, int, int, int, EndpointStat]], **settings: int
     ) -> Cluster: ...
 
+@disjoint_base
 class Plan:
     clusters: tuple[Cluster, ...]
     def __new__(
@@ -67,6 +74,7 @@ class Plan:
     ) -> None: ...
     def find_cluster(self, listener: int, destination: Packed, port: int, source: Packed, random: int) -> int: ...
 
+@disjoint_base
 class Engine:
     def __new__(cls, n_workers: int, max_connections: int, seeds: list[int], ring_records: int = 8192) -> Engine: ...
     def fileno(self) -> int: ...

@@ -14,19 +14,19 @@ loop that calls these, then the Python face (``Cluster``, ``Plan``, ``Engine``).
 * **Stale events.** Slot, generation and attempt are in the event's data; what does not match is of an earlier life.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 from posix.stdlib cimport posix_memalign
 
-from l4mesh._native.address cimport address_equal, address_hash_ip, address_is_v4, address_t, mix64
-from l4mesh._native.atomic cimport add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release, store_u
+from l4mesh._native.address cimport address_hash_ip, address_is_v4, address_t, mix64
+from l4mesh._native.atomic cimport add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release
 from l4mesh._native.balance cimport (
     PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
 )
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.linux cimport *
-from l4mesh._native.proxy_protocol cimport PROXY_INVALID, PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
+from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.relay cimport half_drop, half_park, half_release_pipe, half_step, pipe_close
 from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport prefixes_hold, route_find
@@ -920,7 +920,7 @@ cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
     # of the new one are watched. The control loop closes the removed ones when all workers have been here.
     cdef epoll_event event
     cdef armed_t *armed
-    cdef uint32_t i, j, kept = 0
+    cdef uint32_t i, j
     cdef bint paused = worker.accept_paused_until_ms != 0
     if worker.plan != NULL:
         for i in range(worker.n_armed):

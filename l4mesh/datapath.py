@@ -156,9 +156,7 @@ class Datapath:
                 log_when=_LOG_WHEN[config.access_log.when],
                 log_sample=config.access_log.sample,
             )
-            listeners = {
-                name: self._add_listener(plan, listener, sockets[name], index) for name, listener in config.listeners.items()
-            }
+            listeners = {name: self._add_listener(plan, listener, sockets[name], index) for name, listener in config.listeners.items()}
             self._engine.publish(plan)
             self._generation += 1
             self._max_connections = max_connections
@@ -195,9 +193,7 @@ class Datapath:
                 warm_from_ms[address] = warm[address]
             endpoints[address] = endpoint_stat
             tier = endpoint_tier(cluster, endpoint.zone, zone)
-            rows.append(
-                (pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, warm_from_ms.get(address, 0), endpoint_stat)
-            )
+            rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, warm_from_ms.get(address, 0), endpoint_stat))
         compiled = _fastpath.Cluster(stat, rows, **compile_settings(cluster))
         return _ClusterEntry(cluster, zone, compiled, endpoints, warm_from_ms)
 
@@ -290,9 +286,7 @@ class Datapath:
             return Snapshot(
                 generation=self._generation,
                 workers=tuple(WorkerSnapshot(index, *self._engine.read_worker(index)) for index in range(self._n_workers)),
-                listeners=tuple(
-                    _add_listener(ListenerSnapshot(name, 0, 0, {}), stat.read()) for name, stat in self._listeners.items()
-                ),
+                listeners=tuple(_add_listener(ListenerSnapshot(name, 0, 0, {}), stat.read()) for name, stat in self._listeners.items()),
                 clusters=tuple(clusters),
                 retired=retired,
                 retired_listeners=retired_listeners,

@@ -13,8 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from subprocess import DEVNULL
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import IO, NoReturn, Self
 
 from l4mesh.errors import CommandError
 
@@ -69,10 +70,9 @@ class Host:
         """Raises CommandError."""
         return run(self.command(*command))
 
-    def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
-        """A process that the lab ends when it is taken down. Its output goes nowhere unless ``options`` say so."""
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
-        process: subprocess.Popen[bytes] = subprocess.Popen(self.command(*command), **options)
+    def start(self, *command: str, stdout: int | IO[bytes] = DEVNULL, stderr: int | IO[bytes] = DEVNULL) -> subprocess.Popen[bytes]:
+        """A process that the lab ends when it is taken down."""
+        process = subprocess.Popen(self.command(*command), stdin=DEVNULL, stdout=stdout, stderr=stderr)
         self.processes.append(process)
         return process
 

@@ -523,8 +523,8 @@ cdef inline int32_t draw_least(const cluster_t *cluster, const tier_t *tier, pic
     # never get more than two draws in n; comparing by weight as well only decides which of the two is behind its share.
     cdef uint32_t first = alias_draw(tier, pick)
     cdef uint32_t second = alias_draw(tier, pick)
-    cdef int i
-    for i in range(REDRAWS):
+    cdef int _i
+    for _i in range(REDRAWS):
         if second != first:
             break
         second = alias_draw(tier, pick)
@@ -548,10 +548,10 @@ cdef inline bint load_is_bounded(const cluster_t *cluster, const tier_t *tier, c
 cdef inline int32_t walk_table(const cluster_t *cluster, const tier_t *tier, const pick_t *pick, uint32_t at) noexcept nogil:
     # From a place of the ring or the maglev table on, the first endpoint that is usable and within the bound. The next distinct
     # one is usually one or two steps away; a full turn means that there is none.
-    cdef uint32_t i, index
+    cdef uint32_t _i, index
     cdef uint32_t steps = tier.n_table if tier.n_table < 4096 else 4096
     cdef uint32_t last = <uint32_t> -1
-    for i in range(steps):
+    for _i in range(steps):
         index = tier.table[at]
         at = at + 1 if at + 1 < tier.n_table else 0
         if index == last:
@@ -587,7 +587,7 @@ cdef inline int32_t tier_pick(const cluster_t *cluster, const tier_t *tier, pick
     # An endpoint of the tier that is neither tried nor full, or PICK_NONE.
     cdef int balance = cluster.settings.balance
     cdef int32_t index = PICK_NONE
-    cdef int i
+    cdef int _i
     if tier.n_members == 0:
         return PICK_NONE
     if balance == BALANCE_SOURCE_HASH or balance == BALANCE_MAGLEV:
@@ -597,12 +597,12 @@ cdef inline int32_t tier_pick(const cluster_t *cluster, const tier_t *tier, pick
         else:
             index = walk_table(cluster, tier, pick, <uint32_t> (mix64(pick.source_hash) % tier.n_table))
     elif balance == BALANCE_LEAST_CONNECTIONS and tier.n_members > SCAN_ALL:
-        for i in range(REDRAWS):
+        for _i in range(REDRAWS):
             index = draw_least(cluster, tier, pick, now_ms)
             if index >= 0:
                 break
     elif balance != BALANCE_LEAST_CONNECTIONS:
-        for i in range(REDRAWS):
+        for _i in range(REDRAWS):
             index = draw_one(cluster, tier, pick)
             if endpoint_is_usable(cluster, pick, <uint32_t> index) and endpoint_is_warm(cluster, pick, <uint32_t> index, now_ms):
                 break

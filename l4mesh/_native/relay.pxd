@@ -212,7 +212,6 @@ cdef inline flow_t half_copy(worker_t *worker, conn_t *conn, int h, uint32_t *mo
     cdef half_t *half = &conn.phase.half[h]
     cdef side_t *source = &conn.side[h]
     cdef ssize_t n = recv(source.fd, worker.scratch, SCRATCH_BYTES, 0)
-    cdef flow_t flow
     if n < 0:
         return source_failed(conn, source)
     if n == 0:

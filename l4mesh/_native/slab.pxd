@@ -32,7 +32,7 @@ cdef inline bint slab_grow(worker_t *worker) noexcept nogil:
     worker.chunks[worker.n_chunks] = chunk
     worker.n_chunks += 1
     for i in range(CONN_CHUNK):
-        chunk[i].ready_next = worker.free_slot if i == CONN_CHUNK - 1 else first + i + 1
+        chunk[i].ready_next = worker.free_slot if i + 1 == CONN_CHUNK else first + i + 1
     worker.free_slot = first
     return True
 

@@ -19,9 +19,7 @@ def jump_arguments(chain: str) -> tuple[str, ...]:
     return ("-m", "comment", "--comment", COMMENT, "-j", chain)
 
 
-def render(
-    family: FamilyRules, found_jumps: Sequence[tuple[str, str]] = (), stale_chains: Sequence[tuple[str, str]] = ()
-) -> str:
+def render(family: FamilyRules, found_jumps: Sequence[tuple[str, str]] = (), stale_chains: Sequence[tuple[str, str]] = ()) -> str:
     """One transaction for ``iptables-restore --noflush``: our chains anew, with one jump to each at the head.
 
     ``found_jumps``: (table, "-A …" line) of jumps that are there and go first. ``stale_chains``: chains of ours that are

@@ -146,7 +146,7 @@ def _capture_rules(config: Config, listener: Listener, port: int, is_v6: bool) -
     passing = Rule("nat", f"{CHAIN_PREFIX}PREROUTING", ())
     if listener.capture == Capture.TPROXY:
         passing = Rule("mangle", f"{CHAIN_PREFIX}PREROUTING", ())
-        target = ("-j", "TPROXY", "--on-port", str(port), "--tproxy-mark", str(config.return_mark))
+        target: tuple[str, ...] = ("-j", "TPROXY", "--on-port", str(port), "--tproxy-mark", str(config.return_mark))
     else:
         target = ("-j", "REDIRECT", "--to-ports", str(port))
     yield from _filtered(passing, listener, target, is_v6, own=False)
@@ -173,7 +173,7 @@ def _scope(listener: Listener, own: bool) -> tuple[str, ...]:
 
 def _conditions(kept: CaptureFilter, is_v6: bool, own: bool, *, alternatives: bool) -> Iterator[tuple[str, ...]]:
     """The rules' conditions: of an exclusion each by itself, of an inclusion all that are given together."""
-    groups = [
+    groups: list[list[tuple[str, ...]]] = [
         [("-d", str(network)) for network in kept.destinations if _is_family(network, is_v6)],
         [("-o" if own else "-i", interface) for interface in kept.interfaces],
         [("-m", "owner", "--uid-owner", user) for user in kept.users] if own else [],

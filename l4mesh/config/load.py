@@ -84,9 +84,7 @@ def _find_files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(
-                entry for entry in path.iterdir() if entry.suffix in (".yaml", ".yml") and not entry.name.startswith(".")
-            )
+            inside = sorted(entry for entry in path.iterdir() if entry.suffix in (".yaml", ".yml") and not entry.name.startswith("."))
             if not inside:
                 problems.append(Problem(str(path), 0, "", "is a folder without a .yaml file"))
             files += inside
@@ -278,9 +276,7 @@ def _locate(findings: list[Finding], texts: dict[str, str] | None = None) -> lis
     for file, inside in by_file.items():
         text = texts[file] if texts else _read_again(file)
         lines = find_lines(text, [path for _, path, _ in inside]) if text else [0] * len(inside)
-        problems += [
-            Problem(file, line, show_path(path), message) for (_, path, message), line in zip(inside, lines, strict=True)
-        ]
+        problems += [Problem(file, line, show_path(path), message) for (_, path, message), line in zip(inside, lines, strict=True)]
     return problems
 
 

@@ -338,9 +338,7 @@ def validate(section: type[T], data: object) -> tuple[T | None, list[tuple[KeyPa
     try:
         return section.model_validate(data), []
     except pydantic.ValidationError as error:
-        return None, [
-            (path, message) for detail in error.errors(include_url=False) for path, message in [_reword(section, detail)]
-        ]
+        return None, [(path, message) for detail in error.errors(include_url=False) for path, message in [_reword(section, detail)]]
 
 
 def _reword(section: type[BaseModel], detail: Any) -> tuple[KeyPath, str]:

@@ -17,7 +17,7 @@ MAX_BYTES = 64 << 20
 MAX_NODES = 4_000_000
 MAX_DEPTH = 64
 _ALIAS = re.compile(r"(?:^|[\s\[,:{-])\*\S", re.MULTILINE)
-_DEEP = re.compile(r"(?:[\[{]\s*){%d}|(?:-\s+){%d}" % (MAX_DEPTH, MAX_DEPTH))
+_DEEP = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH}}}|(?:-\s+){{{MAX_DEPTH}}}")
 
 KeyPath = tuple[str | int, ...]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import ipaddress
 import os
@@ -97,15 +98,11 @@ class AdminServer:
         if self._runner:
             await self._runner.cleanup()
         if self._socket_path:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._socket_path)
-            except FileNotFoundError:
-                pass
 
     @web.middleware
-    async def _limit(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def _limit(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         async with self._places:
             try:
                 return await handler(request)

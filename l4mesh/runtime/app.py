@@ -104,7 +104,8 @@ class App:
         try:
             await self._reloader.load_first()
             config = self._reloader.config
-            assert config is not None and self._datapath is not None
+            assert config is not None
+            assert self._datapath is not None
             self._datapath.start()
             await self._published()
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))

@@ -47,9 +47,7 @@ class Listeners:
         Gives the bound addresses (a port 0 is resolved) with a descriptor for each worker. Raises CommandError, and then
         leaves everything as it was.
         """
-        wanted = {
-            listener.name: [socket_options(listener, bind) for bind in listener.binds] for listener in config.listeners.values()
-        }
+        wanted = {listener.name: [socket_options(listener, bind) for bind in listener.binds] for listener in config.listeners.values()}
         opened: dict[SocketOptions, list[socket.socket]] = {}
         try:
             for name, options_of_binds in wanted.items():
@@ -61,9 +59,7 @@ class Listeners:
                 _close_all(sockets)
             raise
         self._open |= opened
-        return {
-            name: [_bound(self._open[options]) for options in options_of_binds] for name, options_of_binds in wanted.items()
-        }
+        return {name: [_bound(self._open[options]) for options in options_of_binds] for name, options_of_binds in wanted.items()}
 
     def _rebinds(self, options: SocketOptions) -> bool:
         return any(known.bind == options.bind for known in self._open)

@@ -93,9 +93,7 @@ class Reloader:
 
     def _note_failure(self, problems: list[str]) -> None:
         said = self.status.last_error == tuple(problems)
-        self.status = replace(
-            self.status, failed=self.status.failed + 1, last_error=tuple(problems), last_error_unix_s=time.time()
-        )
+        self.status = replace(self.status, failed=self.status.failed + 1, last_error=tuple(problems), last_error_unix_s=time.time())
         if not said:
             log.error("config_refused", problems=problems, goes_on_with_generation=self.status.generation)
 

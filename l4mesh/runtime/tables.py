@@ -32,9 +32,7 @@ def show_ms(ms: float | None) -> str:
 
 
 def cluster_table(clusters: list[dict[str, Any]]) -> Table:
-    table = make_table(
-        "endpoints", "cluster", "endpoint", ">weight", ">active", ">opened", ">failed", ">sent", ">received", "state"
-    )
+    table = make_table("endpoints", "cluster", "endpoint", ">weight", ">active", ">opened", ">failed", ">sent", ">received", "state")
     for cluster in clusters:
         for endpoint in cluster["endpoints"]:
             state = "warming" if endpoint["warming"] else "drained" if endpoint["weight"] == 0 else "serving"

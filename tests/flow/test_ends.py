@@ -148,10 +148,7 @@ def test_connections_end_as_designed_beside_the_other_proxies(
             what, script, _ = CASES[-1]
             outcomes[what, name] = play(port, script, stages[what])
     with capsys.disabled():
-        print(
-            "\n"
-            + "".join(f"{head:<52}" if i == 0 else f"{head:<26}" for i, head in enumerate(["how connections end", *PROXIES]))
-        )
+        print("\n" + "".join(f"{head:<52}" if i == 0 else f"{head:<26}" for i, head in enumerate(["how connections end", *PROXIES])))
         for what, _, _ in CASES:
             print(f"{what:<52}" + "".join(f"{outcomes[what, name]:<26}" for name in PROXIES))
     for what, _, wanted in CASES:

@@ -187,9 +187,7 @@ def test_endpoints_that_come_and_go_under_load_fail_no_connection(mesh: Factory)
         thread = threading.Thread(target=load)
         thread.start()
         for turn in range(9):
-            m.reload(
-                simple(*(server.address for server in pairs[turn % 3]), listener=listener, limits={"connections": 500 + turn})
-            )
+            m.reload(simple(*(server.address for server in pairs[turn % 3]), listener=listener, limits={"connections": 500 + turn}))
         wait_until(lambda: done[0] > 500, "enough connections were made")
         stop.set()
         thread.join()
@@ -203,9 +201,7 @@ def test_a_large_configuration_loads_and_one_change_is_cheap(mesh: Factory) -> N
         m = mesh(config)
         folder = m.file.parent
         for number in range(50):
-            clusters = [
-                {"name": f"c{number}-{i}", "endpoints": [f"10.{number}.{i}.{e + 1}:80" for e in range(10)]} for i in range(100)
-            ]
+            clusters = [{"name": f"c{number}-{i}", "endpoints": [f"10.{number}.{i}.{e + 1}:80" for e in range(10)]} for i in range(100)]
             (folder / f"n{number:02}.yaml").write_text(yaml.safe_dump({"clusters": clusters}, default_flow_style=None))
         wait_until(lambda: len(m.get("/config").get("clusters", {})) == 5001, "all files are in force", 60)
         with connect(m.port()) as client:

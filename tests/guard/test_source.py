@@ -55,7 +55,10 @@ def data_path_functions(c_text: str) -> str:
     for match in re.finditer(r"^static [^;{]*\b__pyx_f_\w+\([^;{]*\) \{\n.*?^\}\n", c_text, re.S | re.M):
         name = re.search(r"__pyx_f_\w+", match[0])
         assert name
-        if "_native_" in name[0] or re.search(r"_fastpath_(conn|dial|listener|accept|worker|plan|ready|tcp|socket|ip|address_(from|to)|event|clock|clamp)", name[0]):
+        if "_native_" in name[0] or re.search(
+            r"_fastpath_(conn|dial|listener|accept|worker|plan|ready|tcp|socket|ip|address_(from|to)|event|clock|clamp)",
+            name[0],
+        ):
             bodies.append(match[0])
     return "\n".join(bodies)
 
@@ -80,7 +83,9 @@ def test_the_generated_c_of_the_data_path_never_takes_the_gil(tmp_path: Path) ->
 
 def test_the_guard_sees_a_function_that_takes_the_gil(tmp_path: Path) -> None:
     bad = tmp_path / "bad.pyx"
-    bad.write_text("cdef int conn_bad(int x) nogil:\n    return x - 1\ncdef int conn_worse(int x) noexcept nogil:\n    return conn_bad(x)\ndef f(int x):\n    return conn_worse(x)\n")
+    bad.write_text(
+        "cdef int conn_bad(int x) nogil:\n    return x - 1\ncdef int conn_worse(int x) noexcept nogil:\n    return conn_bad(x)\ndef f(int x):\n    return conn_worse(x)\n"
+    )
     cythonize(bad, tmp_path / "bad.c")
     assert MARKS_OF_THE_GIL.search((tmp_path / "bad.c").read_text())
 

@@ -1,6 +1,6 @@
 """Thin doors to the leaves of the data path, for tests. Never part of a wheel."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -65,7 +65,7 @@ cdef class Balancer:
         """``endpoints``: (16 bytes of ip, port, weight, tier, warm from ms)."""
         cdef cluster_settings_t compiled
         cdef endpoint_t *table
-        cdef uint32_t i
+        cdef uint32_t i, _i
         memset(&compiled, 0, sizeof(compiled))
         compiled.balance = balance
         compiled.slow_start_ms = settings.get("slow_start_ms", 0)
@@ -86,7 +86,7 @@ cdef class Balancer:
             table[i].stat = &self.stats[i]
         self.cluster = cluster_build(&compiled, 1, NULL, table, self.n)
         free(table)
-        for i in range(20):
+        for _i in range(20):
             pick_random_of(&self.random)
 
     def __dealloc__(self):

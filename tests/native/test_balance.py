@@ -13,7 +13,9 @@ ALL = [ROUND_ROBIN, LEAST, RANDOM, RING, MAGLEV]
 NONE, FULL = -1, -2
 
 
-def endpoints(weights: list[int], tiers: list[int] | None = None, warm: list[int] | None = None) -> list[tuple[bytes, int, int, int, int]]:
+def endpoints(
+    weights: list[int], tiers: list[int] | None = None, warm: list[int] | None = None
+) -> list[tuple[bytes, int, int, int, int]]:
     return [
         (pack_ip(f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}"), 80, weight, tiers[i] if tiers else 0, warm[i] if warm else 0)
         for i, weight in enumerate(weights)

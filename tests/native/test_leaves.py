@@ -90,7 +90,9 @@ PORTS = st.integers(0, 65535)
 
 
 @given(ADDRESSES, PORTS, ADDRESSES, PORTS, st.sampled_from([1, 2]), st.binary(max_size=40))
-def test_a_written_proxy_header_is_read_back(source: object, sport: int, destination: object, dport: int, version: int, more: bytes) -> None:
+def test_a_written_proxy_header_is_read_back(
+    source: object, sport: int, destination: object, dport: int, version: int, more: bytes
+) -> None:
     packed = pack_ip(str(source)), pack_ip(str(destination))
     header = probe.write_proxy(version, packed[0], sport, packed[1], dport)
     assert probe.parse_proxy(header + more) == (len(header), (packed[0], sport), (packed[1], dport))

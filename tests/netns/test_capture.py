@@ -78,7 +78,12 @@ def net(mesh: Factory) -> Iterator[Net]:
 
 
 def outbound(**more: Any) -> dict[str, Any]:
-    listener = {"name": "out", "bind": ["0.0.0.0:15001", "[::]:15001"], "capture": "redirect", "default": "original_destination"}
+    listener = {
+        "name": "out",
+        "bind": ["0.0.0.0:15001", "[::]:15001"],
+        "capture": "redirect",
+        "default": "original_destination",
+    }
     return {"listeners": [listener | more]}
 
 
@@ -97,7 +102,9 @@ def test_traffic_through_the_node_is_captured_with_its_destination(net: Net, cap
 
 
 def test_service_addresses_that_nobody_has_are_balanced(net: Net) -> None:
-    config = outbound(routes=[{"match": {"destinations": ["10.96.0.10", "fd96::10"], "ports": [80]}, "cluster": "web"}], default="reject")
+    config = outbound(
+        routes=[{"match": {"destinations": ["10.96.0.10", "fd96::10"], "ports": [80]}, "cluster": "web"}], default="reject"
+    )
     config["clusters"] = [{"name": "web", "endpoints": ["10.91.0.11:80", "[fd91::12]:80"], "balance": "round_robin"}]
     m = net.start(config | {"workers": 1})
     for address in ("10.96.0.10", "fd96::10"):
@@ -150,7 +157,7 @@ def test_the_server_sees_the_clients_own_address_when_asked(net: Net, capture: s
 @pytest.mark.parametrize("host", ["10.90.0.1", "fd90::1"])
 def test_what_arrives_for_the_host_is_captured(net: Net, host: str, preserve: bool) -> None:
     m = net.start(inbound(include={"ports": [80]}, preserve_source=preserve))
-    seen_as = (("fd90::2" if ":" in host else "10.90.0.2") if preserve else host)
+    seen_as = ("fd90::2" if ":" in host else "10.90.0.2") if preserve else host
     assert net.dial(host) == f"node {seen_as}"
     m.wait_closed(upstream_closed=1)
 

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import Factory, skip_or_fail
 from tests.support.mesh import simple
 from tests.support.peers import make_bytes

@@ -75,9 +75,7 @@ class Server:
 
     def __init__(self, script: Callable[[socket.socket], None], host: str = "127.0.0.1", port: int = 0) -> None:
         self._script = script
-        self._listening = socket.create_server(
-            (host, port), backlog=512, family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
+        self._listening = socket.create_server((host, port), backlog=512, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.host, self.port = host, self._listening.getsockname()[1]
         self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
         self.accepted = 0

@@ -52,23 +52,43 @@ def test_the_reference_names_every_key_with_its_default() -> None:
     for key in keys_of(schema.FileSection):
         assert f"{key.rpartition('.')[2]}:" in text, key
     reference = load_config([CONF / "reference.yaml"])
-    bare = parse_config('listeners: [{name: example, bind: "127.0.0.1:8080", cluster: example}]\nclusters: [{name: example, endpoints: ["127.0.0.1:9001"]}]')
+    bare = parse_config(
+        'listeners: [{name: example, bind: "127.0.0.1:8080", cluster: example}]\nclusters: [{name: example, endpoints: ["127.0.0.1:9001"]}]'
+    )
     assert reference.listeners == bare.listeners
     assert reference.clusters == bare.clusters
-    for key in ("workers", "admin", "access_log", "max_connections", "max_connections_per_source", "splice", "mark", "return_mark"):
+    for key in (
+        "workers",
+        "admin",
+        "access_log",
+        "max_connections",
+        "max_connections_per_source",
+        "splice",
+        "mark",
+        "return_mark",
+    ):
         assert getattr(reference, key) == getattr(bare, key), key
 
 
 def test_words_stay_words() -> None:
-    config = parse_config(LISTENER.replace("cluster: a", "cluster: on") + "clusters: [{name: on, endpoints: [22.example:22], zone_preference: off}]\nsplice: off\n")
+    config = parse_config(
+        LISTENER.replace("cluster: a", "cluster: on")
+        + "clusters: [{name: on, endpoints: [22.example:22], zone_preference: off}]\nsplice: off\n"
+    )
     assert not config.splice
     assert not config.clusters["on"].zone_preference
     assert config.clusters["on"].endpoints[0].address == "22.example:22"
 
 
 def test_addresses_are_canonical() -> None:
-    config = parse_config(LISTENER + 'clusters: [{name: a, endpoints: ["[2001:DB8:0::1]:80", "[::ffff:10.0.0.1]:81", "Host.Example:82"]}]')
-    assert [endpoint.address for endpoint in config.clusters["a"].endpoints] == ["[2001:db8::1]:80", "10.0.0.1:81", "host.example:82"]
+    config = parse_config(
+        LISTENER + 'clusters: [{name: a, endpoints: ["[2001:DB8:0::1]:80", "[::ffff:10.0.0.1]:81", "Host.Example:82"]}]'
+    )
+    assert [endpoint.address for endpoint in config.clusters["a"].endpoints] == [
+        "[2001:db8::1]:80",
+        "10.0.0.1:81",
+        "host.example:82",
+    ]
 
 
 def test_the_implicit_cluster_of_original_destinations_can_be_tuned() -> None:
@@ -120,13 +140,19 @@ def test_what_can_not_be_read_says_so(tmp_path: Path) -> None:
 def test_bombs_are_refused() -> None:
     with pytest.raises(ConfigError, match="nested more than"):
         parse_config("[" * 100_000)
-    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
     with pytest.raises(ConfigError, match="too many aliases"):
         parse_config(bomb)
 
 
 def test_unchanged_parts_keep_their_objects(tmp_path: Path) -> None:
-    write(tmp_path, a=LISTENER + "clusters: [{name: a}]\n", b='clusters: [{name: b, endpoints: ["a:1"]}, {name: c, endpoints: ["a:1"]}]\n')
+    write(
+        tmp_path,
+        a=LISTENER + "clusters: [{name: a}]\n",
+        b='clusters: [{name: b, endpoints: ["a:1"]}, {name: c, endpoints: ["a:1"]}]\n',
+    )
     cache = ConfigCache()
     first = load_config([tmp_path], cache)
     write(tmp_path, b='clusters: [{name: b, endpoints: ["a:1"]}, {name: c, endpoints: ["a:2"]}]\n')
@@ -149,9 +175,18 @@ def test_a_file_that_was_refused_does_not_stay_in_the_cache(tmp_path: Path) -> N
     assert load_config([tmp_path], cache) == good
 
 
-ATOMS: Any = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["off", "web", "127.0.0.1:80", "5s"]))
+ATOMS: Any = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["off", "web", "127.0.0.1:80", "5s"]),
+)
 KEYS = st.sampled_from(sorted({key.rpartition(".")[2] for key in keys_of(schema.FileSection)} | {"x"}))
-TREES = st.recursive(ATOMS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=20)
+TREES = st.recursive(
+    ATOMS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=20
+)
 
 
 @given(st.dictionaries(KEYS, TREES, max_size=6))

@@ -18,7 +18,7 @@ def listener(text: str) -> str:
 
 
 def cluster(text: str) -> str:
-    return GOOD.replace("9001\"]", f'9001"], {text}', 1)
+    return GOOD.replace('9001"]', f'9001"], {text}', 1)
 
 
 def endpoint(text: str) -> str:
