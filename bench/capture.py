@@ -32,6 +32,8 @@ def captured_stage(machine: Machine, entries: Sequence[str]) -> Iterator[Stage]:
         for end in ("services", "nowhere"):
             host.run("ip", "link", "set", end, "up")
         host.run("ip", "route", "add", SERVICE_NETWORK, "dev", "services")
+        # A captured connection has two entries in conntrack; kept for two minutes each, those of a whole row would fill its table.
+        host.run("sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_timeout_time_wait=1")
         # Any address of the network is the clients' own.
         host.run("ip", "route", "add", "local", CLIENT_NETWORK, "dev", "lo")
         with Stage(machine, entries, netns=host.namespace, destinations=destinations) as stage:

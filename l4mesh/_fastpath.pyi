@@ -34,6 +34,8 @@ class ListenerStat:
 class Cluster:
     stat: ClusterStat
     endpoint_stats: tuple[EndpointStat, ...]
+    @property
+    def dials(self) -> int: ...
     def __new__(
         cls, stat: ClusterStat, endpoints: list[tuple[Packed, int, int, int, int, EndpointStat]], **settings: int
     ) -> Cluster: ...

@@ -1278,6 +1278,11 @@ cdef class Cluster:
         if self.cluster != NULL:
             cluster_drop(self.cluster)
 
+    @property
+    def dials(self) -> int:
+        """Connections that dial among these endpoints: until it is 0, keep the object when no plan names it any more."""
+        return load(&self.cluster.refs) - 1
+
 
 cdef class Plan:
     """One generation: immutable once it is published. Holds on to its clusters and counters."""

@@ -66,6 +66,7 @@ class _Removed:
     The flag says that it had no connection at the tick before.
     """
 
+    compiled: list[_fastpath.Cluster] = field(default_factory=list)
     clusters: list[tuple[str, _fastpath.ClusterStat, bool]] = field(default_factory=list)
     endpoints: list[_fastpath.EndpointStat] = field(default_factory=list)
     listeners: list[tuple[str, _fastpath.ListenerStat, bool]] = field(default_factory=list)
@@ -242,6 +243,7 @@ class Datapath:
             if after is before:
                 continue
             kept = after.endpoints if after else {}
+            self._removed.compiled.append(before.compiled)
             self._removed.endpoints += [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
             if after is None:
                 self._removed.clusters.append((name, before.compiled.stat, False))
@@ -253,11 +255,15 @@ class Datapath:
 
     def tick(self) -> None:
         """Forgets what was removed, has no connection left and nothing more to report. Call it about once a second."""
-        if not (self._removed.clusters or self._removed.endpoints or self._removed.listeners):
+        # While a plan is compiled this waits for the next tick, not the control loop for the plan.
+        if not self._lock.acquire(blocking=False):
             return
-        with self._lock:
+        try:
             removed = self._removed
-            self._removed = _Removed(endpoints=[stat for stat in removed.endpoints if stat.active])
+            self._removed = _Removed(
+                compiled=[cluster for cluster in removed.compiled if cluster.dials],
+                endpoints=[stat for stat in removed.endpoints if stat.active],
+            )
             for name, stat, was_idle in removed.clusters:
                 if stat.active or not was_idle:
                     self._removed.clusters.append((name, stat, not stat.active))
@@ -270,6 +276,8 @@ class Datapath:
                 else:
                     self._retired_listeners = _add_listener(self._retired_listeners, listener.read())
                     del self._names[listener.id]
+        finally:
+            self._lock.release()
 
     # -- counters ------------------------------------------------------------------------------------------------------
 

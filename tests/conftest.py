@@ -10,6 +10,9 @@ import pytest
 from tests.support.mesh import Config, Mesh
 from tests.support.proxies import missing_proxies
 
+# The sanitizers' runtime is for this process, which has it by now, and for l4mesh; the other programs run as they are.
+SANITIZERS = os.environ.pop("LD_PRELOAD", "")
+os.environ["L4MESH_PRELOAD"] = SANITIZERS
 IN_CI = os.environ.get("CI") == "true"
 
 

@@ -137,10 +137,10 @@ class App:
             log.info("stopped")
 
     def _close(self) -> None:
-        if self._listeners:
-            self._listeners.close()
         if self._datapath:
             self._datapath.stop()
+        if self._listeners:
+            self._listeners.close()
         if self._access_log:
             self._access_log.close()
 

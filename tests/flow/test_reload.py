@@ -9,7 +9,7 @@ import yaml
 
 from tests.conftest import Factory
 from tests.support.mesh import Config, simple
-from tests.support.peers import Server, connect, echo, read_exactly, read_to_end
+from tests.support.peers import Server, black_hole, connect, echo, read_exactly, read_to_end
 from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
 
@@ -216,3 +216,21 @@ def test_a_large_configuration_loads_and_one_change_is_cheap(mesh: Factory) -> N
             wait_until(lambda: m.status()["generation"] > generation, "the change is in force", 60)
             assert m.cpu_s() - cpu_s < 3
             talk(client)
+
+
+def test_a_dial_under_way_goes_on_among_the_endpoints_it_began_with(mesh: Factory) -> None:
+    # What the old endpoints count in must stay for as long as a dial may still pick one of them.
+    with named(b"old") as old, named(b"new") as new, black_hole() as hole:
+        listener = {"bind": f"127.0.0.1:{free_port()}"}
+        zones = {"node": {"name": "n", "zone": "z"}}
+        config = simple(listener=listener, connect={"timeout": "3s"}) | zones
+        config["clusters"][0]["endpoints"] = [
+            {"address": f"127.0.0.1:{hole}", "zone": "z"},
+            {"address": old.address, "zone": "far"},
+        ]
+        m = mesh(config)
+        with connect(m.port()) as client:
+            wait_until(lambda: m.active() == 1, "the dial is under way")
+            m.reload(simple(new.address, listener=listener) | zones)
+            assert ask(m.port()) == b"new"
+            assert read_to_end(client) == (b"old", "FIN")

@@ -64,7 +64,9 @@ class Mesh:
 
         command = [*self._prefix, sys.executable, "-m", "l4mesh", "run", "-c", str(self.file.parent)]
         with self.stderr.open("ab") as stderr, self.stdout.open("ab") as stdout:
-            self.process = subprocess.Popen(command, stderr=stderr, stdout=stdout, preexec_fn=limit)
+            preload = os.environ.get("L4MESH_PRELOAD", "")
+            environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
+            self.process = subprocess.Popen(command, stderr=stderr, stdout=stdout, preexec_fn=limit, env=environment)
         wait_until(self._is_ready, "l4mesh is ready", 30)
         self._descriptors = self.count_descriptors()
 
