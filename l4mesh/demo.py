@@ -92,7 +92,7 @@ class Demo:
         self._failures: list[str] = []
 
     def _say(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
     def _expect(self, holds: bool, what: str) -> None:
         if not holds:
