@@ -30,6 +30,7 @@ def extension(name: str, source: str) -> Extension:
     return Extension(
         name,
         [source],
+        libraries=["ssl", "crypto"],
         extra_compile_args=MODES[mode]["compile"] + WARNINGS,
         extra_link_args=MODES[mode]["link"],
     )

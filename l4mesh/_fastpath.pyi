@@ -1,10 +1,18 @@
 from typing_extensions import disjoint_base
 
-from l4mesh.policy.plan import Packed, Prefix, RouteRow
+from l4mesh.model import PortRange
+from l4mesh.policy.plan import Packed, Pattern, Prefix, RouteRow
 
 ClusterCounts = tuple[int, int, list[int], int, int, int, int, int, list[int]]
-Record = tuple[int, int, int, str, str, str, int, int, int, int, int, int, int, int, int, int, int, int]
-View = tuple[int, int, int, bool, int, int, str, str, str, int, int, int, int]
+Record = tuple[
+    int, int, int, str, str, str, int, int, int, int, int, int, int, int, int, int, int, int,
+    str, int, bool, str, int, bool, int, int, int, int,
+]  # fmt: skip
+View = tuple[int, int, int, bool, int, int, str, str, str, int, int, int, int, str, int, str, int]
+
+@disjoint_base
+class TlsContext:
+    def __new__(cls, id: int, identity: str, certificates: bytes, private_key: bytes, bundle: bytes) -> TlsContext: ...
 
 @disjoint_base
 class EndpointStat:
@@ -37,7 +45,12 @@ class Cluster:
     @property
     def dials(self) -> int: ...
     def __new__(
-        cls, stat: ClusterStat, endpoints: list[tuple[Packed, int, int, int, int, EndpointStat]], **settings: int
+        cls,
+        stat: ClusterStat,
+        endpoints: list[tuple[Packed, int, int, int, int, EndpointStat]],
+        peers: list[Pattern],
+        sni: bytes,
+        **settings: int,
     ) -> Cluster: ...
 
 @disjoint_base
@@ -57,6 +70,8 @@ class Plan:
         log_when: int,
         log_sample: float,
         error_reasons: int,
+        max_handshakes_per_source: int,
+        trust: int,
     ) -> Plan: ...
     @property
     def generation(self) -> int: ...
@@ -73,7 +88,39 @@ class Plan:
         proxy_from: list[Prefix],
         proxy_timeout_ms: int,
         routes: list[RouteRow],
+        tls_mode: int,
+        tls_v12: bool,
+        identity: int,
+        handshake_ms: int,
+        close_expired: bool,
+        strict: list[PortRange],
+        permissive: list[PortRange],
+        plain: list[PortRange],
+        server_first: list[PortRange],
     ) -> None: ...
+    def set_contexts(self, contexts: list[TlsContext | None], node_identity: int) -> None: ...
+    def set_workloads(self, workloads: list[tuple[Packed, int, int]]) -> None: ...
+    def set_revoked(self, revoked: list[tuple[bytes, bytes]], seed: int) -> None: ...
+    def add_clause(
+        self,
+        policy: int,
+        deny: bool,
+        dry_run: bool,
+        *,
+        identities: list[Pattern],
+        not_identities: list[Pattern],
+        namespaces: list[Pattern],
+        not_namespaces: list[Pattern],
+        accounts: list[Pattern],
+        not_accounts: list[Pattern],
+        sources: list[Prefix],
+        not_sources: list[Prefix],
+        ports: list[PortRange],
+        not_ports: list[PortRange],
+    ) -> int: ...
+    def add_policy_set(self, clauses: list[int], has_allow: bool, has_dry_allow: bool) -> int: ...
+    def set_default_policies(self, policies: int) -> None: ...
+    def judge(self, policies: int, identity: bytes, source: Packed, port: int) -> tuple[bool, bool, int, int, int, int]: ...
     def find_cluster(self, listener: int, destination: Packed, port: int, source: Packed, random: int) -> int: ...
 
 @disjoint_base
@@ -85,6 +132,9 @@ class Engine:
     def collect(self) -> bool: ...
     @property
     def plans_alive(self) -> int: ...
+    @property
+    def revocation_seed(self) -> int: ...
+    def read_tls(self, index: int) -> tuple[list[list[int]], list[list[int]], int]: ...
     def stop(self) -> None: ...
     @property
     def active(self) -> int: ...
@@ -96,3 +146,5 @@ class Engine:
 
 def connection_size() -> int: ...
 def close_reasons() -> dict[str, int]: ...
+def tls_causes() -> dict[str, int]: ...
+def openssl_version() -> str: ...

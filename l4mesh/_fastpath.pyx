@@ -16,24 +16,35 @@ loop that calls these, then the Python face (``Cluster``, ``Plan``, ``Engine``).
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memset, strdup
 from posix.stdlib cimport posix_memalign
 
 from l4mesh._native.address cimport address_hash_ip, address_is_v4, address_t, mix64
 from l4mesh._native.atomic cimport add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release
+from l4mesh._native.authz cimport filing_key, masked_hash, verdict_allows, verdict_find, verdict_would_allow
 from l4mesh._native.balance cimport (
     PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
 )
 from l4mesh._native.debug cimport L4_BUG
+from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.linux cimport *
+from l4mesh._native.openssl cimport *
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.relay cimport half_drop, half_park, half_release_pipe, half_step, pipe_close
 from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport prefixes_hold, route_find
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
+from l4mesh._native.sessions cimport session_find, sessions_free
 from l4mesh._native.sources cimport source_give, source_take
+from l4mesh._native.spiffe cimport (
+    PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_matches, pattern_t, spiffe_parse, spiffe_t,
+)
 from l4mesh._native.stats cimport (
     CLOSE_REASONS, CONNECT_BUCKETS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t, listener_stat_t,
+)
+from l4mesh._native.tls cimport (
+    HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, context_configure, plan_revokes, tls_bio_ctrl, tls_bio_read, tls_bio_write,
+    tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
 )
 from l4mesh._native.types cimport *
 from l4mesh._native.wheel cimport WHEEL_NONE, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove
@@ -53,6 +64,7 @@ cdef enum:
     LEFT_GRACE_MS = 100           # a client that ended without a byte is taken to have left if we still dial after this
     LINGER_MAX_MS = 64            # longest step between two looks at a send queue that must drain before a reset
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
+    RECHECKS = 256                # live connections that are looked at again at one turn
 
 
 # -- small things ------------------------------------------------------------------------------------------------------------
@@ -363,37 +375,299 @@ cdef void conn_refuse(worker_t *worker, conn_t *conn, uint32_t slot, int reason)
     conn_finish(worker, conn, slot, reason, True)
 
 
+cdef inline bint ports_hold(const plan_t *plan, span_t span, uint16_t port) noexcept nogil:
+    cdef uint32_t i
+    for i in range(span.start, span.end):
+        if plan.ports[i].first <= port <= plan.ports[i].last:
+            return True
+    return False
+
+
+cdef int listener_tls_mode(const plan_t *plan, const listener_t *listener, uint16_t port) noexcept nogil:
+    # A TLS_MODE_*: the port's own, or the listener's. Where the server speaks first no byte of the client's can be waited for, so
+    # that permissive means plaintext there.
+    cdef int mode = listener.tls_mode
+    if ports_hold(plan, listener.strict, port):
+        mode = TLS_MODE_STRICT
+    elif ports_hold(plan, listener.permissive, port):
+        mode = TLS_MODE_PERMISSIVE
+    elif ports_hold(plan, listener.plain, port):
+        mode = TLS_MODE_OFF
+    if mode == TLS_MODE_PERMISSIVE and ports_hold(plan, listener.server_first, port):
+        return TLS_MODE_OFF
+    return mode
+
+
 cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener) noexcept nogil:
-    # Limits, then the route, then the first dial.
+    # Limits; then the first bytes, where they decide something; then the route.
     cdef const plan_t *plan = worker.plan
-    cdef int32_t index
-    cdef cluster_t *cluster
     if plan.max_connections_per_source and not source_take(
         worker.engine.sources, &conn.source, plan.max_connections_per_source, &conn.source_count
     ):
         conn_refuse(worker, conn, slot, CLOSE_LIMIT_SOURCE)
         return
-    index = route_find(plan, listener, &conn.destination, &conn.source, worker_random(worker))
+    conn.tls_mode = <uint8_t> listener_tls_mode(plan, listener, conn.destination.port)
+    if (
+        conn.tls_mode == TLS_MODE_PERMISSIVE
+        or (listener.flags & LISTENER_HELLO and not ports_hold(plan, listener.server_first, conn.destination.port))
+    ):
+        conn.state = CONN_HELLO
+        conn_arm(worker, conn, slot, worker.now_ms + listener.handshake_ms)
+        if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+            conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+        elif conn.side[DOWNSTREAM].flags & SIDE_READABLE:
+            conn_hello(worker, conn, slot, False)
+        return
+    conn_route(worker, conn, slot, listener, NULL)
+
+
+cdef void conn_hello(worker_t *worker, conn_t *conn, uint32_t slot, bint late) noexcept nogil:
+    # Looks at the first bytes without taking them. `late`: the time for them is over, and what has come has to do: a client that says
+    # nothing waits for the server, in plaintext.
+    cdef const listener_t *listener = conn_listener(worker, conn)
+    cdef ssize_t n = recv(conn.side[DOWNSTREAM].fd, worker.scratch, SCRATCH_BYTES, MSG_PEEK)
+    cdef hello_t hello
+    cdef int found
+    if n < 0 and errno != EAGAIN and errno != EINTR:
+        conn.errno_seen = errno
+        conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_RESET, True)
+        return
+    if listener == NULL:
+        conn_refuse(worker, conn, slot, CLOSE_NO_ROUTE)
+        return
+    found = HELLO_PARTIAL
+    if n > 0:
+        found = hello_parse(worker.scratch, <uint32_t> n, &hello)
+    elif n == 0:
+        # A FIN without a byte: half of a close, or the end of one that the route alone can tell.
+        found = HELLO_NOT_TLS
+    if found == HELLO_PARTIAL:
+        if n > 0 and conn.tls_mode != TLS_MODE_OFF and not listener.flags & LISTENER_HELLO and n >= 2:
+            # TLS it is; OpenSSL takes the rest as it comes.
+            conn_route(worker, conn, slot, listener, NULL)
+        elif late and n <= 0 and conn.tls_mode != TLS_MODE_STRICT:
+            conn.tls_mode = TLS_MODE_OFF
+            conn_route(worker, conn, slot, listener, NULL)
+        elif late or (n > 0 and conn.side[DOWNSTREAM].flags & SIDE_FIN_SEEN):
+            conn_fail_hello(worker, conn, slot, TLS_TIMEOUT if late else TLS_TRUNCATED)
+    elif found == HELLO_INVALID:
+        conn_fail_hello(worker, conn, slot, TLS_BAD_RECORD)
+    elif found == HELLO_NOT_TLS:
+        if conn.tls_mode == TLS_MODE_PERMISSIVE:
+            conn.tls_mode = TLS_MODE_OFF
+        conn_route(worker, conn, slot, listener, NULL)
+    else:
+        conn_route(worker, conn, slot, listener, &hello)
+
+
+cdef void conn_fail_hello(worker_t *worker, conn_t *conn, uint32_t slot, int cause) noexcept nogil:
+    conn.tls_cause = <uint8_t> cause
+    worker.tls_failures[DOWNSTREAM][<int> cause] += 1
+    conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_TLS, False)
+
+
+cdef void conn_route(
+    worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener, const hello_t *hello
+) noexcept nogil:
+    # To a cluster; then TLS with the downstream where it is due.
+    cdef const plan_t *plan = worker.plan
+    cdef int32_t index = route_find(plan, listener, &conn.destination, &conn.source, hello, worker_random(worker))
+    cdef cluster_t *cluster
     if index < 0:
         conn_refuse(worker, conn, slot, CLOSE_NO_ROUTE)
         return
     cluster = plan.clusters[index]
+    cluster_hold(cluster)
+    memset(&conn.phase.dial, 0, sizeof(dial_t))
+    conn.phase.dial.cluster = cluster
+    conn.phase.dial.last_reason = CLOSE_NO_ENDPOINT
+    conn.routed = 1
+    if conn.tls_mode == TLS_MODE_OFF:
+        conn_enter(worker, conn, slot)
+    else:
+        conn_secure(worker, conn, slot, listener)
+
+
+cdef void conn_enter(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # Into the cluster, and on to the first dial.
+    cdef cluster_t *cluster = conn.phase.dial.cluster
     conn.cluster_stat = <cluster_stat_t *> cluster.stat
     conn.cluster_stat.rows[worker.index].opened += 1
+    conn.state = CONN_DIALLING
     if (
         add(&conn.cluster_stat.active, 1) >= cluster.settings.max_connections
         and cluster.settings.max_connections
     ):
         conn_refuse(worker, conn, slot, CLOSE_LIMIT_CLUSTER)
         return
-    cluster_hold(cluster)
-    conn.state = CONN_DIALLING
-    memset(&conn.phase.dial, 0, sizeof(dial_t))
-    conn.phase.dial.cluster = cluster
-    conn.phase.dial.last_reason = CLOSE_NO_ENDPOINT
     conn.phase.dial.deadline_ms = worker.now_ms + cluster.settings.connect_budget_ms
     conn_copy_settings(worker, conn, &cluster.settings)
     conn_dial(worker, conn, slot)
+
+
+# -- downstream TLS ----------------------------------------------------------------------------------------------------------
+
+cdef const workload_t *plan_workload(const plan_t *plan, const uint8_t *ip) noexcept nogil:
+    # The workload of this node that has the address, or NULL.
+    cdef address_t address
+    cdef uint32_t at
+    if plan.workload_mask == 0:
+        return NULL
+    memcpy(address.ip, ip, 16)
+    at = <uint32_t> address_hash_ip(&address, 0) & plan.workload_mask
+    while plan.workloads[at].taken:
+        if memcmp(plan.workloads[at].ip, ip, 16) == 0:
+            return &plan.workloads[at]
+        at = (at + 1) & plan.workload_mask
+    return NULL
+
+
+cdef const tls_context_t *plan_context(const plan_t *plan, uint32_t configured, const uint8_t *ip) noexcept nogil:
+    # The identity to show: the configured one, that of the workload at the address, the node's. NULL: there is none.
+    cdef const workload_t *workload
+    cdef uint32_t identity = configured
+    if identity == 0:
+        workload = plan_workload(plan, ip)
+        identity = workload.identity if workload != NULL else plan.node_identity
+    return plan.contexts[identity] if identity < plan.n_contexts else NULL
+
+
+cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener) noexcept nogil:
+    # Begins the handshake with the downstream.
+    cdef const plan_t *plan = worker.plan
+    cdef const tls_context_t *context = plan_context(plan, listener.identity, conn.destination.ip)
+    if context == NULL:
+        conn_refuse(worker, conn, slot, CLOSE_NO_IDENTITY)
+        return
+    if plan.max_handshakes_per_source and not source_take(
+        worker.engine.handshakes, &conn.source, plan.max_handshakes_per_source, &conn.handshake_count
+    ):
+        conn_refuse(worker, conn, slot, CLOSE_LIMIT_HANDSHAKES)
+        return
+    if not tls_open(worker, &conn.side[DOWNSTREAM], context, True, listener.tls_v12, NULL):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+        return
+    conn.close_expired = listener.close_expired
+    conn.state = CONN_HANDSHAKE
+    conn.side[DOWNSTREAM].flags |= SIDE_WRITABLE
+    conn_arm(worker, conn, slot, worker.now_ms + listener.handshake_ms)
+    conn.phase.dial.attempt_at_ms = worker.now_ms + listener.handshake_ms
+    if not conn.watched:
+        if not conn_watch(worker, conn, slot, DOWNSTREAM):
+            conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+    else:
+        conn.side[DOWNSTREAM].flags |= SIDE_READABLE
+        conn_handshake(worker, conn, slot)
+
+
+cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # HANDSHAKE: as far as it goes.
+    cdef side_t *side = &conn.side[DOWNSTREAM]
+    cdef int done = tls_handshake(worker, side, &conn.errno_seen)
+    if done == HANDSHAKE_DONE:
+        conn_secured(worker, conn, DOWNSTREAM)
+        conn_enter(worker, conn, slot)
+    elif done == HANDSHAKE_FAILED:
+        if side.tls.cause == TLS_OK or (side.tls.cause == TLS_TRUNCATED and not side.tls.flags & TLS_HEARD):
+            # A port scan, a health check, a client that changed its mind.
+            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
+        else:
+            # Not a reset: the alert that says why is on its way.
+            worker.tls_failures[DOWNSTREAM][<int> side.tls.cause] += 1
+            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_TLS, False)
+
+
+cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
+    # The peer of this side is known.
+    cdef tls_t *tls = conn.side[side].tls
+    cdef int64_t left_s
+    cdef uint64_t at_ms
+    worker.handshakes[side][1 if tls.flags & TLS_RESUMED else 0] += 1
+    if side == DOWNSTREAM and conn.handshake_count != NULL:
+        source_give(worker.engine.handshakes, conn.handshake_count)
+        conn.handshake_count = NULL
+    if conn.close_expired:
+        # Spread over a minute after the end: connections made under one certificate don't all come back together.
+        left_s = tls.peer_expires_s - unix_seconds()
+        at_ms = worker.now_ms + (<uint64_t> left_s * 1000 if left_s > 0 else 0) + worker_random(worker) % 60000
+        if conn.expires_at_ms == 0 or at_ms < conn.expires_at_ms:
+            conn.expires_at_ms = at_ms
+
+
+# -- authorize ---------------------------------------------------------------------------------------------------------------
+
+cdef bint conn_authorize(worker_t *worker, conn_t *conn) noexcept nogil:
+    # Whether the policies of where the connection goes let this peer in. The destination is the workload that has the endpoint's
+    # address; else, for what comes in to this node, the one that has the original destination's. What leaves the node is judged
+    # where it arrives.
+    cdef const plan_t *plan = worker.plan
+    cdef const workload_t *workload = plan_workload(plan, conn.endpoint.ip)
+    cdef const workload_t *from_workload
+    cdef const policy_set_t *policies
+    cdef const tls_context_t *context
+    cdef uint16_t port = conn.endpoint.port if workload != NULL else conn.destination.port
+    cdef const tls_t *tls = conn.side[DOWNSTREAM].tls
+    cdef verdict_t verdict
+    cdef spiffe_t peer
+    conn.local = workload != NULL
+    conn.policy = 0
+    conn.dry_policy = 0
+    if plan.policy_sets == NULL:
+        return True
+    if workload == NULL:
+        if conn.listener_flags & LISTENER_OUTBOUND:
+            return True
+        workload = plan_workload(plan, conn.destination.ip)
+    policies = &plan.policy_sets[workload.policies if workload != NULL else plan.default_policies]
+    memset(&peer, 0, sizeof(peer))
+    if tls != NULL and tls.peer != NULL:
+        spiffe_parse(tls.peer, tls.peer_length, &peer)
+    elif conn.listener_flags & LISTENER_OUTBOUND:
+        # One hop within the node: the kernel vouches for the source address, and the address for the workload.
+        from_workload = plan_workload(plan, conn.source.ip)
+        if from_workload != NULL and from_workload.identity < plan.n_contexts:
+            context = plan.contexts[from_workload.identity]
+            if context != NULL:
+                spiffe_parse(context.identity, context.identity_length, &peer)
+    verdict_find(plan, policies, &peer, &conn.source, port, &verdict)
+    if verdict_allows(policies, &verdict) and not verdict_would_allow(policies, &verdict):
+        worker.dry_denied += 1
+        conn.dry_policy = plan.clauses[verdict.dry_deny].policy if verdict.dry_deny >= 0 else <uint32_t> -1
+    if verdict.deny >= 0:
+        conn.policy = plan.clauses[verdict.deny].policy
+    elif verdict.allow >= 0:
+        conn.policy = plan.clauses[verdict.allow].policy
+    return verdict_allows(policies, &verdict)
+
+
+cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexcept nogil:
+    # After a change of policies or revocations: may a live connection go on?
+    cdef int side
+    for side in range(2):
+        if conn.side[side].tls != NULL and conn.side[side].tls.peer != NULL:
+            if plan_revokes(worker.plan, conn.side[side].tls.peer_key):
+                conn.side[side].tls.cause = TLS_REVOKED
+                reason[0] = CLOSE_PEER_CERTIFICATE
+                return False
+    reason[0] = CLOSE_DENIED
+    return conn_authorize(worker, conn)
+
+
+cdef void worker_recheck(worker_t *worker) noexcept nogil:
+    # Some of the live connections at a turn, until all have been looked at under the new plan.
+    cdef uint32_t end = worker.recheck_slot + RECHECKS
+    cdef conn_t *conn
+    cdef int reason
+    if end > worker.recheck_end:
+        end = worker.recheck_end
+    while worker.recheck_slot < end:
+        conn = conn_at(worker, worker.recheck_slot)
+        if conn.state == CONN_RELAYING or (conn.state == CONN_DIALLING and conn.attempts):
+            if not conn_still_trusted(worker, conn, &reason):
+                conn_finish(worker, conn, worker.recheck_slot, reason, True)
+        worker.recheck_slot += 1
+    if worker.recheck_slot == worker.recheck_end:
+        worker.recheck_end = 0
 
 
 cdef inline uint32_t clamp_ms(uint64_t ms) noexcept nogil:
@@ -471,6 +745,29 @@ cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
     return True
 
 
+cdef bint local_peer_is_expected(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # Within the node no handshake shows who the endpoint is; its address says which workload it is.
+    cdef const cluster_t *cluster = conn.phase.dial.cluster
+    cdef const workload_t *workload = plan_workload(worker.plan, conn.endpoint.ip)
+    cdef const tls_context_t *context = NULL
+    cdef spiffe_t peer
+    cdef uint32_t i
+    if workload != NULL and workload.identity < worker.plan.n_contexts:
+        context = worker.plan.contexts[workload.identity]
+    if context == NULL or not spiffe_parse(context.identity, context.identity_length, &peer):
+        return False
+    for i in range(cluster.n_peers):
+        if pattern_matches(&cluster.peers[i], cluster.peer_text, &peer.whole):
+            return True
+    return False
+
+
+cdef void conn_fail_upstream(worker_t *worker, conn_t *conn, uint32_t slot, int cause) noexcept nogil:
+    conn.tls_cause = <uint8_t> cause
+    worker.tls_failures[UPSTREAM][<int> cause] += 1
+    conn_finish(worker, conn, slot, CLOSE_UPSTREAM_TLS, True)
+
+
 cdef bint dial_open(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
     # A socket on its way to conn.endpoint, watched. False: errno_seen says why.
     cdef sockaddr_storage storage
@@ -531,6 +828,8 @@ cdef int dial_reason(int error) noexcept nogil:
 
 cdef void dial_abandon(conn_t *conn) noexcept nogil:
     # Takes the attempt's socket and its place at the endpoint back.
+    tls_free(&conn.side[UPSTREAM])
+    conn.phase.dial.handshaking = 0
     socket_close(conn.side[UPSTREAM].fd, False)
     conn.side[UPSTREAM].fd = -1
     if conn.endpoint_stat != NULL:
@@ -565,6 +864,12 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
             dial_abandon(conn)
             conn_finish(worker, conn, slot, CLOSE_SELF_CALL, True)
             return
+        if not conn_authorize(worker, conn):
+            conn_refuse(worker, conn, slot, CLOSE_DENIED)
+            return
+        if conn.local and settings.tls and not local_peer_is_expected(worker, conn):
+            conn_fail_upstream(worker, conn, slot, TLS_WRONG_IDENTITY)
+            return
         conn.attempts += 1
         conn.cluster_stat.rows[worker.index].connect_attempts += 1
         dial.attempt_started_ns = worker.now_ns
@@ -584,11 +889,16 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
     # An event while we dial.
     cdef uint8_t byte
     if side == UPSTREAM:
-        if events & (EPOLLERR | EPOLLHUP):
+        if conn.phase.dial.handshaking:
+            dial_handshake(worker, conn, slot)
+        elif events & (EPOLLERR | EPOLLHUP):
             dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
             conn_dial(worker, conn, slot)
         elif events & EPOLLOUT:
-            conn_connected(worker, conn, slot)
+            if conn.phase.dial.cluster.settings.tls and not conn.local:
+                dial_secure(worker, conn, slot)
+            else:
+                conn_connected(worker, conn, slot)
         return
     if events & (EPOLLERR | EPOLLHUP):
         conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
@@ -597,6 +907,63 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
         # moment, the client has left.
         conn.phase.dial.left_at_ms = worker.now_ms + LEFT_GRACE_MS
         conn_arm(worker, conn, slot, conn.phase.dial.left_at_ms)
+
+
+# -- upstream TLS ------------------------------------------------------------------------------------------------------------
+
+cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # Connected: begins the handshake with the endpoint, under the identity of the source's workload.
+    cdef const cluster_t *cluster = conn.phase.dial.cluster
+    cdef const tls_context_t *context = plan_context(worker.plan, cluster.settings.tls_identity, conn.source.ip)
+    cdef side_t *side = &conn.side[UPSTREAM]
+    cdef SSL_SESSION *session
+    if context == NULL:
+        conn_refuse(worker, conn, slot, CLOSE_NO_IDENTITY)
+        return
+    side.flags |= SIDE_WRITABLE
+    if not tls_open(worker, side, context, False, cluster.settings.tls_v12, cluster.sni):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+        return
+    side.tls.cluster = cluster
+    side.tls.endpoint = conn.endpoint
+    session = session_find(worker, context.id, &conn.endpoint, unix_seconds())
+    if session != NULL:
+        # A copy: OpenSSL spoils a TLS 1.3 session that it has used. Ours may serve again: what a passive observer could link by it,
+        # the addresses tell anyway.
+        session = SSL_SESSION_dup(session)
+        SSL_set_session(side.tls.ssl, session)
+        SSL_SESSION_free(session)
+    if conn.proxy_protocol and not conn_send_proxy_header(worker, conn):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+        return
+    conn.phase.dial.handshaking = 1
+    conn.phase.dial.attempt_at_ms = worker.now_ms + cluster.settings.handshake_ms
+    dial_handshake(worker, conn, slot)
+
+
+cdef void dial_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # As far as it goes. A handshake that fails is a failed attempt: another endpoint may do better.
+    cdef tls_t *tls = conn.side[UPSTREAM].tls
+    cdef int32_t error = 0
+    cdef int done = tls_handshake(worker, &conn.side[UPSTREAM], &error)
+    if done == HANDSHAKE_DONE:
+        conn.close_expired = conn.phase.dial.cluster.settings.close_expired
+        conn_secured(worker, conn, UPSTREAM)
+        conn_connected(worker, conn, slot)
+    elif done == HANDSHAKE_FAILED:
+        if tls.cause == TLS_OK:
+            dial_failed(worker, conn, error)
+        else:
+            dial_failed_tls(worker, conn, tls.cause)
+        conn_dial(worker, conn, slot)
+
+
+cdef void dial_failed_tls(worker_t *worker, conn_t *conn, int cause) noexcept nogil:
+    conn.alert = conn.side[UPSTREAM].tls.alert
+    conn.tls_cause = <uint8_t> cause
+    worker.tls_failures[UPSTREAM][<int> cause] += 1
+    dial_failed(worker, conn, EPROTO)
+    conn.phase.dial.last_reason = CLOSE_UPSTREAM_TLS
 
 
 # -- connected ---------------------------------------------------------------------------------------------------------------
@@ -611,6 +978,8 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     if conn.endpoint_stat != NULL:
         add_u(&conn.endpoint_stat.opened, 1)
     conn.errno_seen = 0
+    conn.tls_cause = TLS_OK
+    conn.alert = 0
     conn.connected_us = <uint32_t> ((conn.phase.dial.attempt_started_ns + took_ns - conn.accepted_ns) // 1000) or 1
     memset(&conn.phase, 0, sizeof(phase_t))
     conn.phase.half[DOWNSTREAM].pipe.read_fd = -1
@@ -620,7 +989,7 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     conn.active_ms = worker.now_ms
     conn.side[UPSTREAM].flags |= SIDE_WRITABLE
     conn_arm(worker, conn, slot, conn_deadline(worker, conn))
-    if conn.proxy_protocol and not conn_send_proxy_header(worker, conn):
+    if conn.proxy_protocol and conn.side[UPSTREAM].tls == NULL and not conn_send_proxy_header(worker, conn):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
         return
     conn_relay(worker, conn, slot)
@@ -642,6 +1011,9 @@ cdef bint conn_send_proxy_header(worker_t *worker, conn_t *conn) noexcept nogil:
     if n < 0:
         # Whatever is wrong shows again in the relay; what was not sent must go first.
         n = 0
+    if conn.side[UPSTREAM].tls != NULL:
+        # In the clear, before the handshake, as HAProxy has it.
+        return tls_park(conn.side[UPSTREAM].tls, header + n, length - <uint32_t> n)
     return <uint32_t> n == length or half_park(&conn.phase.half[DOWNSTREAM], header + n, length - <uint32_t> n)
 
 
@@ -656,6 +1028,8 @@ cdef uint64_t conn_deadline(const worker_t *worker, const conn_t *conn) noexcept
         at = conn.active_ms + quiet_ms
     if conn.lifetime_at_ms and (at == 0 or conn.lifetime_at_ms < at):
         at = conn.lifetime_at_ms
+    if conn.expires_at_ms and (at == 0 or conn.expires_at_ms < at):
+        at = conn.expires_at_ms
     if not conn.settled and (at == 0 or worker.now_ms + SETTLE_MS < at):
         at = worker.now_ms + SETTLE_MS
     return at
@@ -724,7 +1098,16 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
 cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) noexcept nogil:
     # One side is gone. What it had sent is delivered before the other side learns of it.
     cdef bint lost = conn.errno_seen == ETIMEDOUT or conn.errno_seen == EHOSTUNREACH or conn.errno_seen == ENETUNREACH
-    if side == DOWNSTREAM:
+    cdef const tls_t *tls = conn.side[side].tls
+    if tls != NULL and tls.cause != TLS_OK:
+        conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
+        worker.tls_failures[side][<int> tls.cause] += 1
+        if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
+            # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
+            conn.cluster_stat.rows[worker.index].connect_failures += 1
+            if conn.endpoint_stat != NULL:
+                add_u(&conn.endpoint_stat.connect_failures, 1)
+    elif side == DOWNSTREAM:
         conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
     else:
         conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
@@ -777,7 +1160,9 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
         add(&conn.cluster_stat.active, -1)
     else:
         conn.cluster_stat.rows[worker.index].opened += 1
-    if conn.state == CONN_DIALLING:
+    if conn.state == CONN_DIALLING or conn.state == CONN_HANDSHAKE:
+        cluster_drop(conn.phase.dial.cluster)
+    elif conn.routed and (conn.state == CONN_PREFACE or conn.state == CONN_HELLO):
         cluster_drop(conn.phase.dial.cluster)
     elif conn.state == CONN_RELAYING or conn.state == CONN_RESETTING:
         if conn.endpoint_stat != NULL:
@@ -790,6 +1175,10 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
         add(&conn.endpoint_stat.active, -1)
     if conn.source_count != NULL:
         source_give(worker.engine.sources, conn.source_count)
+    if conn.handshake_count != NULL:
+        source_give(worker.engine.handshakes, conn.handshake_count)
+    tls_free(&conn.side[UPSTREAM])
+    tls_free(&conn.side[DOWNSTREAM])
     socket_close(conn.side[UPSTREAM].fd, reset)
     socket_close(conn.side[DOWNSTREAM].fd, reset)
     wheel_remove(&worker.wheel, &conn.timer)
@@ -816,8 +1205,10 @@ cdef void tcp_figures(int fd, int64_t *rtt_us, int64_t *retransmits) noexcept no
         retransmits[0] = info.tcpi_total_retrans
 
 
-cdef void conn_record(worker_t *worker, const conn_t *conn, int reason) noexcept nogil:
+cdef void conn_record(worker_t *worker, conn_t *conn, int reason) noexcept nogil:
     cdef record_t *record = ring_claim(&worker.ring)
+    cdef tls_t *tls
+    cdef int side
     cdef bint relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING
     if record == NULL:
         return
@@ -837,6 +1228,26 @@ cdef void conn_record(worker_t *worker, const conn_t *conn, int reason) noexcept
     record.bytes_to_downstream = conn.phase.half[UPSTREAM].bytes if relayed else 0
     tcp_figures(conn.side[DOWNSTREAM].fd, &record.downstream_rtt_us, &record.downstream_retransmits)
     tcp_figures(conn.side[UPSTREAM].fd if relayed else -1, &record.upstream_rtt_us, &record.upstream_retransmits)
+    record.policy = conn.policy
+    record.dry_policy = conn.dry_policy
+    record.cause = conn.tls_cause
+    record.alert = conn.alert
+    for side in range(2):
+        # The identity changes hands: the reader of the record frees it.
+        tls = conn.side[side].tls
+        record.peers[side] = NULL
+        record.versions[side] = 0
+        record.resumed[side] = 0
+        if tls == NULL:
+            continue
+        record.peers[side] = tls.peer
+        tls.peer = NULL
+        if tls.cause != TLS_OK:
+            record.cause = tls.cause
+            record.alert = tls.alert
+        if tls.flags & TLS_READY:
+            record.versions[side] = 2 if SSL_version(tls.ssl) == TLS1_2_VERSION else 3
+            record.resumed[side] = tls.flags & TLS_RESUMED != 0
     ring_push(&worker.ring, worker.engine.up_fd)
 
 
@@ -876,6 +1287,10 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             conn_finish(worker, conn, slot, conn.reset_reason, True)
         else:
             conn_drain(worker, conn, slot)
+    elif conn.state == CONN_HANDSHAKE:
+        conn_handshake(worker, conn, slot)
+    elif conn.state == CONN_HELLO:
+        conn_hello(worker, conn, slot, False)
     else:
         conn_preface(worker, conn, slot)
 
@@ -884,11 +1299,23 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     cdef uint64_t at
     if conn.state == CONN_PREFACE:
         conn_refuse(worker, conn, slot, CLOSE_PROXY_PROTOCOL_TIMEOUT)
+    elif conn.state == CONN_HELLO:
+        conn_hello(worker, conn, slot, True)
+    elif conn.state == CONN_HANDSHAKE:
+        if worker.now_ms >= conn.phase.dial.attempt_at_ms:
+            conn.side[DOWNSTREAM].tls.cause = TLS_TIMEOUT
+            worker.tls_failures[DOWNSTREAM][<int> TLS_TIMEOUT] += 1
+            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_TLS, True)
+        else:
+            conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     elif conn.state == CONN_DIALLING:
         if conn.phase.dial.left_at_ms and worker.now_ms >= conn.phase.dial.left_at_ms:
             conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
         elif worker.now_ms >= conn.phase.dial.attempt_at_ms:
-            dial_failed(worker, conn, ETIMEDOUT)
+            if conn.phase.dial.handshaking:
+                dial_failed_tls(worker, conn, TLS_TIMEOUT)
+            else:
+                dial_failed(worker, conn, ETIMEDOUT)
             conn_dial(worker, conn, slot)
         else:
             conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
@@ -900,6 +1327,9 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     else:
         if conn.lifetime_at_ms and worker.now_ms >= conn.lifetime_at_ms:
             conn_finish(worker, conn, slot, CLOSE_LIFETIME, True)
+            return
+        if conn.expires_at_ms and worker.now_ms >= conn.expires_at_ms:
+            conn_finish(worker, conn, slot, CLOSE_PEER_CERTIFICATE, True)
             return
         at = conn_deadline(worker, conn)
         if at and at <= worker.now_ms:
@@ -931,6 +1361,9 @@ cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
             else:
                 armed.burst = 65536
                 listener_accept(worker, i)
+        if worker.plan.trust != plan.trust:
+            worker.recheck_slot = 0
+            worker.recheck_end = worker.n_chunks * CONN_CHUNK
     worker.accept_paused_until_ms = 0
     for i in range(worker.n_armed):
         if not paused:
@@ -950,8 +1383,10 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
     cdef uint32_t slot = page.start
     cdef uint32_t end = worker.n_chunks * CONN_CHUNK
     cdef const conn_t *conn
+    cdef const tls_t *tls
     cdef view_t *view
     cdef uint64_t one = 1
+    cdef int side
     cdef bint relayed
     page.count = 0
     while slot < end and page.count < page.limit:
@@ -975,6 +1410,12 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
         view.spliced = relayed and (conn.phase.half[0].flags | conn.phase.half[1].flags) & HALF_SPLICE != 0
         view.bytes_to_upstream = conn.phase.half[DOWNSTREAM].bytes if relayed else 0
         view.bytes_to_downstream = conn.phase.half[UPSTREAM].bytes if relayed else 0
+        for side in range(2):
+            tls = conn.side[side].tls
+            view.peers[side] = strdup(tls.peer) if tls != NULL and tls.peer != NULL else NULL
+            view.versions[side] = 0
+            if tls != NULL and tls.flags & TLS_READY:
+                view.versions[side] = 2 if SSL_version(tls.ssl) == TLS1_2_VERSION else 3
     page.next = slot if slot < end else 0
     store_release(<uint64_t *> &page.state, 2)
     write(worker.engine.up_fd, &one, sizeof(one))
@@ -982,7 +1423,7 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
 
 cdef inline int worker_wait_ms(const worker_t *worker) noexcept nogil:
     cdef uint64_t at = wheel_next_ms(&worker.wheel)
-    if worker.ready_head != WHEEL_NONE:
+    if worker.ready_head != WHEEL_NONE or worker.recheck_end:
         return 0
     if worker.accept_paused_until_ms and (at == 0 or worker.accept_paused_until_ms < at):
         at = worker.accept_paused_until_ms
@@ -1035,6 +1476,8 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     while slot != WHEEL_NONE:
         conn_timeout(worker, conn_at(worker, slot), slot)
         slot = wheel_expire(&worker.wheel, worker.now_ms)
+    if worker.recheck_end:
+        worker_recheck(worker)
     if load_acquire(<uint64_t *> &worker.page.state) == 1:
         worker_show_page(worker)
 
@@ -1050,6 +1493,7 @@ cdef void worker_end(worker_t *worker) noexcept nogil:
     while worker.n_pool:
         worker.n_pool -= 1
         pipe_close(worker, &worker.pool[worker.n_pool])
+    sessions_free(worker)
 
 
 cdef int worker_run(worker_t *worker) noexcept nogil:
@@ -1100,6 +1544,93 @@ cdef str address_text(const address_t *address):
         return f"{text.decode()}:{address.port}"
     inet_ntop(AF_INET6, address.ip, text, sizeof(text))
     return f"[{text.decode()}]:{address.port}"
+
+
+cdef str text_or_empty(const char *text):
+    return text.decode("ascii", "replace") if text != NULL else ""
+
+
+cdef class TlsContext:
+    """One identity, ready for handshakes in both roles: certificate, key and the bundle that its peers must chain to."""
+
+    cdef tls_context_t context
+
+    def __cinit__(
+        self, uint64_t id, str identity not None, bytes certificates not None, bytes private_key not None, bytes bundle not None
+    ):
+        """All in PEM; ``certificates`` from the leaf upwards. ``id`` must differ from that of every other context: sessions are
+        bound to it. Raises ValueError, which says which of the files is wrong, and MemoryError."""
+        cdef bytes text = identity.encode()
+        cdef spiffe_t parsed
+        if not spiffe_parse(text, <uint32_t> len(text), &parsed):
+            raise ValueError(f"{identity} is not a SPIFFE ID")
+        self.context.id = id
+        self.context.identity = strdup(text)
+        self.context.ctx = SSL_CTX_new(TLS_method())
+        if self.context.identity == NULL or self.context.ctx == NULL:
+            raise MemoryError
+        self.context.identity_length = parsed.whole.length
+        self.context.trust_domain = self.context.identity + len("spiffe://")
+        self.context.trust_domain_length = parsed.trust_domain.length
+        ERR_clear_error()
+        if not context_configure(self.context.ctx, id):
+            raise ValueError("this OpenSSL lacks a cipher or a group that is needed")
+        self.add_certificates(certificates)
+        self.add_key(private_key)
+        self.add_bundle(bundle)
+
+    def __dealloc__(self):
+        SSL_CTX_free(self.context.ctx)
+        free(self.context.identity)
+
+    cdef int add_certificates(self, bytes pem) except -1:
+        cdef BIO *bio = BIO_new_mem_buf(<const char *> pem, <int> len(pem))
+        cdef X509 *cert
+        cdef int n = 0
+        cdef int ok = 1
+        try:
+            while ok:
+                cert = PEM_read_bio_X509(bio, NULL, NULL, NULL)
+                if cert == NULL:
+                    break
+                ok = SSL_CTX_use_certificate(self.context.ctx, cert) if n == 0 else l4_add_chain(self.context.ctx, cert)
+                X509_free(cert)
+                n += 1
+        finally:
+            BIO_free(bio)
+            ERR_clear_error()
+        if n == 0 or not ok:
+            raise ValueError("the certificate can't be read as PEM")
+        return 0
+
+    cdef int add_key(self, bytes pem) except -1:
+        cdef BIO *bio = BIO_new_mem_buf(<const char *> pem, <int> len(pem))
+        cdef EVP_PKEY *key = PEM_read_bio_PrivateKey(bio, NULL, NULL, <void *> b"")
+        cdef int ok = key != NULL and SSL_CTX_use_PrivateKey(self.context.ctx, key) == 1
+        ok = ok and SSL_CTX_check_private_key(self.context.ctx) == 1
+        EVP_PKEY_free(key)
+        BIO_free(bio)
+        ERR_clear_error()
+        if not ok:
+            raise ValueError("the private key can't be read, is encrypted, or does not belong to the certificate")
+        return 0
+
+    cdef int add_bundle(self, bytes pem) except -1:
+        cdef BIO *bio = BIO_new_mem_buf(<const char *> pem, <int> len(pem))
+        cdef X509_STORE *trusted = SSL_CTX_get_cert_store(self.context.ctx)
+        cdef X509 *cert
+        cdef int n = 0
+        while True:
+            cert = PEM_read_bio_X509(bio, NULL, NULL, NULL)
+            if cert == NULL:
+                break
+            n += X509_STORE_add_cert(trusted, cert)
+            X509_free(cert)
+        BIO_free(bio)
+        ERR_clear_error()
+        if n == 0:
+            raise ValueError("the trust bundle holds no certificate in PEM")
+        return 0
 
 
 cdef class EndpointStat:
@@ -1229,8 +1760,11 @@ cdef class Cluster:
     cdef readonly ClusterStat stat
     cdef readonly tuple endpoint_stats
 
-    def __cinit__(self, ClusterStat stat not None, list endpoints not None, *, **settings):
-        """``endpoints``: (ip, port, weight, tier, warm from ms or 0, EndpointStat). ``settings``: as ``ClusterSettings``."""
+    def __cinit__(
+        self, ClusterStat stat not None, list endpoints not None, list peers not None, bytes sni not None, *, **settings
+    ):
+        """``endpoints``: (ip, port, weight, tier, warm from ms or 0, EndpointStat). ``peers``: (kind, text) of the identities that
+        may answer. ``sni``: empty for none. ``settings``: as ``ClusterSettings``."""
         cdef cluster_settings_t compiled
         cdef endpoint_t *table
         cdef uint32_t i, n = len(endpoints)
@@ -1239,6 +1773,11 @@ cdef class Cluster:
         compiled.balance = settings["balance"]
         compiled.proxy_protocol = settings["proxy_protocol"]
         compiled.original_destination = settings["original_destination"]
+        compiled.tls = settings["tls"]
+        compiled.tls_v12 = settings["tls_v12"]
+        compiled.tls_identity = settings["tls_identity"]
+        compiled.handshake_ms = settings["handshake_ms"]
+        compiled.close_expired = settings["close_expired"]
         compiled.connect_attempts = min(settings["connect_attempts"], <int> MAX_ATTEMPTS)
         compiled.connect_timeout_ms = settings["connect_timeout_ms"]
         compiled.connect_budget_ms = settings["connect_budget_ms"]
@@ -1271,12 +1810,31 @@ cdef class Cluster:
             free(table)
         if self.cluster == NULL:
             raise MemoryError
+        self.add_peers(peers)
+        if sni:
+            self.cluster.sni = strdup(sni)
         self.stat = stat
         self.endpoint_stats = tuple([endpoint[5] for endpoint in endpoints])
 
     def __dealloc__(self):
         if self.cluster != NULL:
             cluster_drop(self.cluster)
+
+    cdef int add_peers(self, list peers) except -1:
+        cdef bytes pool = b"".join([text for _, text in peers])
+        cdef uint32_t at = 0
+        self.cluster.peers = <pattern_t *> calloc(len(peers) + 1, sizeof(pattern_t))
+        self.cluster.peer_text = <char *> malloc(len(pool) + 1)
+        if self.cluster.peers == NULL or self.cluster.peer_text == NULL:
+            raise MemoryError
+        memcpy(self.cluster.peer_text, <const char *> pool, len(pool))
+        for kind, text in peers:
+            self.cluster.peers[self.cluster.n_peers].kind = kind
+            self.cluster.peers[self.cluster.n_peers].offset = at
+            self.cluster.peers[self.cluster.n_peers].length = <uint32_t> len(text)
+            self.cluster.n_peers += 1
+            at += <uint32_t> len(text)
+        return 0
 
     @property
     def dials(self) -> int:
@@ -1290,15 +1848,17 @@ cdef class Plan:
     cdef plan_t *plan
     cdef uint32_t n_workers
     cdef size_t n_routes, n_prefixes, n_ports, n_targets, n_exact, n_wide
+    cdef size_t n_patterns, n_text, n_clauses, n_filings, n_filed, n_wide_clauses, n_lengths, n_policy_sets
     cdef readonly tuple clusters
-    cdef list stats
+    cdef list stats, contexts
 
     def __cinit__(
         self, uint64_t generation, uint32_t n_workers, list clusters not None, list own not None, *,
         int64_t max_connections, int64_t max_connections_per_source, uint32_t mark, bint splice, int log_when,
-        double log_sample, uint32_t error_reasons,
+        double log_sample, uint64_t error_reasons, int64_t max_handshakes_per_source, uint64_t trust,
     ):
-        """``own``: (ip, port) of everything that the process listens on. ``log_sample``: share, 0 to 1."""
+        """``own``: (ip, port) of everything that the process listens on. ``log_sample``: share, 0 to 1. ``trust``: when it differs
+        from the plan before, live connections are checked again."""
         cdef plan_t *plan = <plan_t *> calloc(1, sizeof(plan_t))
         cdef Cluster cluster
         cdef uint32_t i
@@ -1316,6 +1876,9 @@ cdef class Plan:
         plan.log_when = log_when
         plan.log_sample = <uint64_t> -1 if log_sample >= 1.0 else <uint64_t> (log_sample * 18446744073709549568.0)
         plan.error_reasons = error_reasons
+        plan.max_handshakes_per_source = max_handshakes_per_source
+        plan.trust = trust
+        self.contexts = []
         plan.clusters = <cluster_t **> calloc(len(clusters) + 1, sizeof(void *))
         plan.own = <address_t *> calloc(len(own) + 1, sizeof(address_t))
         plan.listeners = <listener_t *> calloc(MAX_LISTENERS, sizeof(listener_t))
@@ -1347,11 +1910,63 @@ cdef class Plan:
         free(self.plan.targets)
         free(self.plan.exact)
         free(self.plan.wide)
+        free(self.plan.contexts)
+        free(self.plan.workloads)
+        free(self.plan.clauses)
+        free(self.plan.filings)
+        free(self.plan.filed)
+        free(self.plan.wide_clauses)
+        free(self.plan.lengths)
+        free(self.plan.policy_sets)
+        free(self.plan.patterns)
+        free(self.plan.text)
+        free(self.plan.revoked)
         free(self.plan)
 
     @property
     def generation(self) -> int:
         return self.plan.generation
+
+    cdef span_t add_patterns(self, object patterns) except *:
+        # patterns: (kind, bytes)
+        cdef plan_t *plan = self.plan
+        cdef span_t span
+        cdef bytes text
+        cdef void *room
+        span.start = <uint32_t> self.n_patterns
+        for kind, text in patterns:
+            room = realloc(plan.text, self.n_text + len(text) + 1)
+            if room == NULL:
+                raise MemoryError
+            plan.text = <char *> room
+            memcpy(plan.text + self.n_text, <const char *> text, len(text))
+            plan.patterns = <pattern_t *> grown(plan.patterns, self.n_patterns, sizeof(pattern_t))
+            plan.patterns[self.n_patterns].kind = kind
+            plan.patterns[self.n_patterns].offset = <uint32_t> self.n_text
+            plan.patterns[self.n_patterns].length = <uint32_t> len(text)
+            self.n_text += len(text)
+            self.n_patterns += 1
+        span.end = <uint32_t> self.n_patterns
+        return span
+
+    cdef span_t add_port_ranges(self, object ports) except *:
+        cdef plan_t *plan = self.plan
+        cdef span_t span
+        span.start = <uint32_t> self.n_ports
+        for first, last in ports:
+            plan.ports = <port_range_t *> grown(plan.ports, self.n_ports, sizeof(port_range_t))
+            plan.ports[self.n_ports].first = first
+            plan.ports[self.n_ports].last = last
+            self.n_ports += 1
+        span.end = <uint32_t> self.n_ports
+        return span
+
+    cdef span_t add_prefix_span(self, object prefixes) except *:
+        cdef span_t span
+        span.start = <uint32_t> self.n_prefixes
+        self.add_prefixes(prefixes)
+        span.end = <uint32_t> self.n_prefixes
+        return span
 
     cdef int add_prefixes(self, object prefixes) except -1:
         for ip, bits in prefixes:
@@ -1361,26 +1976,27 @@ cdef class Plan:
             self.n_prefixes += 1
         return 0
 
-    cdef int add_route(self, object destinations, object ports, object sources, object targets) except -1:
+    cdef int add_route(
+        self, object destinations, object ports, object sources, object names, object protocols, object targets
+    ) except -1:
         cdef plan_t *plan = self.plan
         cdef route_t *route
+        cdef span_t span
         cdef uint32_t total = 0
         plan.routes = <route_t *> grown(plan.routes, self.n_routes, sizeof(route_t))
         route = &plan.routes[self.n_routes]
         self.n_routes += 1
+        route.names = self.add_patterns(names)
+        route.protocols = self.add_patterns(protocols)
         route.destinations = self.n_prefixes
         self.add_prefixes(destinations)
         route.destinations_end = self.n_prefixes
         route.sources = self.n_prefixes
         self.add_prefixes(sources)
         route.sources_end = self.n_prefixes
-        route.ports = self.n_ports
-        for first, last in ports:
-            plan.ports = <port_range_t *> grown(plan.ports, self.n_ports, sizeof(port_range_t))
-            plan.ports[self.n_ports].first = first
-            plan.ports[self.n_ports].last = last
-            self.n_ports += 1
-        route.ports_end = self.n_ports
+        span = self.add_port_ranges(ports)
+        route.ports = span.start
+        route.ports_end = span.end
         route.targets = self.n_targets
         for cluster, weight in targets:
             plan.targets = <target_t *> grown(plan.targets, self.n_targets, sizeof(target_t))
@@ -1429,11 +2045,13 @@ cdef class Plan:
     def add_listener(
         self, ListenerStat stat not None, list fds not None, bytes ip not None, uint16_t port, *, int flags,
         int32_t default_cluster, int64_t max_connections, list proxy_from not None, uint32_t proxy_timeout_ms,
-        list routes not None,
+        list routes not None, int tls_mode, bint tls_v12, uint32_t identity, uint32_t handshake_ms, bint close_expired,
+        list strict not None, list permissive not None, list plain not None, list server_first not None,
     ) -> None:
         """Adds one bound address. ``fds``: a listening socket for each worker, which the caller owns and closes only when
-        every worker has seen a later plan. ``routes``: (destinations, ports, sources, targets) in order, with prefixes as
-        (ip, bits of 128), ports as (first, last), targets as (index of the cluster, weight)."""
+        every worker has seen a later plan. ``routes``: (destinations, ports, sources, names, protocols, targets) in order, with
+        prefixes as (ip, bits of 128), ports as (first, last), names and protocols as (kind, text), targets as (index of the
+        cluster, weight). ``identity``: an id, or 0 for the destination workload's. ``strict`` to ``server_first``: ports."""
         cdef plan_t *plan = self.plan
         cdef listener_t *listener
         cdef uint32_t i
@@ -1462,12 +2080,23 @@ cdef class Plan:
         listener.proxy_from = self.n_prefixes
         self.add_prefixes(proxy_from)
         listener.proxy_from_end = self.n_prefixes
+        listener.tls_mode = tls_mode
+        listener.tls_v12 = tls_v12
+        listener.identity = identity
+        listener.handshake_ms = handshake_ms
+        listener.close_expired = close_expired
+        listener.strict = self.add_port_ranges(strict)
+        listener.permissive = self.add_port_ranges(permissive)
+        listener.plain = self.add_port_ranges(plain)
+        listener.server_first = self.add_port_ranges(server_first)
         listener.wide = self.n_wide
-        for destinations, ports, sources, targets in routes:
+        for destinations, ports, sources, names, protocols, targets in routes:
             i = self.n_routes
-            self.add_route(destinations, ports, sources, targets)
+            self.add_route(destinations, ports, sources, names, protocols, targets)
+            if names or protocols:
+                listener.flags |= LISTENER_HELLO
             if (
-                destinations and not sources and all(bits == 128 for _, bits in destinations)
+                destinations and not sources and not names and not protocols and all(bits == 128 for _, bits in destinations)
                 and all(first == last and first for first, last in ports)
             ):
                 exact += [(ip_, first, i) for ip_, _ in destinations for first, _ in (ports or [(0, 0)])]
@@ -1488,7 +2117,235 @@ cdef class Plan:
         fill_ip(from_address.ip, source)
         if not 0 <= listener < <int> self.plan.n_listeners:
             raise IndexError(listener)
-        return route_find(self.plan, &self.plan.listeners[listener], &to_address, &from_address, random)
+        return route_find(self.plan, &self.plan.listeners[listener], &to_address, &from_address, NULL, random)
+
+    def set_contexts(self, list contexts not None, uint32_t node_identity) -> None:
+        """``contexts``: a TlsContext or None for each id, 0 included. ``node_identity``: id for what belongs to no workload, or 0."""
+        cdef plan_t *plan = self.plan
+        cdef TlsContext context
+        cdef uint32_t i
+        plan.contexts = <tls_context_t **> calloc(len(contexts) + 1, sizeof(void *))
+        if plan.contexts == NULL:
+            raise MemoryError
+        for i in range(len(contexts)):
+            context = contexts[i]
+            if context is not None:
+                plan.contexts[i] = &context.context
+        plan.n_contexts = <uint32_t> len(contexts)
+        plan.node_identity = node_identity
+        self.contexts = contexts
+
+    def set_workloads(self, list workloads not None) -> None:
+        """``workloads``: (ip, identity id or 0, index of a policy set). Of equal addresses the first stays."""
+        cdef plan_t *plan = self.plan
+        cdef address_t address
+        cdef uint32_t size = 2
+        cdef uint32_t at
+        if not workloads:
+            return
+        while size < 2 * len(workloads):
+            size *= 2
+        plan.workloads = <workload_t *> calloc(size, sizeof(workload_t))
+        if plan.workloads == NULL:
+            raise MemoryError
+        plan.workload_mask = size - 1
+        for ip, identity, policies in workloads:
+            fill_ip(address.ip, ip)
+            at = <uint32_t> address_hash_ip(&address, 0) & plan.workload_mask
+            while plan.workloads[at].taken and memcmp(plan.workloads[at].ip, address.ip, 16) != 0:
+                at = (at + 1) & plan.workload_mask
+            if plan.workloads[at].taken:
+                continue
+            memcpy(plan.workloads[at].ip, address.ip, 16)
+            plan.workloads[at].identity = identity
+            plan.workloads[at].policies = policies
+            plan.workloads[at].taken = 1
+
+    def set_revoked(self, list revoked not None, uint64_t seed) -> None:
+        """``revoked``: (issuer as DER, serial number as its bytes) of each revoked certificate. ``seed``: the engine's."""
+        cdef plan_t *plan = self.plan
+        cdef bytes issuer, serial
+        cdef uint32_t size = 2
+        cdef uint32_t at
+        cdef uint64_t key
+        if not revoked:
+            return
+        while size < 2 * len(revoked):
+            size *= 2
+        plan.revoked = <uint64_t *> calloc(size, sizeof(uint64_t))
+        if plan.revoked == NULL:
+            raise MemoryError
+        plan.revoked_mask = size - 1
+        for issuer, serial in revoked:
+            key = certificate_key(seed, issuer, len(issuer), serial, len(serial))
+            at = <uint32_t> key & plan.revoked_mask
+            while plan.revoked[at] and plan.revoked[at] != key:
+                at = (at + 1) & plan.revoked_mask
+            plan.revoked[at] = key
+
+    def add_clause(
+        self, uint32_t policy, bint deny, bint dry_run, *, list identities not None, list not_identities not None,
+        list namespaces not None, list not_namespaces not None, list accounts not None, list not_accounts not None,
+        list sources not None, list not_sources not None, list ports not None, list not_ports not None,
+    ) -> int:
+        """Adds one clause of the policy with this id and returns its index. Texts are (kind, bytes), prefixes (ip, bits), ports
+        (first, last); an empty list does not constrain."""
+        cdef plan_t *plan = self.plan
+        cdef clause_t *clause
+        plan.clauses = <clause_t *> grown(plan.clauses, self.n_clauses, sizeof(clause_t))
+        clause = &plan.clauses[self.n_clauses]
+        memset(clause, 0, sizeof(clause_t))
+        clause.policy = policy
+        clause.action = ACTION_DENY if deny else ACTION_ALLOW
+        clause.dry_run = dry_run
+        clause.identities = self.add_patterns(identities)
+        clause.not_identities = self.add_patterns(not_identities)
+        clause.namespaces = self.add_patterns(namespaces)
+        clause.not_namespaces = self.add_patterns(not_namespaces)
+        clause.accounts = self.add_patterns(accounts)
+        clause.not_accounts = self.add_patterns(not_accounts)
+        clause.sources = self.add_prefix_span(sources)
+        clause.not_sources = self.add_prefix_span(not_sources)
+        clause.ports = self.add_port_ranges(ports)
+        clause.not_ports = self.add_port_ranges(not_ports)
+        self.n_clauses += 1
+        return <int> self.n_clauses - 1
+
+    cdef list file_keys(self, const clause_t *clause):
+        # What the clause is filed under: (kind, hash, length, port); None when only a look at it can tell.
+        cdef plan_t *plan = self.plan
+        cdef const pattern_t *pattern
+        cdef const char *text
+        cdef uint32_t i
+        cdef list keys = []
+        cdef list ports = [0]
+        if clause.ports.start != clause.ports.end and clause.ports.end - clause.ports.start <= 16:
+            if all([plan.ports[i].first == plan.ports[i].last for i in range(clause.ports.start, clause.ports.end)]):
+                ports = [plan.ports[i].first for i in range(clause.ports.start, clause.ports.end)]
+        if clause.identities.start != clause.identities.end:
+            for i in range(clause.identities.start, clause.identities.end):
+                pattern = &plan.patterns[i]
+                text = plan.text + pattern.offset
+                if pattern.kind == PATTERN_ANY:
+                    return None
+                if pattern.kind == PATTERN_EXACT:
+                    keys.append((FILED_IDENTITY, fnv(text, pattern.length), 0))
+                elif pattern.kind == PATTERN_PREFIX:
+                    keys.append((FILED_PREFIX, fnv(text, pattern.length), pattern.length))
+                else:
+                    keys.append((FILED_SUFFIX, fnv_reversed(text, pattern.length), pattern.length))
+        elif clause.accounts.start != clause.accounts.end:
+            for i in range(clause.accounts.start, clause.accounts.end):
+                keys.append((FILED_ACCOUNT, fnv(plan.text + plan.patterns[i].offset, plan.patterns[i].length), 0))
+        elif clause.namespaces.start != clause.namespaces.end:
+            for i in range(clause.namespaces.start, clause.namespaces.end):
+                if plan.patterns[i].kind != PATTERN_EXACT:
+                    return None
+                keys.append((FILED_NAMESPACE, fnv(plan.text + plan.patterns[i].offset, plan.patterns[i].length), 0))
+        elif clause.sources.start != clause.sources.end:
+            for i in range(clause.sources.start, clause.sources.end):
+                keys.append((FILED_SOURCE, masked_hash(plan.prefixes[i].ip, plan.prefixes[i].bits), plan.prefixes[i].bits))
+        elif ports != [0]:
+            keys.append((FILED_PORT, 0, 0))
+        else:
+            return None
+        return [(kind, hash_, length, port) for kind, hash_, length in keys for port in ports]
+
+    cdef span_t add_lengths(self, set lengths) except *:
+        cdef span_t span
+        span.start = <uint32_t> self.n_lengths
+        for length in sorted(lengths):
+            self.plan.lengths = <uint32_t *> grown(self.plan.lengths, self.n_lengths, sizeof(uint32_t))
+            self.plan.lengths[self.n_lengths] = length
+            self.n_lengths += 1
+        span.end = <uint32_t> self.n_lengths
+        return span
+
+    def add_policy_set(self, list clauses not None, bint has_allow, bint has_dry_allow) -> int:
+        """Files the clauses (indexes) of all policies that apply to a workload and returns the index of the set. ``has_allow``:
+        one of the policies allows, so that what none allows is refused; ``has_dry_allow``: likewise in dry run."""
+        cdef plan_t *plan = self.plan
+        cdef policy_set_t *policies
+        cdef uint32_t size = 2
+        cdef uint32_t at, index
+        cdef uint64_t key
+        cdef void *room
+        cdef list filed = []
+        cdef set prefixes = set(), suffixes = set(), bits = set()
+        plan.policy_sets = <policy_set_t *> grown(plan.policy_sets, self.n_policy_sets, sizeof(policy_set_t))
+        policies = &plan.policy_sets[self.n_policy_sets]
+        memset(policies, 0, sizeof(policy_set_t))
+        policies.has_allow = has_allow
+        policies.has_dry_allow = has_dry_allow
+        policies.wide.start = <uint32_t> self.n_wide_clauses
+        for index in clauses:
+            keys = self.file_keys(&plan.clauses[index])
+            if keys is None:
+                plan.wide_clauses = <uint32_t *> grown(plan.wide_clauses, self.n_wide_clauses, sizeof(uint32_t))
+                plan.wide_clauses[self.n_wide_clauses] = index
+                self.n_wide_clauses += 1
+            else:
+                filed += [(index, *key_) for key_ in keys]
+        policies.wide.end = <uint32_t> self.n_wide_clauses
+        if filed:
+            while size < 2 * len(filed):
+                size *= 2
+            room = realloc(plan.filings, (self.n_filings + size) * sizeof(filing_t))
+            if room == NULL:
+                raise MemoryError
+            plan.filings = <filing_t *> room
+            memset(&plan.filings[self.n_filings], 0, size * sizeof(filing_t))
+            policies.filings = <uint32_t> self.n_filings
+            policies.mask = size - 1
+            self.n_filings += size
+        for index, kind, hash_, length, port in filed:
+            policies.kinds |= <uint32_t> 1 << <int> kind
+            if kind == FILED_PREFIX:
+                prefixes.add(length)
+            elif kind == FILED_SUFFIX:
+                suffixes.add(length)
+            elif kind == FILED_SOURCE:
+                bits.add(length)
+            key = filing_key(kind, hash_, length, port)
+            at = <uint32_t> key & policies.mask
+            while plan.filings[policies.filings + at].clause and plan.filings[policies.filings + at].key != key:
+                at = (at + 1) & policies.mask
+            plan.filed = <filed_t *> grown(plan.filed, self.n_filed, sizeof(filed_t))
+            plan.filed[self.n_filed].clause = index
+            plan.filed[self.n_filed].next = plan.filings[policies.filings + at].clause
+            self.n_filed += 1
+            plan.filings[policies.filings + at].key = key
+            plan.filings[policies.filings + at].clause = <uint32_t> self.n_filed
+        policies.prefix_lengths = self.add_lengths(prefixes)
+        policies.suffix_lengths = self.add_lengths(suffixes)
+        policies.source_bits = self.add_lengths(bits)
+        self.n_policy_sets += 1
+        return <int> self.n_policy_sets - 1
+
+    def set_default_policies(self, uint32_t policies) -> None:
+        """The set of a destination that is no workload of this node."""
+        self.plan.default_policies = policies
+
+    def judge(
+        self, uint32_t policies, bytes identity not None, bytes source not None, uint16_t port
+    ) -> tuple[bool, bool, int, int, int, int]:
+        """What the workers would decide under a policy set about a peer (``identity`` is empty for none): allowed, allowed if the
+        dry-run policies were in force, and the index of the clause that denies, allows, denies and allows in dry run, or -1."""
+        cdef spiffe_t peer
+        cdef address_t address
+        cdef verdict_t verdict
+        if policies >= self.n_policy_sets:
+            raise IndexError(policies)
+        memset(&peer, 0, sizeof(peer))
+        if identity and not spiffe_parse(identity, <uint32_t> len(identity), &peer):
+            raise ValueError(f"{identity.decode(errors='replace')} is not a SPIFFE ID")
+        fill_ip(address.ip, source)
+        verdict_find(self.plan, &self.plan.policy_sets[policies], &peer, &address, port, &verdict)
+        return (
+            bool(verdict_allows(&self.plan.policy_sets[policies], &verdict)),
+            bool(verdict_would_allow(&self.plan.policy_sets[policies], &verdict)),
+            verdict.deny, verdict.allow, verdict.dry_deny, verdict.dry_allow,
+        )
 
 
 cdef class Engine:
@@ -1500,6 +2357,7 @@ cdef class Engine:
     cdef object plan
     cdef object retired
     cdef uint32_t max_connections
+    cdef BIO_METHOD *bio_method
 
     def __cinit__(self, uint32_t n_workers, uint32_t max_connections, list seeds not None, uint32_t ring_records=8192):
         """``max_connections``: the most that one worker's table can hold. ``seeds``: a random number other than 0 for each
@@ -1513,6 +2371,14 @@ cdef class Engine:
         if self.engine.up_fd < 0:
             raise OSError(errno, "eventfd")
         self.engine.sources = <sources_t *> memory(sizeof(sources_t))
+        self.engine.handshakes = <sources_t *> memory(sizeof(sources_t))
+        self.engine.revocation_seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x5bf0a8b1457695b3)
+        self.bio_method = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, b"l4mesh")
+        if self.bio_method == NULL:
+            raise MemoryError
+        BIO_meth_set_read(self.bio_method, tls_bio_read)
+        BIO_meth_set_write(self.bio_method, tls_bio_write)
+        BIO_meth_set_ctrl(self.bio_method, tls_bio_ctrl)
         self.max_connections = max_connections
         self.workers = <worker_t **> calloc(n_workers, sizeof(void *))
         if self.workers == NULL:
@@ -1536,6 +2402,13 @@ cdef class Engine:
         if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.wake_fd, &event) != 0:
             raise OSError(errno, "epoll_ctl")
         worker.scratch = <uint8_t *> memory(SCRATCH_BYTES)
+        worker.plain = <uint8_t *> memory(PLAIN_BYTES)
+        worker.cipher = <uint8_t *> memory(CIPHER_BYTES)
+        worker.bio = BIO_new(self.bio_method)
+        if worker.bio == NULL:
+            raise MemoryError
+        BIO_set_data(worker.bio, worker)
+        BIO_set_init(worker.bio, 1)
         worker.free_slot = WHEEL_NONE
         worker.ready_head = WHEEL_NONE
         worker.ready_tail = WHEEL_NONE
@@ -1556,6 +2429,10 @@ cdef class Engine:
                     free(worker.chunks[j])
                 free(worker.chunks)
                 free(worker.scratch)
+                free(worker.plain)
+                free(worker.cipher)
+                free(worker.sessions)
+                BIO_free(worker.bio)
                 free(worker.ring.records)
                 free(worker.page.views)
                 if worker.epoll_fd > 0:
@@ -1565,6 +2442,8 @@ cdef class Engine:
                 free(worker)
             free(self.workers)
         free(self.engine.sources)
+        free(self.engine.handshakes)
+        BIO_meth_free(self.bio_method)
         if self.engine.up_fd > 0:
             close(self.engine.up_fd)
 
@@ -1610,6 +2489,21 @@ cdef class Engine:
     def plans_alive(self) -> int:
         return (self.plan is not None) + (self.retired is not None)
 
+    @property
+    def revocation_seed(self) -> int:
+        """For ``Plan.set_revoked``."""
+        return self.engine.revocation_seed
+
+    def read_tls(self, uint32_t index) -> tuple[list[list[int]], list[list[int]], int]:
+        """Of one worker: handshakes as [side][resumed], failures as [side][cause], dry-run denials; side 0 is downstream."""
+        cdef worker_t *worker = self.workers[index]
+        cdef int i, j
+        return (
+            [[load_u(&worker.handshakes[i][j]) for j in range(2)] for i in range(2)],
+            [[load_u(&worker.tls_failures[i][j]) for j in range(<int> TLS_CAUSES)] for i in range(2)],
+            load_u(&worker.dry_denied),
+        )
+
     def stop(self) -> None:
         """Makes every ``run()`` end its connections and return."""
         store(&self.engine.stopping, 1)
@@ -1635,7 +2529,8 @@ cdef class Engine:
     def take_records(self, uint32_t index, int limit) -> list[tuple[object, ...]]:
         """Up to ``limit`` records of one worker, oldest first: (unix ms, listener id, cluster id, endpoint, source, destination,
         reason, attempts, errno, connect us, first byte us, total us, bytes to upstream, to downstream, downstream rtt us,
-        retransmits, upstream rtt us, retransmits)."""
+        retransmits, upstream rtt us, retransmits, downstream identity, TLS 1.x, resumed, upstream identity, TLS 1.x, resumed,
+        TLS cause, alert, policy id, dry-run policy id)."""
         cdef ring_t *ring = &self.workers[index].ring
         cdef record_t *r
         cdef list records = []
@@ -1647,8 +2542,11 @@ cdef class Engine:
                 r.ended_unix_ms, r.listener_id, r.cluster_id, address_text(&r.endpoint), address_text(&r.source),
                 address_text(&r.destination), r.reason, r.attempts, r.errno_seen, r.connect_us, r.first_byte_us, r.total_us,
                 r.bytes_to_upstream, r.bytes_to_downstream, r.downstream_rtt_us, r.downstream_retransmits,
-                r.upstream_rtt_us, r.upstream_retransmits,
+                r.upstream_rtt_us, r.upstream_retransmits, text_or_empty(r.peers[0]), r.versions[0], bool(r.resumed[0]),
+                text_or_empty(r.peers[1]), r.versions[1], bool(r.resumed[1]), r.cause, r.alert, r.policy, r.dry_policy,
             ))
+            free(r.peers[0])
+            free(r.peers[1])
             ring_pop(ring)
             limit -= 1
         return records
@@ -1670,7 +2568,8 @@ cdef class Engine:
 
     def take_page(self, uint32_t index) -> tuple[list[tuple[object, ...]], int] | None:
         """None until the worker has answered; then (slot, generation, state, spliced, listener id, cluster id, source,
-        destination, endpoint, age ms, idle ms, bytes to upstream, to downstream) for each, and the next slot or 0."""
+        destination, endpoint, age ms, idle ms, bytes to upstream, to downstream, downstream identity, TLS 1.x, upstream identity,
+        TLS 1.x) for each, and the next slot or 0."""
         cdef page_t *page = &self.workers[index].page
         cdef view_t *v
         cdef uint32_t i
@@ -1682,8 +2581,10 @@ cdef class Engine:
             views.append((
                 v.slot, v.generation, v.state, bool(v.spliced), v.listener_id, v.cluster_id, address_text(&v.source),
                 address_text(&v.destination), address_text(&v.endpoint), v.age_ms, v.idle_ms, v.bytes_to_upstream,
-                v.bytes_to_downstream,
+                v.bytes_to_downstream, text_or_empty(v.peers[0]), v.versions[0], text_or_empty(v.peers[1]), v.versions[1],
             ))
+            free(v.peers[0])
+            free(v.peers[1])
         free(page.views)
         page.views = NULL
         store(&page.state, 0)
@@ -1710,5 +2611,23 @@ def close_reasons() -> dict[str, int]:
         "LIMIT_LISTENER": CLOSE_LIMIT_LISTENER, "LIMIT_CLUSTER": CLOSE_LIMIT_CLUSTER,
         "LIMIT_ENDPOINT": CLOSE_LIMIT_ENDPOINT, "LIMIT_SOURCE": CLOSE_LIMIT_SOURCE,
         "PROXY_PROTOCOL_INVALID": CLOSE_PROXY_PROTOCOL_INVALID, "PROXY_PROTOCOL_TIMEOUT": CLOSE_PROXY_PROTOCOL_TIMEOUT,
-        "LOCAL_EXHAUSTED": CLOSE_LOCAL_EXHAUSTED, "SHUTDOWN": CLOSE_SHUTDOWN,
+        "LOCAL_EXHAUSTED": CLOSE_LOCAL_EXHAUSTED, "SHUTDOWN": CLOSE_SHUTDOWN, "DOWNSTREAM_TLS": CLOSE_DOWNSTREAM_TLS,
+        "UPSTREAM_TLS": CLOSE_UPSTREAM_TLS, "DENIED": CLOSE_DENIED, "NO_IDENTITY": CLOSE_NO_IDENTITY,
+        "PEER_CERTIFICATE": CLOSE_PEER_CERTIFICATE, "LIMIT_HANDSHAKES": CLOSE_LIMIT_HANDSHAKES,
     }
+
+
+def tls_causes() -> dict[str, int]:
+    """The numbers that the compiled code uses for ``errors.TlsCause``."""
+    return {
+        "OK": TLS_OK, "NO_CERTIFICATE": TLS_NO_CERTIFICATE, "UNKNOWN_CA": TLS_UNKNOWN_CA, "EXPIRED": TLS_EXPIRED,
+        "NOT_YET_VALID": TLS_NOT_YET_VALID, "REVOKED": TLS_REVOKED, "WRONG_IDENTITY": TLS_WRONG_IDENTITY,
+        "BAD_CERTIFICATE": TLS_BAD_CERTIFICATE, "NOT_TLS": TLS_NOT_TLS, "PROTOCOL_VERSION": TLS_PROTOCOL_VERSION,
+        "NO_COMMON_PARAMETERS": TLS_NO_COMMON_PARAMETERS, "BAD_RECORD": TLS_BAD_RECORD, "TRUNCATED": TLS_TRUNCATED,
+        "TIMEOUT": TLS_TIMEOUT, "PEER_ALERT": TLS_PEER_ALERT, "KEY_UPDATES": TLS_KEY_UPDATES, "INTERNAL": TLS_INTERNAL,
+    }
+
+
+def openssl_version() -> str:
+    """The library in use, as it names itself."""
+    return (<const char *> OpenSSL_version(0)).decode()

@@ -15,10 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from l4mesh import _fastpath
-from l4mesh.errors import CloseReason, InternalError
+from l4mesh.errors import CloseReason, InternalError, TlsCause
+from l4mesh.identity.svid import Material
 from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress
+from l4mesh.policy.authz import add_policies
 from l4mesh.policy.plan import (
     compile_flags,
+    compile_listener_tls,
+    compile_pattern,
     compile_route,
     compile_settings,
     endpoint_tier,
@@ -34,13 +38,17 @@ from l4mesh.snapshot import (
     EndpointSnapshot,
     ListenerSnapshot,
     Snapshot,
+    TlsSnapshot,
     WorkerSnapshot,
 )
 
 RECORDS_PER_WAKE = 512
 COLLECT_DEADLINE_S = 10.0
-_STATES = {1: "preface", 2: "dialling", 3: "relaying", 4: "resetting"}
+_STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting"}
 _REASONS = tuple(CloseReason)
+_CAUSES = tuple(TlsCause)
+_NO_ALLOW = 0xFFFFFFFF
+"""Stands in for the dry-run policy when it is that none of them allows."""
 _LOG_WHEN = {LogWhen.NEVER: 0, LogWhen.ERRORS: 1, LogWhen.ALWAYS: 2}
 _ERROR_REASONS = sum(1 << reason for reason in CloseReason if reason.is_error)
 
@@ -100,6 +108,12 @@ class Datapath:
         self._removed = _Removed()
         self._retired_clusters = _add_cluster("(removed)", None, None)
         self._retired_listeners = ListenerSnapshot("(removed)", 0, 0, {})
+        self._identity_ids: dict[str, int] = {}
+        self._policy_ids: dict[str, int] = {}
+        self._policy_names: dict[int, str] = {0: "", _NO_ALLOW: "(no policy allows)"}
+        self._contexts: dict[str, tuple[tuple[bytes, int], _fastpath.TlsContext]] = {}
+        self._trusted: tuple[object, ...] = ()
+        self._trust = 0
         self._threads: list[threading.Thread] = []
         self._woken: asyncio.Event | None = None
         self._page_locks: list[asyncio.Lock] = []
@@ -133,15 +147,24 @@ class Datapath:
 
     # -- plans ---------------------------------------------------------------------------------------------------------
 
-    def apply(self, config: Config, sockets: Mapping[str, BoundSockets], own: list[SocketAddress], max_connections: int) -> int:
+    def apply(
+        self,
+        config: Config,
+        sockets: Mapping[str, BoundSockets],
+        own: list[SocketAddress],
+        max_connections: int,
+        materials: Mapping[str, Material] | None = None,
+    ) -> int:
         """Compiles ``config``, publishes it and waits until no worker sees the plan before.
 
-        ``sockets``: by listener's name. ``own``: every address that the process listens on. Returns the generation. Endpoint
-        hosts must be IP literals. Raises InternalError when a worker does not come round within ten seconds; the new plan
-        is published all the same.
+        ``sockets``: by listener's name. ``own``: every address that the process listens on. ``materials``: by identity's name.
+        Returns the generation. Endpoint hosts must be IP literals. Raises InternalError when a worker does not come round within
+        ten seconds; the new plan is published all the same.
         """
         with self._lock:
             self._collect()
+            materials = materials or {}
+            self._renew_trust(config, materials)
             entries = {name: self._compile_cluster(cluster, config.node_zone) for name, cluster in config.clusters.items()}
             index = {name: i for i, name in enumerate(entries)}
             plan = _fastpath.Plan(
@@ -156,7 +179,10 @@ class Datapath:
                 error_reasons=_ERROR_REASONS,
                 log_when=_LOG_WHEN[config.access_log.when],
                 log_sample=config.access_log.sample,
+                max_handshakes_per_source=config.max_handshakes_per_source,
+                trust=self._trust,
             )
+            self._add_trust(plan, config, materials)
             listeners = {name: self._add_listener(plan, listener, sockets[name], index) for name, listener in config.listeners.items()}
             self._engine.publish(plan)
             self._generation += 1
@@ -165,6 +191,54 @@ class Datapath:
             if self._threads:
                 self._collect()
             return self._generation
+
+    def _renew_trust(self, config: Config, materials: Mapping[str, Material]) -> None:
+        """Notices whether anything has changed that live connections were let in by."""
+        revoked = tuple(material.revoked for material in materials.values())
+        owners = tuple((workload.addresses, workload.namespace, workload.labels, workload.identity) for workload in config.workloads)
+        trusted = (config.policies, owners, revoked, config.node_identity, tuple(m.spiffe_id for m in materials.values()))
+        if trusted != self._trusted:
+            self._trusted = trusted
+            self._trust += 1
+        contexts: dict[str, tuple[tuple[bytes, int], _fastpath.TlsContext]] = {}
+        for name, material in materials.items():
+            # A context of its own for every generation of trust: no session outlives what it was made under.
+            key = (material.digest, self._trust)
+            known = self._contexts.get(name)
+            if known is None or known[0] != key:
+                context = _fastpath.TlsContext(
+                    random.getrandbits(63), material.spiffe_id, material.certificates, material.private_key, material.trust_bundle
+                )
+                known = (key, context)
+            contexts[name] = known
+        self._contexts = contexts
+
+    def _identity_id(self, name: str) -> int:
+        """A number that stays with the name: clusters are compiled once, contexts come and go. 0 for ""."""
+        return self._identity_ids.setdefault(name, len(self._identity_ids) + 1) if name else 0
+
+    def _policy_id(self, name: str) -> int:
+        number = self._policy_ids.setdefault(name, len(self._policy_ids) + 1)
+        self._policy_names[number] = name
+        return number
+
+    def _add_trust(self, plan: _fastpath.Plan, config: Config, materials: Mapping[str, Material]) -> None:
+        """Identities, workloads, policies and revocations."""
+        ids = {name: self._identity_id(name) for name in config.identities}
+        contexts: list[_fastpath.TlsContext | None] = [None] * (len(self._identity_ids) + 1)
+        for name, (_, context) in self._contexts.items():
+            contexts[ids[name]] = context
+        plan.set_contexts(contexts, self._identity_id(config.node_identity))
+        revoked = {entry for material in materials.values() for entry in material.revoked}
+        plan.set_revoked(sorted(revoked), self._engine.revocation_seed)
+        sets = add_policies(plan, config.policies, config.workloads, self._policy_id)
+        plan.set_workloads(
+            [
+                (pack_ip(address), self._identity_id(workload.identity or config.node_identity), policies)
+                for workload, policies in zip(config.workloads, sets.of_workload, strict=True)
+                for address in workload.addresses
+            ]
+        )
 
     def wait_until_seen(self) -> None:
         """Waits until every worker serves the current plan. Raises InternalError after ten seconds."""
@@ -195,7 +269,10 @@ class Datapath:
             endpoints[address] = endpoint_stat
             tier = endpoint_tier(cluster, endpoint.zone, zone)
             rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, warm_from_ms.get(address, 0), endpoint_stat))
-        compiled = _fastpath.Cluster(stat, rows, **compile_settings(cluster))
+        peers = [compile_pattern(pattern) for pattern in cluster.tls.peers] if cluster.tls else []
+        sni = cluster.tls.sni.encode() if cluster.tls else b""
+        identity = self._identity_id(cluster.tls.identity) if cluster.tls else 0
+        compiled = _fastpath.Cluster(stat, rows, peers, sni, **compile_settings(cluster, identity))
         return _ClusterEntry(cluster, zone, compiled, endpoints, warm_from_ms)
 
     def _add_listener(
@@ -217,6 +294,7 @@ class Datapath:
                 proxy_from=[pack_prefix(network) for network in listener.proxy_protocol_from],
                 proxy_timeout_ms=listener.proxy_protocol_timeout_ms,
                 routes=[compile_route(route, index) for route in listener.routes],
+                **compile_listener_tls(listener, self._identity_id(listener.tls.identity)),
             )
         return stat
 
@@ -299,8 +377,25 @@ class Datapath:
                 retired=retired,
                 retired_listeners=retired_listeners,
                 plans_alive=self._engine.plans_alive,
+                tls=self._read_tls(),
                 max_connections=self._max_connections,
             )
+
+    def _read_tls(self) -> TlsSnapshot:
+        sides = ("downstream", "upstream")
+        handshakes: dict[tuple[str, bool], int] = {(side, resumed): 0 for side in sides for resumed in (False, True)}
+        failures: dict[tuple[str, TlsCause], int] = {}
+        dry_denied = 0
+        for index in range(self._n_workers):
+            done, failed, dry = self._engine.read_tls(index)
+            dry_denied += dry
+            for side, of_side, failed_of_side in zip(sides, done, failed, strict=True):
+                for resumed in (False, True):
+                    handshakes[side, resumed] += of_side[resumed]
+                for cause, count in zip(_CAUSES, failed_of_side, strict=True):
+                    if count:
+                        failures[side, cause] = failures.get((side, cause), 0) + count
+        return TlsSnapshot(handshakes, failures, dry_denied)
 
     def endpoints(self, cluster: str | None = None) -> list[EndpointSnapshot]:
         """The endpoints of one cluster or of all, those of an unknown one being none."""
@@ -335,11 +430,12 @@ class Datapath:
                 await self._woken.wait()
 
     def _show_connection(self, worker: int, view: _fastpath.View) -> ConnectionSnapshot:
-        slot, generation, state, spliced, listener, cluster, source, destination, endpoint, *figures = view
-        age_ms, idle_ms, to_upstream, to_downstream = figures
+        slot, generation, state, spliced, listener, cluster, source, destination, endpoint = view[:9]
+        age_ms, idle_ms, to_upstream, to_downstream, identity, version, upstream_identity, upstream_version = view[9:]
         return ConnectionSnapshot(
             f"{worker}.{slot}.{generation}", _STATES[state], self._names.get(listener, ""), self._names.get(cluster, ""),
             endpoint, source, destination, age_ms, idle_ms, to_upstream, to_downstream, spliced,
+            identity, _show_version(version, resumed=False), upstream_identity, _show_version(upstream_version, resumed=False),
         )  # fmt: skip
 
     # -- records -------------------------------------------------------------------------------------------------------
@@ -363,11 +459,21 @@ class Datapath:
         return more
 
     def _name_record(self, worker: int, record: _fastpath.Record) -> ConnectionRecord:
-        ended, listener, cluster, endpoint, source, destination, reason, *rest = record
+        ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]
+        to_upstream, to_downstream, rtt, retransmits, upstream_rtt, upstream_retransmits = record[12:18]
+        identity, version, resumed, upstream_identity, upstream_version, upstream_resumed, cause, alert, policy, dry_policy = record[18:]
         return ConnectionRecord(
             ended, worker, self._names.get(listener, ""), self._names.get(cluster, ""), endpoint, source, destination,
-            _REASONS[reason], *rest,
+            _REASONS[reason], attempts, errno, connect, first_byte, total, to_upstream, to_downstream, rtt, retransmits,
+            upstream_rtt, upstream_retransmits, identity, _show_version(version, resumed=resumed), upstream_identity,
+            _show_version(upstream_version, resumed=upstream_resumed), _CAUSES[cause], alert, self._policy_names.get(policy, ""),
+            self._policy_names.get(dry_policy, ""),
         )  # fmt: skip
+
+
+def _show_version(minor: int, *, resumed: bool) -> str:
+    """ "" for plaintext."""
+    return f"1.{minor}{' resumed' if resumed else ''}" if minor else ""
 
 
 def _count_reasons(counts: list[int], before: Mapping[CloseReason, int]) -> dict[CloseReason, int]:

@@ -92,6 +92,17 @@ class CloseReason(IntEnum):
     LOCAL_EXHAUSTED = 24
     """We ran out of ports, descriptors or memory. Never the endpoint's fault."""
     SHUTDOWN = 25
+    DOWNSTREAM_TLS = 26
+    """TLS with the downstream failed, in the handshake or later; the record's TLS cause says how."""
+    UPSTREAM_TLS = 27
+    DENIED = 28
+    """A policy refuses the connection, or a changed one no longer lets it pass."""
+    NO_IDENTITY = 29
+    """TLS is due, and there is no certificate to show: the workload is unknown and the node has no identity."""
+    PEER_CERTIFICATE = 30
+    """The certificate of a live connection's peer was revoked, or has expired where that ends connections."""
+    LIMIT_HANDSHAKES = 31
+    """The source has too many handshakes under way."""
 
     @property
     def label(self) -> str:
@@ -111,6 +122,51 @@ class CloseReason(IntEnum):
         return self not in _ORDINARY
 
 
+class TlsCause(IntEnum):
+    """What was wrong with TLS. The lower-case name is the metric label and the access log's value.
+
+    The numbers are those of ``TLS_*`` in ``_native/types.pxd``; a test compares them.
+    """
+
+    OK = 0
+    NO_CERTIFICATE = 1
+    UNKNOWN_CA = 2
+    """The chain does not end in the trust bundle."""
+    EXPIRED = 3
+    NOT_YET_VALID = 4
+    REVOKED = 5
+    WRONG_IDENTITY = 6
+    """A sound certificate of somebody else: another trust domain, or not among the peers that the cluster expects."""
+    BAD_CERTIFICATE = 7
+    """Not an X.509-SVID: wrong purpose, a CA as a leaf, no SPIFFE ID or several."""
+    NOT_TLS = 8
+    PROTOCOL_VERSION = 9
+    NO_COMMON_PARAMETERS = 10
+    BAD_RECORD = 11
+    """Bytes that break the protocol, or fail to authenticate."""
+    TRUNCATED = 12
+    """The peer ended without close_notify: what it sent may not be all."""
+    TIMEOUT = 13
+    PEER_ALERT = 14
+    """The peer refused; the alert says why."""
+    KEY_UPDATES = 15
+    """More than a hundred key updates in a second."""
+    INTERNAL = 16
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+ALERTS = {
+    20: "bad_record_mac", 22: "record_overflow", 40: "handshake_failure", 42: "bad_certificate", 43: "unsupported_certificate",
+    44: "certificate_revoked", 45: "certificate_expired", 46: "certificate_unknown", 47: "illegal_parameter", 48: "unknown_ca",
+    49: "access_denied", 50: "decode_error", 51: "decrypt_error", 70: "protocol_version", 71: "insufficient_security",
+    80: "internal_error", 86: "inappropriate_fallback", 90: "user_canceled", 109: "missing_extension", 110: "unsupported_extension",
+    112: "unrecognized_name", 115: "unknown_psk_identity", 116: "certificate_required", 120: "no_application_protocol",
+}  # fmt: skip
+"""Names of TLS alerts: RFC 8446, section 6."""
+
 _BY_DOWNSTREAM = frozenset(
     {
         CloseReason.DOWNSTREAM_CLOSED,
@@ -118,6 +174,7 @@ _BY_DOWNSTREAM = frozenset(
         CloseReason.DOWNSTREAM_LOST,
         CloseReason.DOWNSTREAM_LEFT,
         CloseReason.PROXY_PROTOCOL_INVALID,
+        CloseReason.DOWNSTREAM_TLS,
     }
 )
 _BY_UPSTREAM = frozenset(
@@ -129,6 +186,7 @@ _BY_UPSTREAM = frozenset(
         CloseReason.CONNECT_TIMEOUT,
         CloseReason.CONNECT_UNREACHABLE,
         CloseReason.CONNECT_FAILED,
+        CloseReason.UPSTREAM_TLS,
     }
 )
 # PostgreSQL and many load testers end with a reset from the client side: a reset is counted, not an error by itself,

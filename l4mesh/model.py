@@ -55,6 +55,23 @@ class ProxyProtocol(StrEnum):
     V2 = "v2"
 
 
+class TlsMode(StrEnum):
+    """What a listener takes: TLS with a client certificate only, that or plaintext, or plaintext only."""
+
+    STRICT = "strict"
+    PERMISSIVE = "permissive"
+    OFF = "off"
+
+
+class Action(StrEnum):
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+PortRange = tuple[int, int]
+"""First and last, both included."""
+
+
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
     """An IP literal in canonical text and a port."""
@@ -95,6 +112,99 @@ class Keepalive:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """Files in PEM. ``crl`` is "" where there is none."""
+
+    name: str
+    certificate: str
+    private_key: str
+    trust_bundle: str
+    crl: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(file for file in (self.certificate, self.private_key, self.trust_bundle, self.crl) if file)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Something that runs on this node. Addresses are IP literals; ``identity`` is a name or ""."""
+
+    name: str
+    namespace: str
+    addresses: tuple[str, ...]
+    identity: str
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """One clause of a policy: who connects. All fields that are given must match, each by one of its values.
+
+    Identities and namespaces are exact, ``prefix*``, ``*suffix`` or ``*`` for any; service accounts are ``namespace/name``.
+    """
+
+    identities: tuple[str, ...] = ()
+    not_identities: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] = ()
+    not_namespaces: tuple[str, ...] = ()
+    service_accounts: tuple[str, ...] = ()
+    not_service_accounts: tuple[str, ...] = ()
+    sources: tuple[Network, ...] = ()
+    not_sources: tuple[Network, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who may, or may not, connect to the workloads with these labels in this namespace; "" and () are all of them.
+
+    It matches a connection that one of ``peers`` and the ports match. Without ``peers`` it matches nothing.
+    """
+
+    name: str
+    action: Action
+    dry_run: bool
+    namespace: str
+    labels: tuple[tuple[str, str], ...]
+    peers: tuple[Peers, ...]
+    ports: tuple[PortRange, ...] = ()
+    not_ports: tuple[PortRange, ...] = ()
+
+    def selects(self, workload: Workload | None) -> bool:
+        """Whether it applies to the workload; None is a destination that is none of this node's."""
+        if workload is None:
+            return not self.namespace and not self.labels
+        return self.namespace in ("", workload.namespace) and set(self.labels) <= set(workload.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerTls:
+    mode: TlsMode = TlsMode.OFF
+    ports: tuple[tuple[tuple[PortRange, ...], TlsMode], ...] = ()
+    """Destination ports with a mode of their own."""
+    server_first: tuple[PortRange, ...] = ()
+    identity: str = ""
+    """"" is the destination workload's, else the node's."""
+    allow_tls12: bool = False
+    handshake_timeout_ms: int = 10_000
+    close_expired: bool = False
+    """End connections whose peer certificate has expired."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterTls:
+    """Mutual TLS with the endpoints. ``peers``: patterns of the identities that may answer."""
+
+    peers: tuple[str, ...]
+    identity: str = ""
+    """"" is the source workload's, else the node's."""
+    sni: str = ""
+    allow_tls12: bool = False
+    handshake_timeout_ms: int = 10_000
+    close_expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -116,6 +226,8 @@ class Cluster:
     slow_start_ms: int
     bounded_load: float
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
+    tls: ClusterTls | None = None
+    """None is plaintext."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +237,9 @@ class RouteMatch:
     destinations: tuple[Network, ...] = ()
     ports: tuple[tuple[int, int], ...] = ()
     sources: tuple[Network, ...] = ()
+    sni: tuple[str, ...] = ()
+    """Host names in lower case; ``*.example.org`` is every name below example.org."""
+    alpn: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +277,7 @@ class Listener:
     keepalive: Keepalive
     user_timeout_ms: int
     backlog: int
+    tls: ListenerTls = ListenerTls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,5 +320,11 @@ class Config:
     """Connmark of flows whose answers must come back to us."""
     listeners: Mapping[str, Listener]
     clusters: Mapping[str, Cluster]
+    identities: Mapping[str, Identity] = field(default_factory=dict)
+    workloads: tuple[Workload, ...] = ()
+    policies: tuple[Policy, ...] = ()
+    node_identity: str = ""
+    """Name of the identity of what belongs to no workload, or ""."""
+    max_handshakes_per_source: int = 0
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from l4mesh.errors import CloseReason
+from l4mesh.errors import CloseReason, TlsCause
 
 CONNECT_BUCKETS_S: tuple[float, ...] = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -76,6 +76,17 @@ class EndpointSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsSnapshot:
+    """Over all workers; sides are "downstream" and "upstream"."""
+
+    handshakes: dict[tuple[str, bool], int]
+    """By side and whether the session was resumed."""
+    failures: dict[tuple[str, TlsCause], int]
+    dry_run_denials: int
+    """Connections that passed and that a dry-run policy would have refused."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     generation: int
     workers: tuple[WorkerSnapshot, ...]
@@ -85,11 +96,13 @@ class Snapshot:
     """Sum over clusters that no plan names any more; its name is "(removed)"."""
     retired_listeners: ListenerSnapshot
     plans_alive: int
+    tls: TlsSnapshot
     max_connections: int
 
 
 class ConnectionSnapshot(NamedTuple):
-    """One live connection. ``state``: "preface" (waits for a PROXY header), "dialling", "relaying" or "resetting"."""
+    """One live connection. ``state``: "preface" (waits for a PROXY header), "hello" (for the first bytes), "handshake" (TLS with the
+    downstream), "dialling" (TLS with the upstream included), "relaying" or "resetting"."""
 
     id: str
     """worker.slot.generation: names it for as long as it lives."""
@@ -105,6 +118,11 @@ class ConnectionSnapshot(NamedTuple):
     bytes_to_upstream: int
     bytes_to_downstream: int
     spliced: bool
+    downstream_identity: str
+    downstream_tls: str
+    """"1.3", "1.2", or "" for plaintext."""
+    upstream_identity: str
+    upstream_tls: str
 
 
 class ConnectionRecord(NamedTuple):
@@ -132,3 +150,16 @@ class ConnectionRecord(NamedTuple):
     downstream_retransmits: int
     upstream_rtt_us: int
     upstream_retransmits: int
+    downstream_identity: str
+    """SPIFFE ID of the peer, or ""."""
+    downstream_tls: str
+    """"1.3", "1.3 resumed", …, or "" for plaintext."""
+    upstream_identity: str
+    upstream_tls: str
+    tls_cause: TlsCause
+    tls_alert: int
+    """That the peer sent; 0: none."""
+    policy: str
+    """The policy that decided, or ""."""
+    dry_run_policy: str
+    """The dry-run policy that would have refused what passed, or ""."""

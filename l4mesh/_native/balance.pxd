@@ -15,6 +15,7 @@ from libc.string cimport memcpy, memset
 
 from l4mesh._native.address cimport address_hash, address_t, mix64
 from l4mesh._native.atomic cimport add, drop_ref, load
+from l4mesh._native.spiffe cimport pattern_t
 from l4mesh._native.stats cimport endpoint_stat_t
 
 cdef enum balance_t:
@@ -49,6 +50,11 @@ ctypedef struct cluster_settings_t:
     uint8_t balance
     uint8_t proxy_protocol
     uint8_t original_destination
+    uint8_t tls              # 0: plaintext, 1: mutual
+    uint8_t tls_v12
+    uint8_t close_expired
+    uint32_t tls_identity    # id of the identity to show; 0: the source workload's
+    uint32_t handshake_ms
     uint16_t connect_attempts
     uint32_t connect_timeout_ms
     uint32_t connect_budget_ms
@@ -82,6 +88,10 @@ ctypedef struct cluster_t:
     uint32_t n_endpoints
     uint64_t size            # of the block, bytes
     tier_t tiers[TIERS]
+    pattern_t *peers         # identities that may answer; they and the text are blocks of their own
+    uint32_t n_peers
+    char *peer_text
+    char *sni                # to send, terminated; NULL: none
 
 ctypedef struct pick_t:
     uint64_t source_hash
@@ -435,6 +445,9 @@ cdef inline void cluster_hold(cluster_t *cluster) noexcept nogil:
 
 cdef inline void cluster_drop(cluster_t *cluster) noexcept nogil:
     if drop_ref(&cluster.refs) == 0:
+        free(cluster.peers)
+        free(cluster.peer_text)
+        free(cluster.sni)
         free(cluster)
 
 

@@ -1,4 +1,4 @@
-# Implementation, inlined into _fastpath: one half of a connection, socket to socket.
+# Implementation, inlined into _fastpath: one half of a connection, from one side to the other.
 #
 # Copy: recv into the worker's scratch buffer, send from it; only what the destination did not take is kept (parked). Splice: fill
 # an empty pipe, empty it into the destination. A half is promoted after two full reads in a row and demoted when the stream
@@ -7,6 +7,9 @@
 #
 # The two meanings of EAGAIN from splice(2), "socket empty" and "pipe full", are kept apart by never filling a pipe that has
 # bytes in it: then it can only be the socket. That is also why a short fill proves nothing and only 0 is the end.
+#
+# Where TLS is on either side the copy path reads and writes through it (tls.pxd) and moves up to PLAIN_BYTES at a time; then what
+# the destination did not take is kept as the bytes of its wire, ciphertext included.
 
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
@@ -17,10 +20,12 @@ from l4mesh._native.linux cimport (
     SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, pipe2, recv, send, setsockopt, splice,
 )
 from l4mesh._native.stats cimport cluster_row_t
+from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
 from l4mesh._native.types cimport (
     FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_END, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET,
-    HALF_DROPPED, HALF_ENDED, HALF_SPLICE, PIPE_POOL, SCRATCH_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_NODELAY,
-    SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, UPSTREAM, conn_t, flow_t, half_t, pipe_t, side_t, worker_t,
+    HALF_DROPPED, HALF_ENDED, HALF_SPLICE, PIPE_POOL, SCRATCH_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_NODELAY, SIDE_PENDING,
+    SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_READ_BYTES, TLS_SHUT, UPSTREAM, conn_t, flow_t, half_t, pipe_t,
+    side_t, worker_t,
 )
 
 cdef enum:
@@ -176,20 +181,24 @@ cdef inline bint half_park(half_t *half, const uint8_t *data, size_t length) noe
     return True
 
 
-cdef inline flow_t half_send(worker_t *worker, conn_t *conn, int h, size_t length) noexcept nogil:
-    # Sends `length` bytes of the scratch buffer and parks what the destination does not take.
+cdef inline void side_set_nodelay(side_t *side) noexcept nogil:
+    cdef int one = 1
+    if not side.flags & SIDE_NODELAY:
+        setsockopt(side.fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
+        side.flags |= SIDE_NODELAY
+
+
+cdef inline flow_t half_send(worker_t *worker, conn_t *conn, int h, const uint8_t *data, size_t length) noexcept nogil:
+    # Sends the data and parks what the destination does not take.
     cdef half_t *half = &conn.phase.half[h]
     cdef side_t *sink = &conn.side[1 - h]
-    cdef int one = 1
     cdef ssize_t n
     cdef flow_t flow
     # The listener's sockets inherit TCP_NODELAY. A dialled one gets it when Nagle could first hold something back: a
     # connection that sends one small request saves the call.
-    if not sink.flags & SIDE_NODELAY:
-        if half.bytes or length > NAGLE_SAFE:
-            setsockopt(sink.fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
-            sink.flags |= SIDE_NODELAY
-    n = send(sink.fd, worker.scratch, length, MSG_NOSIGNAL)
+    if half.bytes or length > NAGLE_SAFE:
+        side_set_nodelay(sink)
+    n = send(sink.fd, data, length, MSG_NOSIGNAL)
     if n < 0:
         flow = send_failed(conn, sink, half)
         if flow != FLOW_BLOCKED:
@@ -202,9 +211,18 @@ cdef inline flow_t half_send(worker_t *worker, conn_t *conn, int h, size_t lengt
         return FLOW_MORE
     # A partial send has told the kernel that we want to know when there is room again: no second try.
     sink.flags &= ~<uint32_t> SIDE_WRITABLE
-    if not half_park(half, worker.scratch + n, length - <size_t> n):
+    if not half_park(half, data + n, length - <size_t> n):
         return FLOW_EXHAUSTED
     return FLOW_BLOCKED
+
+
+cdef inline void side_took(side_t *source, bint short_read, half_t *half) noexcept nogil:
+    # A short read empties the queue. With the FIN known to be behind it, the end is known without another call; an urgent mark
+    # or an error would have cut the read short as well.
+    if short_read and not source.flags & (SIDE_URGENT | SIDE_ERROR):
+        if source.flags & SIDE_FIN_SEEN:
+            half.flags |= HALF_ENDED
+        source.flags &= ~<uint32_t> SIDE_READABLE
 
 
 cdef inline flow_t half_copy(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
@@ -225,13 +243,59 @@ cdef inline flow_t half_copy(worker_t *worker, conn_t *conn, int h, uint32_t *mo
             half.small_fills = 0
     else:
         half.full_reads = 0
-        # A short read empties the queue. With the FIN known to be behind it, the end is known without another call; an
-        # urgent mark or an error would have cut the read short as well.
-        if not source.flags & (SIDE_URGENT | SIDE_ERROR):
-            if source.flags & SIDE_FIN_SEEN:
-                half.flags |= HALF_ENDED
-            source.flags &= ~<uint32_t> SIDE_READABLE
-    return half_send(worker, conn, h, <size_t> n)
+        side_took(source, True, half)
+    return half_send(worker, conn, h, worker.scratch, <size_t> n)
+
+
+cdef inline flow_t half_encrypt(worker_t *worker, conn_t *conn, int h, const uint8_t *data, size_t length) noexcept nogil:
+    # As half_send, to a side with TLS. Its bytes are counted when they are handed to TLS, which keeps them.
+    cdef side_t *sink = &conn.side[1 - h]
+    cdef flow_t flow
+    side_set_nodelay(sink)
+    flow = tls_write(worker, sink, data, length, &conn.errno_seen)
+    if flow == FLOW_MORE or flow == FLOW_BLOCKED:
+        half_count(worker, conn, h, <ssize_t> length)
+    elif flow == FLOW_DESTINATION_RESET:
+        conn.phase.half[h].flags |= HALF_DROPPED
+    return flow
+
+
+cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
+    # One read where TLS is on either side, or on both.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *source = &conn.side[h]
+    cdef size_t length = 0
+    cdef bint ended = False
+    cdef ssize_t n
+    cdef flow_t flow = FLOW_MORE, sent
+    if source.tls != NULL:
+        flow = tls_read(worker, source, &length, &ended, &conn.errno_seen)
+        if ended:
+            half.flags |= HALF_ENDED
+    else:
+        n = recv(source.fd, worker.plain, TLS_READ_BYTES, 0)
+        if n < 0:
+            return source_failed(conn, source)
+        if n == 0:
+            return half_end(half, source)
+        length = <size_t> n
+        side_took(source, n < TLS_READ_BYTES, half)
+    if length == 0:
+        return flow
+    moved[0] += <uint32_t> length
+    if conn.side[1 - h].tls != NULL:
+        sent = half_encrypt(worker, conn, h, worker.plain, length)
+    else:
+        sent = half_send(worker, conn, h, worker.plain, length)
+    return flow if sent == FLOW_MORE else sent
+
+
+cdef inline flow_t half_shut(worker_t *worker, conn_t *conn, int h) noexcept nogil:
+    # The source has ended. FLOW_END when the destination may be told: over TLS close_notify goes before the FIN.
+    cdef side_t *sink = &conn.side[1 - h]
+    if sink.tls == NULL or sink.tls.flags & TLS_SHUT:
+        return FLOW_END
+    return tls_shut(worker, sink, &conn.errno_seen)
 
 
 cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
@@ -270,13 +334,15 @@ cdef inline flow_t half_step(worker_t *worker, conn_t *conn, int h) noexcept nog
     cdef uint32_t moved = 0
     cdef flow_t flow = FLOW_MORE
     while flow == FLOW_MORE:
-        if half.parked_length:
+        if sink.tls != NULL and sink.tls.out_length:
+            flow = tls_flush(sink, &conn.errno_seen)
+        elif half.parked_length:
             flow = half_flush_parked(worker, conn, h)
         elif half.piped:
             flow = half_flush_pipe(worker, conn, h)
         elif half.flags & HALF_ENDED:
-            flow = FLOW_END
-        elif not source.flags & SIDE_READABLE:
+            flow = half_shut(worker, conn, h)
+        elif not source.flags & (SIDE_READABLE | SIDE_PENDING):
             flow = FLOW_BLOCKED
         elif not sink.flags & SIDE_WRITABLE:
             flow = FLOW_BLOCKED
@@ -284,6 +350,8 @@ cdef inline flow_t half_step(worker_t *worker, conn_t *conn, int h) noexcept nog
             return FLOW_MORE
         elif half.flags & HALF_SPLICE:
             flow = half_splice(worker, conn, h, &moved)
+        elif source.tls != NULL or sink.tls != NULL:
+            flow = half_copy_tls(worker, conn, h, &moved)
         else:
             flow = half_copy(worker, conn, h, &moved)
     if half.piped == 0:

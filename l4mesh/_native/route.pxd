@@ -7,6 +7,8 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
 from l4mesh._native.address cimport address_hash_ip, address_t, mix64
+from l4mesh._native.hello cimport hello_t
+from l4mesh._native.spiffe cimport PATTERN_SUFFIX, pattern_t
 from l4mesh._native.types cimport exact_route_t, listener_t, plan_t, prefix_t, route_t
 
 
@@ -26,8 +28,51 @@ cdef inline bint prefixes_hold(const plan_t *plan, uint32_t start, uint32_t end,
     return False
 
 
+cdef inline bint name_matches(const pattern_t *pattern, const char *pool, const uint8_t *name, uint32_t length) noexcept nogil:
+    # A host name, in whatever case; the pattern is in lower case. "*.example.org" takes every name below example.org.
+    cdef uint32_t i
+    cdef uint8_t c
+    if pattern.kind == PATTERN_SUFFIX:
+        if length <= pattern.length:
+            return False
+        name += length - pattern.length
+    elif length != pattern.length:
+        return False
+    for i in range(pattern.length):
+        c = name[i]
+        if 65 <= c <= 90:
+            c += 32
+        if c != <uint8_t> pool[pattern.offset + i]:
+            return False
+    return True
+
+
+cdef inline bint route_names(const plan_t *plan, const route_t *route, const hello_t *hello) noexcept nogil:
+    cdef uint32_t i
+    if hello == NULL:
+        return False
+    for i in range(route.names.start, route.names.end):
+        if name_matches(&plan.patterns[i], plan.text, hello.sni, hello.sni_length):
+            return True
+    return False
+
+
+cdef inline bint route_speaks(const plan_t *plan, const route_t *route, const hello_t *hello) noexcept nogil:
+    cdef uint32_t i, at = 0
+    cdef const pattern_t *pattern
+    if hello == NULL:
+        return False
+    while at < hello.alpn_length:
+        for i in range(route.protocols.start, route.protocols.end):
+            pattern = &plan.patterns[i]
+            if pattern.length == hello.alpn[at] and memcmp(hello.alpn + at + 1, plan.text + pattern.offset, pattern.length) == 0:
+                return True
+        at += 1 + hello.alpn[at]
+    return False
+
+
 cdef inline bint route_matches(
-    const plan_t *plan, const route_t *route, const address_t *destination, const address_t *source
+    const plan_t *plan, const route_t *route, const address_t *destination, const address_t *source, const hello_t *hello
 ) noexcept nogil:
     cdef uint32_t i
     cdef bint found = route.ports == route.ports_end
@@ -40,6 +85,10 @@ cdef inline bint route_matches(
     if route.destinations != route.destinations_end and not prefixes_hold(
         plan, route.destinations, route.destinations_end, destination.ip
     ):
+        return False
+    if route.names.start != route.names.end and not route_names(plan, route, hello):
+        return False
+    if route.protocols.start != route.protocols.end and not route_speaks(plan, route, hello):
         return False
     return route.sources == route.sources_end or prefixes_hold(plan, route.sources, route.sources_end, source.ip)
 
@@ -60,9 +109,10 @@ cdef inline uint32_t exact_find(
 
 
 cdef inline int32_t route_find(
-    const plan_t *plan, const listener_t *listener, const address_t *destination, const address_t *source, uint64_t random
+    const plan_t *plan, const listener_t *listener, const address_t *destination, const address_t *source,
+    const hello_t *hello, uint64_t random,
 ) noexcept nogil:
-    # Index of the cluster in the plan, or -1: reject. `random` decides a weighted split.
+    # Index of the cluster in the plan, or -1: reject. `hello` is NULL where there was none. `random` decides a weighted split.
     cdef uint32_t best = 0
     cdef uint32_t other, i, ticket, total
     cdef const route_t *route
@@ -74,7 +124,7 @@ cdef inline int32_t route_find(
     for i in range(listener.wide, listener.wide_end):
         if best and plan.wide[i] + 1 > best:
             break
-        if route_matches(plan, &plan.routes[plan.wide[i]], destination, source):
+        if route_matches(plan, &plan.routes[plan.wide[i]], destination, source, hello):
             best = plan.wide[i] + 1
             break
     if best == 0:

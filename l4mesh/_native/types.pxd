@@ -5,6 +5,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from l4mesh._native.address cimport address_t
 from l4mesh._native.balance cimport cluster_t
 from l4mesh._native.linux cimport epoll_event
+from l4mesh._native.openssl cimport BIO, SSL, SSL_CTX, SSL_SESSION
+from l4mesh._native.spiffe cimport pattern_t
 from l4mesh._native.stats cimport cluster_row_t, cluster_stat_t, endpoint_stat_t, listener_row_t, listener_stat_t
 from l4mesh._native.wheel cimport timer_t, wheel_t
 
@@ -21,6 +23,12 @@ cdef enum:
     MAX_LISTENERS = 256       # bound addresses
     CONN_CHUNK = 256          # connections that are allocated together
     PIPE_POOL = 64            # empty pipes that a worker keeps
+    SESSIONS = 1024           # places for TLS sessions to resume, of a worker
+    # Per read where TLS is on either side: four full records, so that a send of as many costs one call. A record that was begun before
+    # can complete on top of it.
+    TLS_READ_BYTES = 65536
+    PLAIN_BYTES = 81920
+    CIPHER_BYTES = 98304      # what PLAIN_BYTES become at most, with the alerts and key updates before them
 
 # errors.CloseReason has the same numbers; a test compares them.
 cdef enum close_reason_t:
@@ -50,10 +58,39 @@ cdef enum close_reason_t:
     CLOSE_PROXY_PROTOCOL_TIMEOUT = 23
     CLOSE_LOCAL_EXHAUSTED = 24
     CLOSE_SHUTDOWN = 25
+    CLOSE_DOWNSTREAM_TLS = 26
+    CLOSE_UPSTREAM_TLS = 27
+    CLOSE_DENIED = 28
+    CLOSE_NO_IDENTITY = 29
+    CLOSE_PEER_CERTIFICATE = 30
+    CLOSE_LIMIT_HANDSHAKES = 31
+
+# errors.TlsCause has the same numbers; a test compares them.
+cdef enum tls_cause_t:
+    TLS_OK = 0
+    TLS_NO_CERTIFICATE = 1
+    TLS_UNKNOWN_CA = 2
+    TLS_EXPIRED = 3
+    TLS_NOT_YET_VALID = 4
+    TLS_REVOKED = 5
+    TLS_WRONG_IDENTITY = 6
+    TLS_BAD_CERTIFICATE = 7
+    TLS_NOT_TLS = 8
+    TLS_PROTOCOL_VERSION = 9
+    TLS_NO_COMMON_PARAMETERS = 10
+    TLS_BAD_RECORD = 11
+    TLS_TRUNCATED = 12
+    TLS_TIMEOUT = 13
+    TLS_PEER_ALERT = 14
+    TLS_KEY_UPDATES = 15
+    TLS_INTERNAL = 16
+    TLS_CAUSES = 17
 
 cdef enum conn_state_t:
     CONN_FREE = 0
     CONN_PREFACE       # waits for a PROXY header
+    CONN_HELLO         # looks at the first bytes: TLS or not, and for whom
+    CONN_HANDSHAKE     # with the downstream
     CONN_DIALLING
     CONN_RELAYING
     CONN_RESETTING     # one side was reset; the other still takes what had arrived before
@@ -67,6 +104,7 @@ cdef enum:
     SIDE_URGENT = 16       # a short read may end at the urgent mark, so that it proves nothing
     SIDE_NODELAY = 32
     SIDE_RESET = 64        # the peer is gone: drain what it sent, send it nothing
+    SIDE_PENDING = 128     # TLS holds bytes that were read from the socket and not yet from it
 
 cdef enum:
     # half_t.flags
@@ -87,9 +125,58 @@ ctypedef struct pipe_t:
     int read_fd
     int write_fd
 
+cdef enum:
+    # tls_t.flags
+    TLS_READY = 1          # the handshake is done and the peer is who it should be
+    TLS_SERVER = 2         # we are the server
+    TLS_SHUT = 4           # close_notify is on its way out
+    TLS_RESUMED = 8
+    TLS_ANSWERED = 16      # the peer has sent a byte since the handshake: it took our certificate
+    TLS_ABUSED = 32        # more key updates than we put up with
+    TLS_HEARD = 64         # the peer has sent something
+    TLS_BROKEN = 128       # no read will succeed any more
+
+ctypedef struct tls_t:
+    # The TLS of one side. Owner: the connection.
+    SSL *ssl
+    void *worker
+    uint8_t *out           # malloc'd ciphertext that the socket did not take; it goes before anything else
+    uint32_t out_offset, out_length, out_size
+    const cluster_t *cluster         # whose peers are expected, during an upstream handshake; else NULL
+    char *trust_domain     # malloc'd: ours, during a handshake
+    uint32_t trust_domain_length
+    uint64_t context_id
+    address_t endpoint               # of an upstream: sessions are kept by it
+    char *peer             # malloc'd identity, NULL until it is verified
+    uint32_t peer_length
+    uint64_t peer_key      # of issuer and serial number, for revocation
+    int64_t peer_expires_s
+    uint64_t key_updates_from_ms
+    uint16_t key_updates   # since then
+    uint8_t cause          # tls_cause_t
+    uint8_t alert          # that the peer sent
+    uint8_t flags
+
+ctypedef struct tls_context_t:
+    # One identity, ready to use. Owner: a TlsContext object, which the plan holds on to.
+    SSL_CTX *ctx
+    uint64_t id            # of this build: a session of another is never resumed
+    char *identity
+    uint32_t identity_length
+    const char *trust_domain         # within it
+    uint32_t trust_domain_length
+
+ctypedef struct session_t:
+    # A session to resume, by the context that made it and the endpoint that gave it.
+    uint64_t context_id
+    address_t endpoint
+    SSL_SESSION *session   # NULL: empty
+    int64_t expires_s      # the peer's certificate
+
 ctypedef struct side_t:
     int fd                 # owner: the connection; -1 when there is none
     uint32_t flags
+    tls_t *tls             # NULL: plaintext
 
 ctypedef struct half_t:
     # One direction. Owns its parked bytes and, while data is in it, a pipe; idle it owns neither.
@@ -113,9 +200,10 @@ ctypedef struct dial_t:
     uint32_t tried[MAX_ATTEMPTS]
     int32_t last_errno
     uint8_t last_reason
+    uint8_t handshaking              # connected; TLS with the upstream is under way
 
 ctypedef union phase_t:
-    dial_t dial            # PREFACE and DIALLING
+    dial_t dial            # until the relay: the cluster from the route on
     half_t half[2]         # RELAYING and RESETTING
 
 ctypedef struct source_t:
@@ -132,10 +220,14 @@ ctypedef struct conn_t:
     endpoint_stat_t *endpoint_stat   # likewise; NULL when there is none
     listener_stat_t *listener_stat   # likewise
     source_t *source_count
+    source_t *handshake_count        # while a handshake with the downstream is under way
     uint64_t accepted_ns
     uint64_t active_ms               # the last byte either way
     uint64_t lifetime_at_ms          # 0: none
-    uint32_t connected_us            # since accept; 0: not yet
+    uint64_t expires_at_ms           # when a peer's certificate has expired and that ends the connection; 0: it doesn't
+    uint32_t connected_us            # since accept, TLS included; 0: not yet
+    uint32_t policy                  # id of the policy that decided; 0: none
+    uint32_t dry_policy              # id of the dry-run policy that would have refused
     uint32_t first_byte_us           # since accept, from upstream; 0: not yet
     uint32_t idle_ms                 # 0: off
     uint32_t half_closed_ms
@@ -153,6 +245,12 @@ ctypedef struct conn_t:
     uint8_t queued                   # on the ready list
     uint8_t proxy_protocol           # version to send, 0: none
     uint8_t watched                  # downstream is in the epoll
+    uint8_t tls_mode                 # TLS_MODE_* of the downstream
+    uint8_t tls_cause                # of a failure whose side has no TLS, or no more
+    uint8_t alert
+    uint8_t routed                   # owns a reference to the dial's cluster
+    uint8_t close_expired
+    uint8_t local                    # the endpoint is a workload of this node: its policies apply, and no TLS
     uint32_t ready_next              # also links free slots
     uint32_t ready_prev
     uint32_t generation              # of the slot: events and handles of earlier connections don't match
@@ -171,6 +269,66 @@ cdef enum:
     LISTENER_TPROXY = 2
     LISTENER_PRESERVE_SOURCE = 4
     LISTENER_WILDCARD = 8            # bound to all addresses: its own is asked for by connection
+    LISTENER_OUTBOUND = 16           # takes what leaves this node: policies of local destinations only
+    LISTENER_HELLO = 32              # a route asks for SNI or ALPN
+
+cdef enum:
+    TLS_MODE_OFF = 0
+    TLS_MODE_PERMISSIVE = 1
+    TLS_MODE_STRICT = 2
+
+cdef enum:
+    ACTION_ALLOW = 0
+    ACTION_DENY = 1
+
+cdef enum:
+    # What a clause is filed under
+    FILED_IDENTITY = 0
+    FILED_PREFIX = 1
+    FILED_SUFFIX = 2
+    FILED_ACCOUNT = 3
+    FILED_NAMESPACE = 4
+    FILED_SOURCE = 5
+    FILED_PORT = 6
+
+ctypedef struct span_t:
+    uint32_t start, end              # in one of the plan's arrays
+
+ctypedef struct clause_t:
+    span_t identities, not_identities
+    span_t namespaces, not_namespaces
+    span_t accounts, not_accounts
+    span_t sources, not_sources
+    span_t ports, not_ports
+    uint32_t policy                  # id
+    uint8_t action
+    uint8_t dry_run
+
+ctypedef struct filing_t:
+    uint64_t key
+    uint32_t clause                  # index + 1 in plan.filed; 0: empty
+
+ctypedef struct filed_t:
+    uint32_t clause
+    uint32_t next                    # index + 1 of the next under the same key
+
+ctypedef struct policy_set_t:
+    uint32_t filings, mask           # mask 0: nothing is filed
+    span_t wide                      # clauses that can't be filed, in plan.wide_clauses
+    span_t prefix_lengths, suffix_lengths, source_bits       # in plan.lengths, ascending
+    uint32_t kinds                   # bit set of FILED_*
+    uint8_t has_allow
+    uint8_t has_dry_allow
+
+ctypedef struct verdict_t:
+    # Index of the first clause that matches, of each kind; -1: none.
+    int32_t deny, allow, dry_deny, dry_allow
+
+ctypedef struct workload_t:
+    uint8_t ip[16]
+    uint32_t identity                # id; 0: none
+    uint32_t policies                # index of its set
+    uint8_t taken                    # the place in the table is
 
 ctypedef struct prefix_t:
     uint8_t ip[16]
@@ -189,6 +347,8 @@ ctypedef struct route_t:
     uint32_t sources, sources_end
     uint32_t ports, ports_end
     uint32_t targets, targets_end
+    span_t names                     # of SNI; PATTERN_SUFFIX is "*." with its dot
+    span_t protocols                 # of ALPN
 
 ctypedef struct exact_route_t:
     # One address and one port (0: every port) to the first route that takes them.
@@ -207,6 +367,13 @@ ctypedef struct listener_t:
     int64_t max_connections
     uint32_t proxy_from, proxy_from_end          # prefixes
     uint32_t proxy_timeout_ms
+    uint32_t handshake_ms
+    span_t strict, permissive, plain         # ports with a mode of their own
+    span_t server_first                      # ports on which permissive waits for nothing
+    uint32_t identity                        # id; 0: the destination workload's, or the node's
+    uint8_t tls_mode
+    uint8_t tls_v12
+    uint8_t close_expired
     uint8_t flags
 
 ctypedef struct plan_t:
@@ -231,7 +398,25 @@ ctypedef struct plan_t:
     uint8_t splice
     uint8_t log_when                 # LOG_*
     uint64_t log_sample              # a random number up to this is logged
-    uint32_t error_reasons           # bit set: CloseReason.is_error
+    uint64_t error_reasons           # bit set: CloseReason.is_error
+    tls_context_t **contexts         # by id of the identity; NULL where there is none
+    uint32_t n_contexts
+    uint32_t node_identity           # id; 0: none
+    workload_t *workloads            # hash table by address
+    uint32_t workload_mask           # 0: none
+    clause_t *clauses
+    filing_t *filings
+    filed_t *filed
+    uint32_t *wide_clauses
+    uint32_t *lengths
+    policy_set_t *policy_sets
+    uint32_t default_policies        # set of a destination that is no workload
+    pattern_t *patterns
+    char *text                       # of the patterns
+    uint64_t *revoked                # keys of certificates: a hash table, 0 where empty
+    uint32_t revoked_mask
+    uint64_t trust                   # live connections are looked at again when this changes
+    int64_t max_handshakes_per_source
 
 ctypedef struct record_t:
     uint64_t ended_unix_ms
@@ -253,6 +438,13 @@ ctypedef struct record_t:
     int64_t downstream_retransmits
     int64_t upstream_rtt_us
     int64_t upstream_retransmits
+    char *peers[2]                   # malloc'd identities, terminated; the record owns them
+    uint8_t versions[2]              # minor of TLS 1.x; 0: plaintext
+    uint8_t resumed[2]
+    uint8_t cause
+    uint8_t alert
+    uint32_t policy
+    uint32_t dry_policy
 
 ctypedef struct ring_t:
     # Records of one worker on their way up. One producer, one consumer; positions only grow.
@@ -282,6 +474,8 @@ ctypedef struct view_t:
     uint64_t idle_ms
     uint64_t bytes_to_upstream
     uint64_t bytes_to_downstream
+    char *peers[2]                   # as in a record; owner: the view
+    uint8_t versions[2]
 
 ctypedef struct page_t:
     # A page of views, asked for by the control loop (state 1), filled by the worker (state 2).
@@ -311,6 +505,8 @@ ctypedef struct engine_t:
     int up_fd                        # wakes the control loop
     uint32_t n_workers
     sources_t *sources
+    sources_t *handshakes            # with downstreams, under way
+    uint64_t revocation_seed         # so that nobody can choose a certificate whose key is that of a revoked one
     cluster_stat_t *no_cluster       # for connections that end before a cluster is known
 
 ctypedef struct worker_t:
@@ -343,4 +539,18 @@ ctypedef struct worker_t:
     uint64_t pipes
     uint64_t bytes_copied
     uint64_t bytes_spliced
+    uint64_t bytes_encrypted         # and decrypted
+    uint64_t handshakes[2][2]        # by side; full and resumed
+    uint64_t tls_failures[2][TLS_CAUSES]
+    uint64_t dry_denied
+    uint8_t *plain                   # PLAIN_BYTES: of a read where TLS is on either side
+    uint8_t *cipher                  # CIPHER_BYTES: records on their way to one send
+    uint32_t cipher_length
+    BIO *bio                         # one for all connections: it reads and writes what the next two say
+    side_t *bio_side
+    int bio_errno                    # of its last read; 0: none
+    uint8_t bio_ended                # its last read was the end of the stream
+    session_t *sessions
+    uint32_t recheck_slot            # the next connection to look at after a change of trust
+    uint32_t recheck_end             # 0: none are left
     epoll_event events[MAX_EVENTS]

@@ -17,7 +17,7 @@ from l4mesh.config import schema
 from l4mesh.config.quantities import shown
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
 from l4mesh.errors import ConfigError, Problem
-from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, Listener
+from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, Identity, Listener, Policy, TlsMode, Workload
 
 Finding = tuple[str, KeyPath, str]
 """File, key path and message: a problem whose line is not known yet."""
@@ -32,6 +32,9 @@ class ParsedFile:
     section: schema.FileSection
     listeners: list[tuple[int, schema.ListenerSection]]
     """Those that are sound by themselves, with their places in the file."""
+    identities: list[Identity]
+    workloads: list[Workload]
+    policies: list[Policy]
     clusters: list[Cluster]
     raw_clusters: dict[str, tuple[object, Cluster]]
     """By name: what YAML gave and what it became."""
@@ -132,7 +135,15 @@ def _parse_file(text: str, file: str, digest: bytes, before: ParsedFile | None) 
         section, _ = schema.validate(schema.FileSection, {key: value for key, value in data.items() if key not in bad})
     clusters, known = _read_clusters(raw_clusters, file, before.raw_clusters if before else {}, findings)
     listeners = _read_listeners(raw_listeners, file, findings)
-    return ParsedFile(file, digest, section or schema.FileSection(), listeners, clusters, known, findings)
+    section = section or schema.FileSection()
+    folder = Path(file).parent
+    return ParsedFile(
+        file, digest, section, listeners,
+        [schema.make_identity(identity, folder) for identity in section.identities],
+        list(map(schema.make_workload, section.workloads)),
+        list(map(schema.make_policy, section.policies)),
+        clusters, known, findings,
+    )  # fmt: skip
 
 
 def _read_listeners(raw: list[Any], file: str, findings: list[Finding]) -> list[tuple[int, schema.ListenerSection]]:
@@ -164,7 +175,8 @@ def _read_clusters(
                     clusters.append(_placeholder(name))
                 continue
             cluster = schema.make_cluster(section)
-            findings += [(file, ("clusters", index, *path), message) for path, message in _check_cluster(cluster)]
+            checks = (*_check_cluster(cluster), *_check_cluster_tls(cluster))
+            findings += [(file, ("clusters", index, *path), message) for path, message in checks]
         clusters.append(cluster)
         known[cluster.name] = (item, cluster)
     return clusters, known
@@ -193,6 +205,11 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
         yield ("slow_start",), f"does not go with balance {cluster.balance}, which gives each source one endpoint"
 
 
+def _check_cluster_tls(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
+    if cluster.tls and not cluster.tls.peers:
+        yield ("tls", "peers"), 'is missing: name the identities that may answer, or say "*" for any of the trust domain'
+
+
 def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath, str]]:
     captures = listener.capture != Capture.NONE
     if listener.cluster and listener.default:
@@ -215,6 +232,7 @@ def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath,
 def _check_whole(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding]:
     """What only all files together can tell. ``complete``: every file could be read."""
     yield from _check_single_keys(parsed)
+    yield from _check_mesh(parsed, complete=complete)
     clusters: dict[str, tuple[str, int]] = {}
     for file in parsed:
         for index, cluster in enumerate(file.clusters):
@@ -242,6 +260,54 @@ def _check_whole(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Findin
     if complete and not listeners and not any(file.findings for file in parsed):
         where = parsed[0].file if parsed else "configuration"
         yield where, (), "has no listener: add one under listeners, or there is nothing to do"
+
+
+def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding]:
+    """Identities, workloads and policies: names that are there once, references that lead somewhere."""
+    for key in ("identities", "workloads", "policies"):
+        seen: dict[str, str] = {}
+        for file in parsed:
+            for index, item in enumerate(getattr(file, key)):
+                if item.name in seen:
+                    yield file.file, (key, index, "name"), f"{item.name} stands in {seen[item.name]} already"
+                seen.setdefault(item.name, file.file)
+    owners: dict[str, str] = {}
+    for file in parsed:
+        for index, workload in enumerate(file.workloads):
+            for address in workload.addresses:
+                if owners.setdefault(address, workload.name) != workload.name:
+                    yield file.file, ("workloads", index, "addresses"), f"{address} belongs to workload {owners[address]} already"
+        for index, policy in enumerate(file.section.policies):
+            for at, clause in enumerate(policy.from_ or ()):
+                if clause == schema.PeersSection():
+                    yield file.file, ("policies", index, "from", at), "must not be empty: leave from out to mean everybody"
+    if not complete:
+        return
+    identities = {identity.name for file in parsed for identity in file.identities}
+    known = ", ".join(sorted(identities)[:8]) or "none"
+    node_has_one = any(file.section.node and file.section.node.identity for file in parsed)
+    for file in parsed:
+        references: list[tuple[KeyPath, str | None]] = []
+        if file.section.node:
+            references.append((("node", "identity"), file.section.node.identity))
+        references += [(("workloads", i, "identity"), workload.identity) for i, workload in enumerate(file.section.workloads)]
+        for index, listener in file.listeners:
+            if listener.tls:
+                references.append((("listeners", index, "tls", "identity"), listener.tls.identity))
+        for index, cluster in enumerate(file.clusters):
+            if cluster.tls:
+                references.append((("clusters", index, "tls", "identity"), cluster.tls.identity))
+        for path, name in references:
+            if name and name not in identities:
+                yield file.file, path, f"{shown(name)} is not an identity; there are: {known}"
+        for index, listener in file.listeners:
+            secure = listener.tls and (listener.tls.mode != TlsMode.OFF or any(p.mode != TlsMode.OFF for p in listener.tls.ports))
+            if secure and listener.tls and not (listener.tls.identity or node_has_one or any(f.section.workloads for f in parsed)):
+                yield (
+                    file.file,
+                    ("listeners", index, "tls"),
+                    "has no certificate to show: add identity here, or under node, or workloads with one",
+                )
 
 
 def _check_references(
@@ -319,6 +385,11 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         return_mark=marks.returned,
         listeners=listeners,
         clusters=clusters,
+        identities={identity.name: identity for file in parsed for identity in file.identities},
+        workloads=tuple(workload for file in parsed for workload in file.workloads),
+        policies=tuple(policy for file in parsed for policy in file.policies),
+        node_identity=node.identity or "",
+        max_handshakes_per_source=limits.handshakes_per_source,
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 

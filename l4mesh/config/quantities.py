@@ -186,6 +186,80 @@ def parse_ports(value: object) -> tuple[int, int]:
     return first, last
 
 
+def parse_identity_pattern(value: object) -> str:
+    """``spiffe://domain/path``, ``spiffe://…*``, ``*…`` or ``*``."""
+    text = value if isinstance(value, str) else ""
+    plain = text.strip("*")
+    if not text or plain.count("*") or len(text) - len(plain) > 1 or len(text) > 2048 or not text.isascii() or not text.isprintable():
+        raise ValueError(f"must be a SPIFFE ID, or one with * at its start or end, or *; got {shown(value)}")
+    if not text.startswith("*"):
+        if not text.startswith("spiffe://"):
+            raise ValueError(f"must begin with spiffe:// or *; got {shown(value)}")
+        if not text.endswith("*"):
+            parse_spiffe_id(text)
+    return text
+
+
+_TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}")
+_SEGMENT = re.compile(r"[a-zA-Z0-9._-]+")
+
+
+def parse_spiffe_id(value: object) -> str:
+    """The ID of a workload. Source: SPIFFE-ID.md, section 2."""
+    text = value if isinstance(value, str) else ""
+    domain, *segments = text.removeprefix("spiffe://").split("/")
+    if (
+        not text.startswith("spiffe://")
+        or len(text) > 2048
+        or not _TRUST_DOMAIN.fullmatch(domain)
+        or not segments
+        or not all(_SEGMENT.fullmatch(segment) and segment not in (".", "..") for segment in segments)
+    ):
+        raise ValueError(f"must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web; got {shown(value)}")
+    return text
+
+
+def parse_name_pattern(value: object) -> str:
+    """A namespace: a name, ``prefix*``, ``*suffix`` or ``*``."""
+    text = value if isinstance(value, str) else ""
+    plain = text.strip("*")
+    if not text or plain.count("*") or len(text) - len(plain) > 1 or not (plain == "" or _SEGMENT.fullmatch(plain)):
+        raise ValueError(f"must be a name, or one with * at its start or end; got {shown(value)}")
+    return text
+
+
+def parse_service_account(value: object) -> str:
+    parts = value.split("/") if isinstance(value, str) else []
+    if len(parts) != 2 or not all(_SEGMENT.fullmatch(part) for part in parts):
+        raise ValueError(f"must be namespace/name; got {shown(value)}")
+    return str(value)
+
+
+_HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
+
+
+def parse_server_name(value: object) -> str:
+    """A host name, or ``*.`` and one: every name below it."""
+    text = value.lower() if isinstance(value, str) else ""
+    labels = text.removeprefix("*.").split(".")
+    if len(text) > 253 or not all(_HOST_LABEL.fullmatch(label) and len(label) < 64 for label in labels):
+        raise ValueError(f"must be a host name such as db.example.org, or *.example.org; got {shown(value)}")
+    return text
+
+
+def parse_alpn(value: object) -> str:
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not 0 < len(value) < 256:
+        raise ValueError(f"must be the name of a protocol such as h2; got {shown(value)}")
+    return value
+
+
+def parse_ip(value: object) -> str:
+    try:
+        return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
+    except ValueError:
+        raise ValueError(f"must be an IP address; got {shown(value)}") from None
+
+
 def parse_mark(value: object) -> Mark:
     match = _MARK.fullmatch(value) if isinstance(value, str) else None
     if not match:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -15,22 +16,30 @@ from l4mesh.config.yaml import KeyPath
 from l4mesh.model import (
     ORIGINAL_DESTINATION,
     AccessLog,
+    Action,
     Balance,
     Capture,
     CaptureFilter,
     Cluster,
+    ClusterTls,
     Direction,
     Endpoint,
+    Identity,
     Keepalive,
     Listener,
+    ListenerTls,
     LogFormat,
     LogWhen,
     Mark,
     Network,
+    Peers,
+    Policy,
     ProxyProtocol,
     Route,
     RouteMatch,
     SocketAddress,
+    TlsMode,
+    Workload,
 )
 
 T = TypeVar("T")
@@ -85,12 +94,16 @@ Limit = Annotated[int, PlainValidator(q.parse_limit)]
 Weight = Annotated[int, PlainValidator(q.parse_weight)]
 Cidr = Annotated[Network, PlainValidator(q.parse_network)]
 Ports = Annotated[tuple[int, int], PlainValidator(q.parse_ports)]
+IdentityPattern = Annotated[str, PlainValidator(q.parse_identity_pattern)]
+NamePattern = Annotated[str, PlainValidator(q.parse_name_pattern)]
+ServiceAccount = Annotated[str, PlainValidator(q.parse_service_account)]
 Bind = Annotated[SocketAddress, PlainValidator(q.parse_bind)]
 
 
 class NodeSection(Section):
     name: Name = Field(default_factory=socket.gethostname)
     zone: Text = ""
+    identity: Name | None = None
 
 
 class AdminSection(Section):
@@ -125,6 +138,7 @@ def _parse_workers(value: object) -> int:
 class ProcessLimitsSection(Section):
     connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
     connections_per_source: Limit = 0
+    handshakes_per_source: Limit = 512
 
 
 class MarksSection(Section):
@@ -150,6 +164,8 @@ class MatchSection(Section):
     destinations: list[Cidr] = []
     ports: list[Ports] = []
     sources: list[Cidr] = []
+    sni: list[Annotated[str, PlainValidator(q.parse_server_name)]] = []
+    alpn: list[Annotated[str, PlainValidator(q.parse_alpn)]] = []
 
 
 class SplitSection(Section):
@@ -179,6 +195,81 @@ class ListenerLimitsSection(Section):
     connections: Limit = 0
 
 
+Version = Annotated[str, PlainValidator(lambda value: _one_of("1.2", "1.3")(str(value)))]
+
+
+class PortTlsSection(Section):
+    ports: Annotated[list[Ports], Field(min_length=1)]
+    mode: Annotated[str, PlainValidator(_one_of(*TlsMode))]
+
+
+class ListenerTlsSection(Section):
+    mode: Annotated[str, PlainValidator(_one_of(*TlsMode))] = "strict"
+    ports: list[PortTlsSection] = []
+    server_first: list[Ports] = []
+    identity: Name | None = None
+    min_version: Version = "1.3"
+    handshake_timeout: Duration = 10_000
+    close_expired: Switch = False
+
+
+class ClusterTlsSection(Section):
+    mode: Annotated[str, PlainValidator(_one_of("mutual", "off"))] = "mutual"
+    peers: list[IdentityPattern] = []
+    identity: Name | None = None
+    sni: Annotated[str | None, PlainValidator(q.parse_server_name)] = None
+    min_version: Version = "1.3"
+    handshake_timeout: Duration = 10_000
+    close_expired: Switch = False
+
+
+class IdentitySection(Section):
+    name: Name
+    certificate: Text
+    private_key: Text
+    trust_bundle: Text
+    crl: Text = ""
+
+
+def _parse_labels(value: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, str) and k and v for k, v in value.items()):
+        raise ValueError(f"must be labels such as {{app: web}}, all of them text; got {q.shown(value)}")
+    return tuple(sorted(value.items()))
+
+
+Labels = Annotated[tuple[tuple[str, str], ...], PlainValidator(_parse_labels)]
+
+
+class WorkloadSection(Section):
+    name: Name
+    namespace: Name = "default"
+    addresses: Annotated[list[Annotated[str, PlainValidator(q.parse_ip)]], Field(min_length=1)]
+    identity: Name | None = None
+    labels: Labels = ()
+
+
+class PeersSection(Section):
+    identities: list[IdentityPattern] = []
+    not_identities: list[IdentityPattern] = []
+    namespaces: list[NamePattern] = []
+    not_namespaces: list[NamePattern] = []
+    service_accounts: list[ServiceAccount] = []
+    not_service_accounts: list[ServiceAccount] = []
+    sources: list[Cidr] = []
+    not_sources: list[Cidr] = []
+
+
+class PolicySection(Section):
+    name: Name
+    action: Annotated[str, PlainValidator(_one_of(*Action))]
+    dry_run: Switch = False
+    namespace: Name | None = None
+    workloads: Labels = ()
+    from_: list[PeersSection] | None = Field(default=None, alias="from")
+    ports: list[Ports] = []
+    not_ports: list[Ports] = []
+
+
 class ListenerSection(Section):
     name: Name
     bind: Annotated[list[Bind], BeforeValidator(_as_list), Field(min_length=1)]
@@ -195,6 +286,7 @@ class ListenerSection(Section):
     keepalive: KeepaliveField = KeepaliveSection()
     user_timeout: OptionalDuration = 0
     backlog: Annotated[int, PlainValidator(_whole(1, 65535))] = 4096
+    tls: ListenerTlsSection | None = None
 
 
 class ConnectSection(Section):
@@ -241,6 +333,7 @@ class ClusterSection(Section):
     zone_preference: Switch = True
     slow_start: OptionalDuration = 0
     bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
+    tls: ClusterTlsSection | None = None
 
 
 class FileSection(Section):
@@ -253,6 +346,9 @@ class FileSection(Section):
     limits: ProcessLimitsSection | None = None
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
+    identities: list[IdentitySection] = []
+    workloads: list[WorkloadSection] = []
+    policies: list[PolicySection] = []
     listeners: list[ListenerSection] = []
     clusters: list[ClusterSection] = []
 
@@ -271,7 +367,7 @@ def make_filter(section: FilterSection) -> CaptureFilter:
 
 
 def make_route(section: RouteSection) -> Route:
-    match = RouteMatch(tuple(section.match.destinations), tuple(section.match.ports), tuple(section.match.sources))
+    match = RouteMatch(**{key: tuple(values) for key, values in section.match})
     if section.cluster:
         return Route(match, ((section.cluster, 1),))
     return Route(match, tuple((part.cluster, part.weight) for part in section.split))
@@ -297,6 +393,56 @@ def make_listener(section: ListenerSection) -> Listener:
         keepalive=make_keepalive(section.keepalive),
         user_timeout_ms=section.user_timeout,
         backlog=section.backlog,
+        tls=make_listener_tls(section.tls) if section.tls else ListenerTls(),
+    )
+
+
+def make_listener_tls(section: ListenerTlsSection) -> ListenerTls:
+    return ListenerTls(
+        mode=TlsMode(section.mode),
+        ports=tuple((tuple(part.ports), TlsMode(part.mode)) for part in section.ports),
+        server_first=tuple(section.server_first),
+        identity=section.identity or "",
+        allow_tls12=section.min_version == "1.2",
+        handshake_timeout_ms=section.handshake_timeout,
+        close_expired=section.close_expired,
+    )
+
+
+def make_cluster_tls(section: ClusterTlsSection) -> ClusterTls:
+    return ClusterTls(
+        peers=tuple(section.peers),
+        identity=section.identity or "",
+        sni=section.sni or "",
+        allow_tls12=section.min_version == "1.2",
+        handshake_timeout_ms=section.handshake_timeout,
+        close_expired=section.close_expired,
+    )
+
+
+def make_identity(section: IdentitySection, folder: Path) -> Identity:
+    """Relative paths count from the folder of the file that names them."""
+    crl = str(folder / section.crl) if section.crl else ""
+    return Identity(
+        section.name, str(folder / section.certificate), str(folder / section.private_key), str(folder / section.trust_bundle), crl
+    )
+
+
+def make_workload(section: WorkloadSection) -> Workload:
+    return Workload(section.name, section.namespace, tuple(section.addresses), section.identity or "", section.labels)
+
+
+def make_policy(section: PolicySection) -> Policy:
+    clauses = [PeersSection()] if section.from_ is None else section.from_
+    return Policy(
+        name=section.name,
+        action=Action(section.action),
+        dry_run=section.dry_run,
+        namespace=section.namespace or "",
+        labels=section.workloads,
+        peers=tuple(Peers(**{key: tuple(values) for key, values in clause}) for clause in clauses),
+        ports=tuple(section.ports),
+        not_ports=tuple(section.not_ports),
     )
 
 
@@ -321,6 +467,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         zone_preference=section.zone_preference,
         slow_start_ms=section.slow_start,
         bounded_load=section.bounded_load,
+        tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
     )
 
 

@@ -11,22 +11,28 @@ from l4mesh.model import (
     Balance,
     Capture,
     Cluster,
+    Direction,
     Listener,
     Network,
     ProxyProtocol,
     Route,
     SocketAddress,
+    TlsMode,
 )
 
 Packed = bytes
 """16 bytes: an IPv6 address, or an IPv4 address in its mapped form."""
 Prefix = tuple[Packed, int]
 Target = tuple[int, int]
-RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Target]]
+Pattern = tuple[int, bytes]
+"""Kind and text: exact, prefix, suffix, any."""
+RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Pattern], list[Pattern], list[Target]]
 
 LISTENER_REDIRECT = 1
 LISTENER_TPROXY = 2
 LISTENER_PRESERVE_SOURCE = 4
+LISTENER_OUTBOUND = 16
+EXACT, PREFIX, SUFFIX, ANY = range(4)
 
 _BALANCES = {
     Balance.ROUND_ROBIN: 0,
@@ -35,8 +41,23 @@ _BALANCES = {
     Balance.SOURCE_HASH: 3,
     Balance.MAGLEV: 4,
 }
+_TLS_MODES = {TlsMode.OFF: 0, TlsMode.PERMISSIVE: 1, TlsMode.STRICT: 2}
 _PROXY_VERSIONS = {ProxyProtocol.OFF: 0, ProxyProtocol.V1: 1, ProxyProtocol.V2: 2}
 _MAPPED = b"\0" * 10 + b"\xff\xff"
+
+
+class ListenerTlsSettings(TypedDict):
+    """The arguments of ``Plan.add_listener`` that are about TLS."""
+
+    tls_mode: int
+    tls_v12: bool
+    identity: int
+    handshake_ms: int
+    close_expired: bool
+    strict: list[tuple[int, int]]
+    permissive: list[tuple[int, int]]
+    plain: list[tuple[int, int]]
+    server_first: list[tuple[int, int]]
 
 
 class ClusterSettings(TypedDict):
@@ -45,6 +66,11 @@ class ClusterSettings(TypedDict):
     balance: int
     proxy_protocol: int
     original_destination: bool
+    tls: bool
+    tls_v12: bool
+    tls_identity: int
+    handshake_ms: int
+    close_expired: bool
     connect_attempts: int
     connect_timeout_ms: int
     connect_budget_ms: int
@@ -76,8 +102,42 @@ def pack_prefix(network: Network) -> Prefix:
     return packed, network.prefixlen
 
 
-def compile_settings(cluster: Cluster) -> ClusterSettings:
+def compile_pattern(text: str) -> Pattern:
+    """``exact``, ``prefix*``, ``*suffix`` or ``*``."""
+    if text == "*":
+        return ANY, b""
+    if text.endswith("*"):
+        return PREFIX, text[:-1].encode()
+    if text.startswith("*"):
+        return SUFFIX, text[1:].encode()
+    return EXACT, text.encode()
+
+
+def compile_listener_tls(listener: Listener, identity: int) -> ListenerTlsSettings:
+    tls = listener.tls
+    by_mode = {mode: [ports for part, its in tls.ports if its == mode for ports in part] for mode in TlsMode}
+    return ListenerTlsSettings(
+        tls_mode=_TLS_MODES[tls.mode],
+        tls_v12=tls.allow_tls12,
+        identity=identity,
+        handshake_ms=tls.handshake_timeout_ms,
+        close_expired=tls.close_expired,
+        strict=by_mode[TlsMode.STRICT],
+        permissive=by_mode[TlsMode.PERMISSIVE],
+        plain=by_mode[TlsMode.OFF],
+        server_first=list(tls.server_first),
+    )
+
+
+def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
+    """``identity``: id of the one that the cluster's TLS names, or 0."""
+    tls = cluster.tls
     return ClusterSettings(
+        tls=tls is not None,
+        tls_v12=bool(tls and tls.allow_tls12),
+        tls_identity=identity,
+        handshake_ms=tls.handshake_timeout_ms if tls else 0,
+        close_expired=bool(tls and tls.close_expired),
         balance=_BALANCES[cluster.balance],
         proxy_protocol=_PROXY_VERSIONS[cluster.proxy_protocol],
         original_destination=cluster.name == ORIGINAL_DESTINATION,
@@ -109,12 +169,16 @@ def compile_route(route: Route, cluster_index: Mapping[str, int]) -> RouteRow:
         [pack_prefix(network) for network in route.match.destinations],
         list(route.match.ports),
         [pack_prefix(network) for network in route.match.sources],
+        [compile_pattern(name) for name in route.match.sni],
+        [(EXACT, protocol.encode()) for protocol in route.match.alpn],
         [(cluster_index[name], weight) for name, weight in route.split if weight],
     )
 
 
 def compile_flags(listener: Listener) -> int:
     flags = {Capture.NONE: 0, Capture.REDIRECT: LISTENER_REDIRECT, Capture.TPROXY: LISTENER_TPROXY}[listener.capture]
+    if listener.capture != Capture.NONE and listener.direction == Direction.OUTBOUND:
+        flags |= LISTENER_OUTBOUND
     return flags | (LISTENER_PRESERVE_SOURCE if listener.preserve_source else 0)
 
 

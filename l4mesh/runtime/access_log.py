@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from l4mesh.errors import ALERTS
 from l4mesh.model import AccessLog as AccessLogConfig
 from l4mesh.model import LogFormat
 from l4mesh.snapshot import ConnectionRecord
@@ -59,6 +60,14 @@ def make_fields(record: ConnectionRecord) -> dict[str, Any]:
             fields[name] = us / 1000
     fields["bytes_to_upstream"] = record.bytes_to_upstream
     fields["bytes_to_downstream"] = record.bytes_to_downstream
+    for name in ("downstream_identity", "downstream_tls", "upstream_identity", "upstream_tls", "policy", "dry_run_policy"):
+        text = getattr(record, name)
+        if text:
+            fields[name] = text
+    if record.tls_cause:
+        fields["tls_error"] = record.tls_cause.label
+        if record.tls_alert:
+            fields["tls_alert"] = ALERTS.get(record.tls_alert, str(record.tls_alert))
     for name in ("downstream_rtt_us", "downstream_retransmits", "upstream_rtt_us", "upstream_retransmits"):
         figure = getattr(record, name)
         if figure >= 0:

@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -17,6 +17,7 @@ import uvloop
 
 from l4mesh.datapath import Datapath
 from l4mesh.errors import CommandError, ConfigError
+from l4mesh.identity.svid import Material
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
@@ -28,6 +29,7 @@ from l4mesh.snapshot import ConnectionRecord
 
 TICK_S = 0.25
 RESOLVE_EVERY_S = 10.0
+EXPIRY_LOOK_EVERY_S = 3600.0
 RESERVED_DESCRIPTORS = 256
 """Kept for files, the admin server and everything else that is not a connection."""
 POOLED_PIPES_DESCRIPTORS = 128
@@ -146,7 +148,7 @@ class App:
 
     # -- plans ---------------------------------------------------------------------------------------------------------
 
-    def _apply(self, config: Config) -> int:
+    def _apply(self, config: Config, materials: Mapping[str, Material]) -> int:
         """Called by the reloader on its thread."""
         if self._datapath is None or self._listeners is None:
             self._n_workers = config.workers or usable_cpus()
@@ -162,7 +164,7 @@ class App:
         if admin and not admin.startswith("unix:"):
             host, _, port = admin.rpartition(":")
             own.append(SocketAddress(host.strip("[]"), int(port)))
-        generation = self._datapath.apply(config, sockets, own, self._max_connections(config))
+        generation = self._datapath.apply(config, sockets, own, self._max_connections(config), materials)
         self._bound = bound
         self._listeners.close_unused(config)
         return generation
@@ -194,6 +196,7 @@ class App:
             self._datapath.snapshot,
             self._datapath.endpoints,
             lambda: self._reloader.status,
+            self._reloader.identities.status,
             lambda: self._access_log.dropped if self._access_log else 0,
             self._take_lag,
         )
@@ -222,6 +225,7 @@ class App:
 
     async def _tick(self) -> None:
         resolve_at = time.monotonic() + RESOLVE_EVERY_S
+        expiry_at = time.monotonic()
         while True:
             before = time.monotonic()
             await asyncio.sleep(TICK_S)
@@ -232,3 +236,11 @@ class App:
             if self._resolver.has_names and time.monotonic() >= resolve_at:
                 resolve_at = time.monotonic() + RESOLVE_EVERY_S
                 await self._reloader.reload()
+            if time.monotonic() >= expiry_at:
+                expiry_at = time.monotonic() + EXPIRY_LOOK_EVERY_S
+                self._warn_of_expiry()
+
+    def _warn_of_expiry(self) -> None:
+        for name, left_s in self._reloader.identities.expiring(time.time()):
+            state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
+            log.warning("identity_expires", identity=name, state=state, left_s=round(left_s))

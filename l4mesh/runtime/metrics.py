@@ -16,8 +16,9 @@ from prometheus_client.registry import Collector
 
 from l4mesh import __version__
 from l4mesh.errors import CloseReason
+from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.reload import ReloadStatus
-from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot
+from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
 
 _BUCKET_NAMES = [f"{bound:g}" for bound in CONNECT_BUCKETS_S] + ["+Inf"]
 
@@ -29,6 +30,7 @@ class Sources:
     snapshot: Callable[[], Snapshot]
     endpoints: Callable[[], list[EndpointSnapshot]]
     reload_status: Callable[[], ReloadStatus]
+    identities: Callable[[], list[IdentityStatus]]
     access_log_dropped: Callable[[], int]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
@@ -59,6 +61,8 @@ class MeshCollector(Collector):
         yield from _listener_metrics(snapshot)
         yield from _cluster_metrics(snapshot)
         yield from _endpoint_metrics(self._sources.endpoints())
+        yield from _tls_metrics(snapshot.tls)
+        yield from _identity_metrics(self._sources.identities())
         yield from _worker_metrics(snapshot)
         yield from _config_metrics(snapshot, self._sources.reload_status())
         yield from self._process_metrics(snapshot)
@@ -175,6 +179,35 @@ def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         for worker in snapshot.workers:
             family.add_metric([str(worker.worker)], getattr(worker, field))
         yield family
+
+
+def _tls_metrics(tls: TlsSnapshot) -> Iterator[Metric]:
+    handshakes = CounterMetricFamily("l4mesh_tls_handshakes", "Handshakes that succeeded.", labels=["side", "resumed"])
+    for (side, resumed), count in tls.handshakes.items():
+        handshakes.add_metric([side, str(resumed).lower()], count)
+    failures = CounterMetricFamily("l4mesh_tls_failures", "Handshakes and connections that TLS ended.", labels=["side", "cause"])
+    for (side, cause), count in tls.failures.items():
+        failures.add_metric([side, cause.label], count)
+    yield from (handshakes, failures)
+    yield _counter(
+        "l4mesh_policy_dry_run_denials", "Connections that passed and that a dry-run policy would have refused.", tls.dry_run_denials
+    )
+
+
+def _identity_metrics(identities: list[IdentityStatus]) -> Iterator[Metric]:
+    expires = GaugeMetricFamily(
+        "l4mesh_identity_expiry_timestamp_seconds", "When the certificate in use ends.", labels=["identity", "spiffe_id"]
+    )
+    loaded = CounterMetricFamily("l4mesh_identity_loads", "Certificates taken into use.", labels=["identity"])
+    refused = CounterMetricFamily("l4mesh_identity_refusals", "Files that could not be used.", labels=["identity"])
+    healthy = GaugeMetricFamily("l4mesh_identity_healthy", "0 while the files can't be used and an older certificate serves.",
+                                labels=["identity"])  # fmt: skip
+    for identity in identities:
+        expires.add_metric([identity.name, identity.spiffe_id], identity.expires_unix_s)
+        loaded.add_metric([identity.name], identity.loaded)
+        refused.add_metric([identity.name], identity.refused)
+        healthy.add_metric([identity.name], int(not identity.error))
+    yield from (expires, loaded, refused, healthy)
 
 
 def _config_metrics(snapshot: Snapshot, status: ReloadStatus) -> Iterator[Metric]:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ import watchfiles
 
 from l4mesh.config.load import ConfigCache, load_config
 from l4mesh.errors import CommandError, ConfigError
+from l4mesh.identity.store import IdentityStore
+from l4mesh.identity.svid import Material
 from l4mesh.model import Config
 
 DEBOUNCE_MS = 400
@@ -42,18 +44,22 @@ class ReloadStatus:
 
 
 class Reloader:
-    """Loads the configuration and keeps it current.
+    """Loads the configuration and the identities that it names, and keeps both current.
 
     ``apply`` makes a configuration the one in force and returns its generation; it raises CommandError when it can't, and then
     nothing has changed. It is called on a thread of its own of low priority, one call at a time: neither the workers nor the
     control loop wait for it.
     """
 
-    def __init__(self, paths: Sequence[Path], apply: Callable[[Config], int], resolve: Callable[[Config], Config]) -> None:
+    def __init__(
+        self, paths: Sequence[Path], apply: Callable[[Config, Mapping[str, Material]], int], resolve: Callable[[Config], Config]
+    ) -> None:
         self._paths = list(paths)
         self._apply = apply
         self._resolve = resolve
         self._cache = ConfigCache()
+        self._materials: dict[str, Material] = {}
+        self.identities = IdentityStore()
         self._executor = ThreadPoolExecutor(1, "l4mesh-config", initializer=_be_nice)
         self._lock = asyncio.Lock()
         self.status = ReloadStatus()
@@ -73,12 +79,21 @@ class Reloader:
 
     def _load(self, first: bool) -> None:
         config = load_config(self._paths, self._cache)
+        materials = self.identities.refresh(config.identities)
+        for event, fields in self.identities.events:
+            (log.error if event == "identity_refused" else log.warning if event == "identity_warning" else log.info)(event, **fields)
         resolved = self._resolve(config)
-        if self.config is not None and resolved == self.config and config.digest == self.config.digest:
+        if (
+            self.config is not None
+            and resolved == self.config
+            and config.digest == self.config.digest
+            and all(self._materials.get(name) is material for name, material in materials.items())
+        ):
             # A file that was broken and is back to what is in force is no failure any more.
             self.status = replace(self.status, unchanged=self.status.unchanged + 1, last_error=None)
             return
-        generation = self._apply(resolved)
+        generation = self._apply(resolved, materials)
+        self._materials = materials
         self.config = resolved
         self.status = replace(
             self.status,
@@ -100,9 +115,10 @@ class Reloader:
     async def watch(self) -> None:
         """Reloads at every change until cancelled."""
         while True:
+            folders = self._folders()
             try:
                 async for _ in watchfiles.awatch(
-                    *_folders(self._paths),
+                    *folders,
                     watch_filter=None,
                     debounce=DEBOUNCE_MS,
                     step=STEP_MS,
@@ -110,11 +126,17 @@ class Reloader:
                     yield_on_timeout=True,
                 ):
                     await self.reload()
+                    if self._folders() != folders:
+                        break
             except (FileNotFoundError, OSError, RuntimeError) as error:
                 # A folder that is being replaced comes back, or the next look says what is missing.
                 log.warning("config_watch_interrupted", error=str(error))
                 await asyncio.sleep(1)
                 await self.reload()
+
+    def _folders(self) -> list[Path]:
+        files = [Path(file) for identity in self.config.identities.values() for file in identity.files] if self.config else []
+        return _folders([*self._paths, *files])
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

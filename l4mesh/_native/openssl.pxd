@@ -1,0 +1,197 @@
+# Declarations only: what the data path uses of OpenSSL 3.0 and later.
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from *:
+    """
+    #include <openssl/bio.h>
+    #include <openssl/err.h>
+    #include <openssl/pem.h>
+    #include <openssl/ssl.h>
+    #include <openssl/x509.h>
+    #include <openssl/x509v3.h>
+    /* Macros that Cython can't call through a void *. */
+    static inline long l4_ssl_ctx_set_mode(SSL_CTX *ctx, long mode) { return SSL_CTX_set_mode(ctx, mode); }
+    static inline int l4_min_version(SSL *ssl, int version) { return SSL_set_min_proto_version(ssl, version); }
+    static inline int l4_set_groups(SSL_CTX *ctx, const char *list) { return SSL_CTX_set1_groups_list(ctx, list); }
+    static inline int l4_set_sni(SSL *ssl, const char *name) { return (int) SSL_set_tlsext_host_name(ssl, name); }
+    static inline void l4_cache_off(SSL_CTX *ctx)
+    { SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL); }
+    static inline void l4_read_ahead(SSL_CTX *ctx, long size)
+    { SSL_CTX_set_read_ahead(ctx, 1); SSL_CTX_set_default_read_buffer_len(ctx, size); }
+    static inline void l4_max_cert_list(SSL_CTX *ctx, long size) { SSL_CTX_set_max_cert_list(ctx, size); }
+    static inline void l4_bio_retry_read(BIO *bio) { BIO_clear_retry_flags(bio); BIO_set_retry_read(bio); }
+    static inline void l4_bio_no_retry(BIO *bio) { BIO_clear_retry_flags(bio); }
+    static inline int l4_add_chain(SSL_CTX *ctx, X509 *cert) { return (int) SSL_CTX_add1_chain_cert(ctx, cert); }
+    static inline int l4_peek_reason(void) { return ERR_GET_REASON(ERR_peek_last_error()); }
+    static inline int64_t l4_expires_s(const X509 *cert)
+    {
+        struct tm tm;
+        if (!ASN1_TIME_to_tm(X509_get0_notAfter(cert), &tm)) return 0;
+        return (int64_t) timegm(&tm);
+    }
+    /* The URI names of a certificate: their number, and the first. General names are a stack, which only macros can walk. */
+    static inline int l4_uri_names(X509 *cert, GENERAL_NAMES **owner, const unsigned char **text, int *length)
+    {
+        int i, found = 0;
+        GENERAL_NAMES *names = X509_get_ext_d2i(cert, NID_subject_alt_name, &i, NULL);
+        *owner = names;
+        if (names == NULL) return i == -1 ? 0 : -1;
+        for (i = 0; i < sk_GENERAL_NAME_num(names); i++) {
+            GENERAL_NAME *name = sk_GENERAL_NAME_value(names, i);
+            if (name->type != GEN_URI) continue;
+            if (found++ == 0) {
+                *text = ASN1_STRING_get0_data(name->d.uniformResourceIdentifier);
+                *length = ASN1_STRING_length(name->d.uniformResourceIdentifier);
+            }
+        }
+        return found;
+    }
+    """
+    ctypedef struct SSL:
+        pass
+    ctypedef struct SSL_CTX:
+        pass
+    ctypedef struct SSL_SESSION:
+        pass
+    ctypedef struct SSL_METHOD:
+        pass
+    ctypedef struct BIO:
+        pass
+    ctypedef struct BIO_METHOD:
+        pass
+    ctypedef struct X509:
+        pass
+    ctypedef struct X509_NAME:
+        pass
+    ctypedef struct X509_STORE:
+        pass
+    ctypedef struct X509_STORE_CTX:
+        pass
+    ctypedef struct X509_VERIFY_PARAM:
+        pass
+    ctypedef struct ASN1_INTEGER:
+        pass
+    ctypedef struct GENERAL_NAMES:
+        pass
+    ctypedef struct EVP_PKEY:
+        pass
+
+    enum:
+        SSL_ERROR_NONE, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_ERROR_SYSCALL, SSL_ERROR_SSL
+        SSL_VERIFY_PEER, SSL_VERIFY_FAIL_IF_NO_PEER_CERT, SSL_MODE_RELEASE_BUFFERS, SSL_MODE_ENABLE_PARTIAL_WRITE
+        SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, TLS1_2_VERSION, TLS1_3_VERSION
+        SSL_TICKET_SUCCESS, SSL_TICKET_SUCCESS_RENEW, SSL_TICKET_EMPTY, SSL_TICKET_NO_DECRYPT
+        SSL_TICKET_RETURN_IGNORE, SSL_TICKET_RETURN_IGNORE_RENEW, SSL_TICKET_RETURN_USE, SSL_TICKET_RETURN_USE_RENEW
+        X509_V_OK, X509_V_ERR_CERT_REVOKED, X509_V_ERR_CERT_REJECTED, X509_V_ERR_CERT_HAS_EXPIRED
+        X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
+        X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN, X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
+        X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE, X509_V_ERR_CERT_SIGNATURE_FAILURE, X509_V_FLAG_PARTIAL_CHAIN
+        EXFLAG_CA, KU_KEY_CERT_SIGN, KU_CRL_SIGN, BIO_CTRL_FLUSH, BIO_TYPE_SOURCE_SINK, SSL3_RT_HANDSHAKE
+        SSL3_MT_KEY_UPDATE, SSL3_MT_CLIENT_HELLO, SSL_CB_READ_ALERT, SSL_CB_WRITE_ALERT, SSL_FILETYPE_PEM
+        SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE, SSL_R_NO_SHARED_CIPHER, SSL_R_UNSUPPORTED_PROTOCOL, SSL_R_VERSION_TOO_LOW
+        SSL_R_WRONG_VERSION_NUMBER, SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST, SSL_R_UNEXPECTED_EOF_WHILE_READING
+        SSL_R_NO_SUITABLE_KEY_SHARE, SSL_R_NO_SHARED_GROUPS, SSL_R_UNKNOWN_PROTOCOL, SSL_R_NO_PROTOCOLS_AVAILABLE
+    uint64_t SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_COMPRESSION, SSL_OP_CIPHER_SERVER_PREFERENCE
+
+    const SSL_METHOD *TLS_method() noexcept nogil
+    SSL_CTX *SSL_CTX_new(const SSL_METHOD *method) noexcept nogil
+    void SSL_CTX_free(SSL_CTX *ctx) noexcept nogil
+    uint64_t SSL_CTX_set_options(SSL_CTX *ctx, uint64_t options) noexcept nogil
+    int SSL_CTX_set_ciphersuites(SSL_CTX *ctx, const char *list) noexcept nogil
+    int SSL_CTX_set_cipher_list(SSL_CTX *ctx, const char *list) noexcept nogil
+    int SSL_CTX_set_num_tickets(SSL_CTX *ctx, size_t count) noexcept nogil
+    int SSL_set_num_tickets(SSL *ssl, size_t count) noexcept nogil
+    long SSL_CTX_set_timeout(SSL_CTX *ctx, long seconds) noexcept nogil
+    void SSL_CTX_set_verify(SSL_CTX *ctx, int mode, int (*callback)(int, X509_STORE_CTX *) noexcept nogil) noexcept nogil
+    void SSL_CTX_set_verify_depth(SSL_CTX *ctx, int depth) noexcept nogil
+    int SSL_CTX_set_session_id_context(SSL_CTX *ctx, const uint8_t *context, unsigned int length) noexcept nogil
+    int SSL_CTX_use_certificate(SSL_CTX *ctx, X509 *cert) noexcept nogil
+    int SSL_CTX_use_PrivateKey(SSL_CTX *ctx, EVP_PKEY *key) noexcept nogil
+    int SSL_CTX_check_private_key(const SSL_CTX *ctx) noexcept nogil
+    X509_STORE *SSL_CTX_get_cert_store(const SSL_CTX *ctx) noexcept nogil
+    void SSL_CTX_sess_set_new_cb(SSL_CTX *ctx, int (*callback)(SSL *, SSL_SESSION *) noexcept nogil) noexcept nogil
+    int SSL_CTX_set_session_ticket_cb(
+        SSL_CTX *ctx, void *generate, int (*decrypt)(SSL *, SSL_SESSION *, const uint8_t *, size_t, int, void *) noexcept nogil,
+        void *arg,
+    ) noexcept nogil
+    void SSL_CTX_set_msg_callback(
+        SSL_CTX *ctx, void (*callback)(int, int, int, const void *, size_t, SSL *, void *) noexcept nogil
+    ) noexcept nogil
+    void SSL_CTX_set_info_callback(SSL_CTX *ctx, void (*callback)(const SSL *, int, int) noexcept nogil) noexcept nogil
+    long l4_ssl_ctx_set_mode(SSL_CTX *ctx, long mode) noexcept nogil
+    int l4_set_groups(SSL_CTX *ctx, const char *list) noexcept nogil
+    void l4_cache_off(SSL_CTX *ctx) noexcept nogil
+    void l4_read_ahead(SSL_CTX *ctx, long size) noexcept nogil
+    void l4_max_cert_list(SSL_CTX *ctx, long size) noexcept nogil
+    int l4_add_chain(SSL_CTX *ctx, X509 *cert) noexcept nogil
+    int X509_STORE_add_cert(X509_STORE *store, X509 *cert) noexcept nogil
+    int X509_STORE_set_flags(X509_STORE *store, unsigned long flags) noexcept nogil
+
+    SSL *SSL_new(SSL_CTX *ctx) noexcept nogil
+    void SSL_free(SSL *ssl) noexcept nogil
+    int SSL_set_ex_data(SSL *ssl, int index, void *data) noexcept nogil
+    void *SSL_get_ex_data(const SSL *ssl, int index) noexcept nogil
+    void SSL_set_bio(SSL *ssl, BIO *read_bio, BIO *write_bio) noexcept nogil
+    void SSL_set_accept_state(SSL *ssl) noexcept nogil
+    void SSL_set_connect_state(SSL *ssl) noexcept nogil
+    int l4_min_version(SSL *ssl, int version) noexcept nogil
+    int l4_set_sni(SSL *ssl, const char *name) noexcept nogil
+    int SSL_set_session(SSL *ssl, SSL_SESSION *session) noexcept nogil
+    int SSL_do_handshake(SSL *ssl) noexcept nogil
+    int SSL_read_ex(SSL *ssl, void *buffer, size_t size, size_t *got) noexcept nogil
+    int SSL_write_ex(SSL *ssl, const void *buffer, size_t size, size_t *written) noexcept nogil
+    int SSL_shutdown(SSL *ssl) noexcept nogil
+    int SSL_get_error(const SSL *ssl, int rc) noexcept nogil
+    int SSL_has_pending(const SSL *ssl) noexcept nogil
+    int SSL_session_reused(const SSL *ssl) noexcept nogil
+    int SSL_version(const SSL *ssl) noexcept nogil
+    int SSL_get_ex_data_X509_STORE_CTX_idx() noexcept nogil
+    X509 *SSL_get0_peer_certificate(const SSL *ssl) noexcept nogil
+    SSL_SESSION *SSL_SESSION_dup(const SSL_SESSION *session) noexcept nogil
+    void SSL_SESSION_free(SSL_SESSION *session) noexcept nogil
+    X509 *SSL_SESSION_get0_peer(SSL_SESSION *session) noexcept nogil
+    long SSL_SESSION_get_time(const SSL_SESSION *session) noexcept nogil
+    long SSL_SESSION_get_timeout(const SSL_SESSION *session) noexcept nogil
+    int SSL_SESSION_is_resumable(const SSL_SESSION *session) noexcept nogil
+
+    void *X509_STORE_CTX_get_ex_data(const X509_STORE_CTX *store, int index) noexcept nogil
+    int X509_STORE_CTX_get_error(const X509_STORE_CTX *store) noexcept nogil
+    void X509_STORE_CTX_set_error(X509_STORE_CTX *store, int error) noexcept nogil
+    int X509_STORE_CTX_get_error_depth(const X509_STORE_CTX *store) noexcept nogil
+    X509 *X509_STORE_CTX_get_current_cert(const X509_STORE_CTX *store) noexcept nogil
+    uint32_t X509_get_extension_flags(X509 *cert) noexcept nogil
+    uint32_t X509_get_key_usage(X509 *cert) noexcept nogil
+    const ASN1_INTEGER *X509_get0_serialNumber(const X509 *cert) noexcept nogil
+    X509_NAME *X509_get_issuer_name(const X509 *cert) noexcept nogil
+    int X509_NAME_get0_der(const X509_NAME *name, const uint8_t **der, size_t *length) noexcept nogil
+    const uint8_t *ASN1_STRING_get0_data(const ASN1_INTEGER *string) noexcept nogil
+    int ASN1_STRING_length(const ASN1_INTEGER *string) noexcept nogil
+    void X509_free(X509 *cert) noexcept nogil
+    void EVP_PKEY_free(EVP_PKEY *key) noexcept nogil
+    void GENERAL_NAMES_free(GENERAL_NAMES *names) noexcept nogil
+    int64_t l4_expires_s(const X509 *cert) noexcept nogil
+    int l4_uri_names(X509 *cert, GENERAL_NAMES **owner, const uint8_t **text, int *length) noexcept nogil
+
+    BIO *BIO_new(const BIO_METHOD *method) noexcept nogil
+    BIO *BIO_new_mem_buf(const void *data, int length) noexcept nogil
+    int BIO_up_ref(BIO *bio) noexcept nogil
+    int BIO_free(BIO *bio) noexcept nogil
+    void BIO_set_data(BIO *bio, void *data) noexcept nogil
+    void *BIO_get_data(BIO *bio) noexcept nogil
+    void BIO_set_init(BIO *bio, int init) noexcept nogil
+    int BIO_get_new_index() noexcept nogil
+    BIO_METHOD *BIO_meth_new(int kind, const char *name) noexcept nogil
+    void BIO_meth_free(BIO_METHOD *method) noexcept nogil
+    int BIO_meth_set_read(BIO_METHOD *method, int (*read)(BIO *, char *, int) noexcept nogil) noexcept nogil
+    int BIO_meth_set_write(BIO_METHOD *method, int (*write)(BIO *, const char *, int) noexcept nogil) noexcept nogil
+    int BIO_meth_set_ctrl(BIO_METHOD *method, long (*ctrl)(BIO *, int, long, void *) noexcept nogil) noexcept nogil
+    void l4_bio_retry_read(BIO *bio) noexcept nogil
+    void l4_bio_no_retry(BIO *bio) noexcept nogil
+    X509 *PEM_read_bio_X509(BIO *bio, X509 **out, void *callback, void *arg) noexcept nogil
+    EVP_PKEY *PEM_read_bio_PrivateKey(BIO *bio, EVP_PKEY **out, void *callback, void *arg) noexcept nogil
+
+    void ERR_clear_error() noexcept nogil
+    unsigned long ERR_peek_last_error() noexcept nogil
+    int l4_peek_reason() noexcept nogil
+    const char *OpenSSL_version(int what) noexcept nogil

@@ -1,0 +1,575 @@
+# Implementation, inlined into _fastpath: TLS as the transport of one side of a connection.
+#
+# OpenSSL reads from and writes to a BIO of the worker's, which all its connections share: a read is a recv straight into OpenSSL's
+# buffer, as large as several records (SSL_CTX_set_read_ahead), and is skipped when the socket is known to be empty; a write gathers
+# records in the worker's buffer until one send takes them all. What the socket did not take is the side's `out`, and nothing
+# overtakes it. Between reads a side owns no buffer (SSL_MODE_RELEASE_BUFFERS).
+#
+# Peers are verified inside the handshake, so that the alert says what is wrong: the chain by OpenSSL (RFC 5280, with the purpose of
+# the role), the leaf as the X509-SVID standard says (section 5), revocation by a table of the plan's. A resumed session skips all of
+# that, and is checked again here, because it is where nginx (CVE-2025-23419) and Envoy (CVE-2022-21654) let peers in.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memmove, memset
+
+from l4mesh._native.address cimport mix64
+from l4mesh._native.debug cimport L4_BUG
+from l4mesh._native.linux cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, MSG_NOSIGNAL, CLOCK_REALTIME, clock_gettime, errno, recv, send, timespec
+from l4mesh._native.openssl cimport *
+from l4mesh._native.sessions cimport session_forget, session_keep
+from l4mesh._native.spiffe cimport fnv_add, fnv_start, pattern_matches, spiffe_parse, spiffe_t, text_equal
+from l4mesh._native.types cimport (
+    CIPHER_BYTES, FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, PLAIN_BYTES, SIDE_ERROR,
+    SIDE_FIN_SEEN, SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_ABUSED, TLS_ANSWERED, TLS_BAD_CERTIFICATE,
+    TLS_BAD_RECORD, TLS_BROKEN, TLS_EXPIRED, TLS_HEARD, TLS_INTERNAL, TLS_KEY_UPDATES, TLS_NO_CERTIFICATE, TLS_NO_COMMON_PARAMETERS,
+    TLS_NOT_TLS, TLS_NOT_YET_VALID, TLS_OK, TLS_PEER_ALERT, TLS_PROTOCOL_VERSION, TLS_READ_BYTES, TLS_READY, TLS_RESUMED, TLS_REVOKED,
+    TLS_SERVER, TLS_SHUT, TLS_TRUNCATED, TLS_UNKNOWN_CA, TLS_WRONG_IDENTITY, flow_t, plan_t, side_t, tls_context_t, tls_t, worker_t,
+)
+
+cdef enum:
+    KEY_UPDATES_A_SECOND = 100       # HAProxy's default (tune.ssl.keyupdate-rate-limit)
+    TICKET_LIFETIME_S = 3600
+    CHAIN_DEPTH = 4
+    CHAIN_BYTES = 32768
+    OUT_MAX = 262144                 # of ciphertext that waits for the socket: a read's worth, and room for what TLS itself says
+
+cdef enum handshake_t:
+    HANDSHAKE_WAITS = 0
+    HANDSHAKE_DONE = 1
+    HANDSHAKE_FAILED = -1            # tls.cause says why; TLS_OK: worker.bio_errno does
+
+
+# -- the worker's BIO --------------------------------------------------------------------------------------------------------
+
+cdef inline int tls_bio_read(BIO *bio, char *buffer, int size) noexcept nogil:
+    cdef worker_t *worker = <worker_t *> BIO_get_data(bio)
+    cdef side_t *side = worker.bio_side
+    cdef ssize_t n
+    if not side.flags & SIDE_READABLE:
+        l4_bio_retry_read(bio)
+        return -1
+    l4_bio_no_retry(bio)
+    while True:
+        n = recv(side.fd, buffer, <size_t> size, 0)
+        if n >= 0 or errno != EINTR:
+            break
+    if n > 0:
+        side.tls.flags |= TLS_HEARD
+        # A short read empties the queue, as on the copy path; then the call that would only say so is spared.
+        if n < size and not side.flags & (SIDE_FIN_SEEN | SIDE_ERROR | SIDE_URGENT | SIDE_RESET):
+            side.flags &= ~<uint32_t> SIDE_READABLE
+        return <int> n
+    if n == 0:
+        worker.bio_ended = 1
+        return 0
+    if errno == EAGAIN:
+        side.flags &= ~<uint32_t> SIDE_READABLE
+        l4_bio_retry_read(bio)
+    else:
+        worker.bio_errno = errno
+    return -1
+
+
+cdef inline int tls_bio_write(BIO *bio, const char *data, int size) noexcept nogil:
+    cdef worker_t *worker = <worker_t *> BIO_get_data(bio)
+    l4_bio_no_retry(bio)
+    if <uint32_t> size > CIPHER_BYTES - worker.cipher_length:
+        L4_BUG(True, "more ciphertext than the buffer is made for")
+        return -1
+    memcpy(worker.cipher + worker.cipher_length, data, <size_t> size)
+    worker.cipher_length += <uint32_t> size
+    return size
+
+
+cdef inline long tls_bio_ctrl(BIO *bio, int command, long number, void *argument) noexcept nogil:
+    return command == BIO_CTRL_FLUSH
+
+
+# -- who the peer is -----------------------------------------------------------------------------------------------------------
+
+cdef inline int64_t unix_seconds() noexcept nogil:
+    cdef timespec ts
+    clock_gettime(CLOCK_REALTIME, &ts)
+    return <int64_t> ts.tv_sec
+
+
+cdef inline uint64_t certificate_key(
+    uint64_t seed, const uint8_t *issuer, size_t issuer_length, const uint8_t *serial, size_t serial_length
+) noexcept nogil:
+    # Names a certificate as a revocation list does, by its issuer and serial number. Never 0.
+    cdef uint64_t hash = fnv_start() ^ seed
+    cdef size_t i
+    for i in range(issuer_length):
+        hash = fnv_add(hash, issuer[i])
+    for i in range(serial_length):
+        hash = fnv_add(hash, serial[i])
+    hash = mix64(hash ^ (seed >> 7))
+    return hash if hash else 1
+
+
+cdef inline uint64_t x509_key(const worker_t *worker, X509 *cert) noexcept nogil:
+    cdef const uint8_t *issuer = NULL
+    cdef size_t length = 0
+    cdef const ASN1_INTEGER *serial = X509_get0_serialNumber(cert)
+    X509_NAME_get0_der(X509_get_issuer_name(cert), &issuer, &length)
+    return certificate_key(
+        worker.engine.revocation_seed, issuer, length, ASN1_STRING_get0_data(serial), <size_t> ASN1_STRING_length(serial)
+    )
+
+
+cdef inline bint plan_revokes(const plan_t *plan, uint64_t key) noexcept nogil:
+    cdef uint32_t at = <uint32_t> key & plan.revoked_mask
+    if plan.revoked == NULL:
+        return False
+    while plan.revoked[at]:
+        if plan.revoked[at] == key:
+            return True
+        at = (at + 1) & plan.revoked_mask
+    return False
+
+
+cdef inline bint peer_is_expected(const tls_t *tls, const spiffe_t *peer) noexcept nogil:
+    cdef uint32_t i
+    if tls.cluster == NULL:
+        return True
+    for i in range(tls.cluster.n_peers):
+        if pattern_matches(&tls.cluster.peers[i], tls.cluster.peer_text, &peer.whole):
+            return True
+    return False
+
+
+cdef inline int tls_check_leaf(worker_t *worker, tls_t *tls, X509 *cert) noexcept nogil:
+    # The X509-SVID standard's demands on a leaf (section 5.2), our trust domain, and who is expected. A tls_cause_t.
+    cdef GENERAL_NAMES *names = NULL
+    cdef const uint8_t *text = NULL
+    cdef int length = 0
+    cdef int found
+    cdef uint32_t usage = X509_get_key_usage(cert)
+    cdef spiffe_t peer
+    cdef int cause = TLS_OK
+    if X509_get_extension_flags(cert) & EXFLAG_CA:
+        return TLS_BAD_CERTIFICATE
+    if usage != <uint32_t> -1 and usage & (KU_KEY_CERT_SIGN | KU_CRL_SIGN):
+        return TLS_BAD_CERTIFICATE
+    found = l4_uri_names(cert, &names, &text, &length)
+    if found != 1 or not spiffe_parse(<const char *> text, <uint32_t> length, &peer):
+        cause = TLS_BAD_CERTIFICATE
+    elif not text_equal(&peer.trust_domain, tls.trust_domain, tls.trust_domain_length):
+        cause = TLS_WRONG_IDENTITY
+    elif not peer_is_expected(tls, &peer):
+        cause = TLS_WRONG_IDENTITY
+    else:
+        free(tls.peer)
+        tls.peer = <char *> malloc(<size_t> length + 1)
+        if tls.peer == NULL:
+            cause = TLS_INTERNAL
+        else:
+            memcpy(tls.peer, text, <size_t> length)
+            tls.peer[length] = 0
+            tls.peer_length = <uint32_t> length
+            tls.peer_key = x509_key(worker, cert)
+            tls.peer_expires_s = l4_expires_s(cert)
+    if names != NULL:
+        GENERAL_NAMES_free(names)
+    return cause
+
+
+cdef inline int verify_cause(int error) noexcept nogil:
+    if error == X509_V_ERR_CERT_HAS_EXPIRED:
+        return TLS_EXPIRED
+    if error == X509_V_ERR_CERT_NOT_YET_VALID:
+        return TLS_NOT_YET_VALID
+    if (
+        error == X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT or error == X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
+        or error == X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN or error == X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
+        or error == X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE or error == X509_V_ERR_CERT_SIGNATURE_FAILURE
+    ):
+        return TLS_UNKNOWN_CA
+    return TLS_BAD_CERTIFICATE
+
+
+cdef inline int tls_verify(int ok, X509_STORE_CTX *store) noexcept nogil:
+    # OpenSSL asks for each certificate of the chain, from the root to the leaf.
+    cdef SSL *ssl = <SSL *> X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx())
+    cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
+    cdef worker_t *worker = <worker_t *> tls.worker
+    cdef X509 *cert = X509_STORE_CTX_get_current_cert(store)
+    cdef int cause
+    if not ok:
+        tls.cause = <uint8_t> verify_cause(X509_STORE_CTX_get_error(store))
+        return 0
+    if plan_revokes(worker.plan, x509_key(worker, cert)):
+        tls.cause = TLS_REVOKED
+        X509_STORE_CTX_set_error(store, X509_V_ERR_CERT_REVOKED)
+        return 0
+    if X509_STORE_CTX_get_error_depth(store) == 0:
+        cause = tls_check_leaf(worker, tls, cert)
+        if cause != TLS_OK:
+            tls.cause = <uint8_t> cause
+            X509_STORE_CTX_set_error(store, X509_V_ERR_CERT_REJECTED)
+            return 0
+    return 1
+
+
+cdef inline int tls_check_resumed(worker_t *worker, tls_t *tls) noexcept nogil:
+    # A resumed session was verified when it was made; what may have changed since is looked at again. A tls_cause_t.
+    cdef X509 *cert = SSL_get0_peer_certificate(tls.ssl)
+    cdef int cause
+    if cert == NULL:
+        return TLS_NO_CERTIFICATE
+    if l4_expires_s(cert) <= unix_seconds():
+        return TLS_EXPIRED
+    cause = tls_check_leaf(worker, tls, cert)
+    if cause == TLS_OK and plan_revokes(worker.plan, tls.peer_key):
+        return TLS_REVOKED
+    return cause
+
+
+# -- sessions ------------------------------------------------------------------------------------------------------------------
+
+cdef inline int tls_new_session(SSL *ssl, SSL_SESSION *session) noexcept nogil:
+    # A server gave us a ticket. 1: we keep the reference.
+    cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
+    cdef worker_t *worker = <worker_t *> tls.worker
+    if tls.flags & TLS_SERVER or tls.peer == NULL or not SSL_SESSION_is_resumable(session):
+        return 0
+    return session_keep(worker, tls.context_id, &tls.endpoint, session, tls.peer_expires_s)
+
+
+cdef inline int tls_ticket(
+    SSL *ssl, SSL_SESSION *session, const uint8_t *name, size_t name_length, int status, void *argument
+) noexcept nogil:
+    # A client offers a ticket of ours. Tickets of another context don't decrypt, because every context has keys of its own.
+    cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
+    cdef worker_t *worker = <worker_t *> tls.worker
+    cdef X509 *cert
+    cdef int64_t now_s
+    if status != SSL_TICKET_SUCCESS and status != SSL_TICKET_SUCCESS_RENEW:
+        return SSL_TICKET_RETURN_IGNORE_RENEW
+    cert = SSL_SESSION_get0_peer(session)
+    now_s = unix_seconds()
+    if cert == NULL or l4_expires_s(cert) <= now_s or plan_revokes(worker.plan, x509_key(worker, cert)):
+        return SSL_TICKET_RETURN_IGNORE_RENEW
+    # A ticket in the first half of its life serves again: the client is spared a new one, and we its making.
+    if now_s - SSL_SESSION_get_time(session) < TICKET_LIFETIME_S // 2:
+        SSL_set_num_tickets(ssl, 0)
+    return SSL_TICKET_RETURN_USE
+
+
+cdef inline void tls_message(
+    int written, int version, int kind, const void *message, size_t length, SSL *ssl, void *argument
+) noexcept nogil:
+    # Counts the key updates of the peer: each makes us derive keys and answer.
+    cdef tls_t *tls
+    cdef worker_t *worker
+    if written or kind != SSL3_RT_HANDSHAKE or length == 0 or (<const uint8_t *> message)[0] != SSL3_MT_KEY_UPDATE:
+        return
+    tls = <tls_t *> SSL_get_ex_data(ssl, 0)
+    worker = <worker_t *> tls.worker
+    if worker.now_ms - tls.key_updates_from_ms >= 1000:
+        tls.key_updates_from_ms = worker.now_ms
+        tls.key_updates = 0
+    tls.key_updates += 1
+    if tls.key_updates > KEY_UPDATES_A_SECOND:
+        tls.flags |= TLS_ABUSED
+
+
+cdef inline void tls_info(const SSL *ssl, int what, int value) noexcept nogil:
+    cdef tls_t *tls
+    if what == SSL_CB_READ_ALERT and value & 0xff:
+        tls = <tls_t *> SSL_get_ex_data(ssl, 0)
+        tls.alert = <uint8_t> (value & 0xff)
+
+
+# -- contexts ------------------------------------------------------------------------------------------------------------------
+
+cdef inline bint context_configure(SSL_CTX *ctx, uint64_t id) noexcept nogil:
+    # All but the certificates. The same context serves both roles. False: OpenSSL refused a setting.
+    SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_CIPHER_SERVER_PREFERENCE)
+    l4_ssl_ctx_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER)
+    l4_read_ahead(ctx, TLS_READ_BYTES)
+    l4_cache_off(ctx)
+    l4_max_cert_list(ctx, CHAIN_BYTES)
+    SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, tls_verify)
+    SSL_CTX_set_verify_depth(ctx, CHAIN_DEPTH)
+    SSL_CTX_set_timeout(ctx, TICKET_LIFETIME_S)
+    SSL_CTX_sess_set_new_cb(ctx, tls_new_session)
+    SSL_CTX_set_msg_callback(ctx, tls_message)
+    SSL_CTX_set_info_callback(ctx, tls_info)
+    # Any CA of the bundle ends a chain, as for SPIFFE's own validators: a bundle may hold an intermediate without its root.
+    X509_STORE_set_flags(SSL_CTX_get_cert_store(ctx), X509_V_FLAG_PARTIAL_CHAIN)
+    return (
+        SSL_CTX_set_num_tickets(ctx, 1) == 1
+        and SSL_CTX_set_session_ticket_cb(ctx, NULL, tls_ticket, NULL) == 1
+        and SSL_CTX_set_session_id_context(ctx, <const uint8_t *> &id, sizeof(id)) == 1
+        and SSL_CTX_set_ciphersuites(ctx, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256") == 1
+        and SSL_CTX_set_cipher_list(ctx, b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"
+                                         b"ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384") == 1
+        and l4_set_groups(ctx, b"X25519:P-256") == 1
+    )
+
+
+cdef inline bint tls_open(
+    worker_t *worker, side_t *side, const tls_context_t *context, bint is_server, bint v12, const char *sni
+) noexcept nogil:
+    # TLS on a side that is plaintext so far. False: no memory.
+    cdef tls_t *tls = <tls_t *> calloc(1, sizeof(tls_t))
+    if tls == NULL:
+        return False
+    tls.ssl = SSL_new(context.ctx)
+    # A copy: the context may be replaced while the handshake goes on.
+    tls.trust_domain = <char *> malloc(context.trust_domain_length + 1)
+    if tls.ssl == NULL or tls.trust_domain == NULL:
+        SSL_free(tls.ssl)
+        free(tls.trust_domain)
+        free(tls)
+        return False
+    memcpy(tls.trust_domain, context.trust_domain, context.trust_domain_length)
+    tls.worker = worker
+    tls.context_id = context.id
+    tls.trust_domain_length = context.trust_domain_length
+    SSL_set_ex_data(tls.ssl, 0, tls)
+    BIO_up_ref(worker.bio)
+    SSL_set_bio(tls.ssl, worker.bio, worker.bio)
+    l4_min_version(tls.ssl, TLS1_2_VERSION if v12 else TLS1_3_VERSION)
+    if is_server:
+        tls.flags = TLS_SERVER
+        SSL_set_accept_state(tls.ssl)
+    else:
+        SSL_set_connect_state(tls.ssl)
+        if sni != NULL:
+            l4_set_sni(tls.ssl, sni)
+    side.tls = tls
+    return True
+
+
+cdef inline void tls_free(side_t *side) noexcept nogil:
+    if side.tls == NULL:
+        return
+    SSL_free(side.tls.ssl)
+    free(side.tls.out)
+    free(side.tls.peer)
+    free(side.tls.trust_domain)
+    free(side.tls)
+    side.tls = NULL
+
+
+# -- out -----------------------------------------------------------------------------------------------------------------------
+
+cdef inline bint tls_park(tls_t *tls, const uint8_t *data, size_t length) noexcept nogil:
+    # Keeps ciphertext until the socket takes it. False: no memory, or more than a peer may make us keep.
+    cdef uint8_t *room
+    if length == 0:
+        return True
+    if tls.out_length + length > OUT_MAX:
+        return False
+    if tls.out_offset:
+        memmove(tls.out, tls.out + tls.out_offset, tls.out_length)
+        tls.out_offset = 0
+    room = <uint8_t *> realloc(tls.out, tls.out_length + length)
+    if room == NULL:
+        return False
+    tls.out = room
+    memcpy(tls.out + tls.out_length, data, length)
+    tls.out_length += <uint32_t> length
+    return True
+
+
+cdef inline flow_t tls_sent(side_t *side, int32_t *error) noexcept nogil:
+    # What a failed send means; reads errno.
+    if errno == EAGAIN:
+        side.flags &= ~<uint32_t> SIDE_WRITABLE
+        return FLOW_BLOCKED
+    if errno == ENOBUFS or errno == ENOMEM:
+        return FLOW_EXHAUSTED
+    error[0] = errno
+    side.flags |= SIDE_RESET | SIDE_READABLE
+    return FLOW_DESTINATION_RESET
+
+
+cdef inline flow_t tls_flush(side_t *side, int32_t *error) noexcept nogil:
+    # FLOW_MORE when nothing waits any more.
+    cdef tls_t *tls = side.tls
+    cdef ssize_t n
+    while tls.out_length:
+        if not side.flags & SIDE_WRITABLE:
+            return FLOW_BLOCKED
+        n = send(side.fd, tls.out + tls.out_offset, tls.out_length, MSG_NOSIGNAL)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            return tls_sent(side, error)
+        tls.out_offset += <uint32_t> n
+        tls.out_length -= <uint32_t> n
+        if tls.out_length:
+            side.flags &= ~<uint32_t> SIDE_WRITABLE
+    free(tls.out)
+    tls.out = NULL
+    tls.out_offset = 0
+    return FLOW_MORE
+
+
+cdef inline flow_t tls_emit(worker_t *worker, side_t *side, int32_t *error) noexcept nogil:
+    # Sends what OpenSSL has written. FLOW_MORE: it is sent or kept.
+    cdef uint32_t length = worker.cipher_length
+    cdef ssize_t n = 0
+    cdef flow_t flow
+    worker.cipher_length = 0
+    if length == 0:
+        return FLOW_MORE
+    if side.tls.out_length == 0 and side.flags & SIDE_WRITABLE:
+        n = send(side.fd, worker.cipher, length, MSG_NOSIGNAL)
+        if n < 0:
+            flow = tls_sent(side, error)
+            if flow != FLOW_BLOCKED:
+                return flow
+            n = 0
+        elif <uint32_t> n < length:
+            side.flags &= ~<uint32_t> SIDE_WRITABLE
+    return FLOW_MORE if tls_park(side.tls, worker.cipher + n, length - <size_t> n) else FLOW_EXHAUSTED
+
+
+# -- the transport -------------------------------------------------------------------------------------------------------------
+
+cdef inline void tls_begin(worker_t *worker, side_t *side) noexcept nogil:
+    # Before every call of OpenSSL's: an error that another connection left on this thread's queue must not become this one's.
+    worker.bio_side = side
+    worker.bio_errno = 0
+    worker.bio_ended = 0
+    worker.cipher_length = 0
+    ERR_clear_error()
+
+
+cdef inline void tls_fail(worker_t *worker, tls_t *tls) noexcept nogil:
+    # Finds the cause of an error that OpenSSL has just reported, unless it is known already.
+    cdef int reason = l4_peek_reason()
+    if tls.cause != TLS_OK or worker.bio_side.flags & SIDE_RESET:
+        return
+    if worker.bio_ended:
+        tls.cause = TLS_TRUNCATED
+    elif worker.bio_errno:
+        return
+    elif tls.alert:
+        tls.cause = TLS_PEER_ALERT
+    elif reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE:
+        tls.cause = TLS_NO_CERTIFICATE
+    elif (
+        reason == SSL_R_HTTP_REQUEST or reason == SSL_R_HTTPS_PROXY_REQUEST or reason == SSL_R_WRONG_VERSION_NUMBER
+        or reason == SSL_R_UNKNOWN_PROTOCOL
+    ):
+        tls.cause = TLS_NOT_TLS if not tls.flags & TLS_READY else TLS_BAD_RECORD
+    elif reason == SSL_R_UNSUPPORTED_PROTOCOL or reason == SSL_R_VERSION_TOO_LOW or reason == SSL_R_NO_PROTOCOLS_AVAILABLE:
+        tls.cause = TLS_PROTOCOL_VERSION
+    elif reason == SSL_R_NO_SHARED_CIPHER or reason == SSL_R_NO_SUITABLE_KEY_SHARE or reason == SSL_R_NO_SHARED_GROUPS:
+        tls.cause = TLS_NO_COMMON_PARAMETERS
+    else:
+        tls.cause = TLS_BAD_RECORD
+
+
+cdef inline handshake_t tls_handshake(worker_t *worker, side_t *side, int32_t *error) noexcept nogil:
+    # As far as it goes with what has arrived.
+    cdef tls_t *tls = side.tls
+    cdef int rc, why
+    if tls.out_length and tls_flush(side, error) == FLOW_DESTINATION_RESET:
+        return HANDSHAKE_FAILED
+    tls_begin(worker, side)
+    rc = SSL_do_handshake(tls.ssl)
+    why = SSL_get_error(tls.ssl, rc) if rc != 1 else SSL_ERROR_NONE
+    if rc != 1 and why != SSL_ERROR_WANT_READ:
+        tls_fail(worker, tls)
+        if tls.cause == TLS_OK:
+            error[0] = worker.bio_errno
+        tls_emit(worker, side, error)
+        return HANDSHAKE_FAILED
+    if tls_emit(worker, side, error) == FLOW_EXHAUSTED:
+        tls.cause = TLS_INTERNAL
+        return HANDSHAKE_FAILED
+    if rc != 1:
+        return HANDSHAKE_WAITS
+    if SSL_session_reused(tls.ssl):
+        tls.flags |= TLS_RESUMED
+        tls.cause = <uint8_t> tls_check_resumed(worker, tls)
+    elif tls.peer == NULL:
+        # The callback decides; this is for the day on which OpenSSL does not call it (CVE-2024-12797).
+        tls.cause = TLS_NO_CERTIFICATE
+    if tls.cause != TLS_OK:
+        if not tls.flags & TLS_SERVER:
+            session_forget(worker, tls.context_id, &tls.endpoint)
+        return HANDSHAKE_FAILED
+    tls.flags |= TLS_READY
+    tls.cluster = NULL
+    free(tls.trust_domain)
+    tls.trust_domain = NULL
+    if SSL_has_pending(tls.ssl):
+        side.flags |= SIDE_PENDING
+    return HANDSHAKE_DONE
+
+
+cdef inline flow_t tls_read(worker_t *worker, side_t *side, size_t *length, bint *ended, int32_t *error) noexcept nogil:
+    # Up to PLAIN_BYTES into worker.plain. FLOW_SOURCE_RESET: the peer broke off or broke the rules; `length` bytes before that are
+    # good. `ended`: the peer's close_notify.
+    cdef tls_t *tls = side.tls
+    cdef size_t n
+    cdef int rc, why
+    cdef flow_t flow = FLOW_BLOCKED
+    length[0] = 0
+    if tls.flags & TLS_BROKEN:
+        return FLOW_SOURCE_RESET
+    tls_begin(worker, side)
+    while True:
+        if length[0] == PLAIN_BYTES:
+            side.flags |= SIDE_PENDING
+            flow = FLOW_MORE
+            break
+        rc = SSL_read_ex(tls.ssl, worker.plain + length[0], PLAIN_BYTES - length[0], &n)
+        if rc == 1:
+            length[0] += n
+            continue
+        side.flags &= ~<uint32_t> SIDE_PENDING
+        why = SSL_get_error(tls.ssl, rc)
+        if why == SSL_ERROR_ZERO_RETURN:
+            ended[0] = True
+            flow = FLOW_MORE
+        elif why != SSL_ERROR_WANT_READ:
+            tls_fail(worker, tls)
+            if worker.bio_errno:
+                error[0] = worker.bio_errno
+            flow = FLOW_SOURCE_RESET
+        break
+    if length[0]:
+        tls.flags |= TLS_ANSWERED
+        worker.bytes_encrypted += length[0]
+    # Answers to key updates. A failure to send shows at the next read.
+    if tls_emit(worker, side, error) == FLOW_EXHAUSTED:
+        flow = FLOW_EXHAUSTED
+    if tls.flags & TLS_ABUSED:
+        tls.cause = TLS_KEY_UPDATES
+        flow = FLOW_SOURCE_RESET
+    if flow == FLOW_SOURCE_RESET:
+        tls.flags |= TLS_BROKEN
+        side.flags |= SIDE_RESET | SIDE_READABLE
+    return flow
+
+
+cdef inline flow_t tls_write(worker_t *worker, side_t *side, const uint8_t *data, size_t length, int32_t *error) noexcept nogil:
+    # All of it, as records: sent, or kept for the socket. FLOW_BLOCKED: kept.
+    cdef size_t written = 0
+    cdef flow_t flow
+    tls_begin(worker, side)
+    if SSL_write_ex(side.tls.ssl, data, length, &written) != 1 or written != length:
+        side.tls.cause = TLS_INTERNAL
+        return FLOW_EXHAUSTED
+    worker.bytes_encrypted += length
+    flow = tls_emit(worker, side, error)
+    if flow == FLOW_MORE and side.tls.out_length:
+        return FLOW_BLOCKED
+    return flow
+
+
+cdef inline flow_t tls_shut(worker_t *worker, side_t *side, int32_t *error) noexcept nogil:
+    # Says that nothing more will come: the TLS form of a FIN.
+    tls_begin(worker, side)
+    SSL_shutdown(side.tls.ssl)
+    side.tls.flags |= TLS_SHUT
+    return tls_emit(worker, side, error)

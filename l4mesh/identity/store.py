@@ -1,0 +1,123 @@
+"""The identities in use: the newest that are good. A file that turns bad changes nothing but what is said about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from l4mesh.errors import ConfigError, Problem
+from l4mesh.identity.svid import IdentityError, Material, load_identity
+from l4mesh.model import Identity
+
+EXPIRY_WARNING_SHARE = 0.2
+"""A certificate with less than this share of its life left should have been renewed."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityStatus:
+    """What the status, the metrics and the log say about an identity."""
+
+    name: str
+    spiffe_id: str
+    expires_unix_s: float
+    loaded: int
+    """Times that its files have changed to something good."""
+    refused: int
+    error: str
+    """Of the newest look; "" when that one succeeded."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Entry:
+    identity: Identity
+    signature: tuple[tuple[int, ...] | None, ...]
+    material: Material | None
+    error: str = ""
+    loaded: int = 0
+    refused: int = 0
+
+
+class IdentityStore:
+    """Not thread-safe: belongs to the thread that loads configurations."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self.events: list[tuple[str, dict[str, str]]] = []
+        """What the last refresh wants to be logged: an event's name and its fields."""
+
+    def refresh(self, identities: Mapping[str, Identity], now_unix_s: float | None = None) -> dict[str, Material]:
+        """Looks at the files and gives what is good.
+
+        Raises ConfigError for an identity that is new and can't be used. One that was good before keeps what it had.
+        """
+        self.events = []
+        problems: list[Problem] = []
+        entries: dict[str, _Entry] = {}
+        for name, identity in identities.items():
+            entry = entries[name] = self._look(identity, now_unix_s)
+            if entry.material is None:
+                problems.append(Problem(identity.certificate, 0, f"identity {name}", entry.error))
+        if problems:
+            raise ConfigError(problems)
+        self._entries = entries
+        return {name: entry.material for name, entry in entries.items() if entry.material}
+
+    def _look(self, identity: Identity, now_unix_s: float | None) -> _Entry:
+        before = self._entries.get(identity.name)
+        if before and before.identity != identity:
+            # Other files are another identity as far as what is good goes; the old one serves until they are.
+            before = _Entry(identity, (), before.material, before.error, before.loaded, before.refused)
+        signature = tuple(map(_sign, identity.files))
+        if before and before.signature == signature and not before.error:
+            return before
+        try:
+            material = load_identity(identity, now_unix_s)
+        except IdentityError as error:
+            if before is None:
+                return _Entry(identity, signature, None, str(error))
+            if str(error) != before.error:
+                self.events.append(
+                    ("identity_refused", {"identity": identity.name, "error": str(error), "goes_on_with": "the last good one"})
+                )
+            return _Entry(
+                identity, signature, before.material, str(error), before.loaded, before.refused + (str(error) != before.error)
+            )
+        if before and before.material and before.material.digest == material.digest:
+            return _Entry(identity, signature, before.material, "", before.loaded, before.refused)
+        for warning in material.warnings:
+            self.events.append(("identity_warning", {"identity": identity.name, "warning": warning}))
+        if before:
+            self.events.append(("identity_rotated", {"identity": identity.name, "spiffe_id": material.spiffe_id}))
+        return _Entry(identity, signature, material, "", (before.loaded if before else 0) + 1, before.refused if before else 0)
+
+    def status(self) -> list[IdentityStatus]:
+        return [
+            IdentityStatus(
+                name, entry.material.spiffe_id, entry.material.expires_unix_s, entry.loaded, entry.refused, entry.error,
+                entry.material.warnings,
+            )
+            for name, entry in list(self._entries.items()) if entry.material
+        ]  # fmt: skip
+
+    def expiring(self, now_unix_s: float) -> list[tuple[str, float]]:
+        """Identities that are close to their end, and the seconds that they have left; negative when they are past it."""
+        soon = []
+        for name, entry in list(self._entries.items()):
+            material = entry.material
+            if material is None:
+                continue
+            life_s = material.expires_unix_s - material.not_before_unix_s
+            left_s = material.expires_unix_s - now_unix_s
+            if left_s < life_s * EXPIRY_WARNING_SHARE:
+                soon.append((name, left_s))
+        return soon
+
+
+def _sign(path: str) -> tuple[int, ...] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
