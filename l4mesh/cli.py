@@ -6,13 +6,15 @@ import asyncio
 import shutil
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import click
 
 from l4mesh import __version__
 from l4mesh.errors import CommandError, ConfigError
+from l4mesh.model import Config, Workload
 
 DEFAULT_CONFIG = Path("/etc/l4mesh")
 DEFAULT_ADMIN = "127.0.0.1:15000"
@@ -73,21 +75,176 @@ def run(paths: tuple[Path, ...]) -> None:
     sys.exit(run_app(_paths(paths)))
 
 
-@cli.command(cls=Examples, epilog="l4mesh check -c conf/node.yaml")
+@cli.command(cls=Examples, epilog="l4mesh check -c conf/node.yaml\n  l4mesh check -c conf/node.yaml --explain web-1 redis-1 6379")
 @config_option
-def check(paths: tuple[Path, ...]) -> None:
-    """Check a configuration: every mistake with file, line and what is allowed. Exit code 1 when there is one."""
+@click.option(
+    "--explain", nargs=3, type=str, metavar="SOURCE DESTINATION PORT",
+    help="Say which policy decides about a connection. SOURCE: a workload, a SPIFFE ID or an address; DESTINATION: a workload or an "
+    "address.",
+)  # fmt: skip
+def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None:
+    """Check a configuration and its certificates: every mistake with file, line and what is allowed. Exit code 1 when there is one."""
     from l4mesh.config.load import load_config
+    from l4mesh.identity.store import IdentityStore
 
     config = load_config(_paths(paths))
+    materials = IdentityStore().refresh(config.identities)
+    for material in materials.values():
+        for warning in material.warnings:
+            click.echo(f"l4mesh: warning: {warning}", err=True)
+    if explain:
+        _explain(config, {name: material.spiffe_id for name, material in materials.items()}, *explain)
+        return
     endpoints = sum(len(cluster.endpoints) for cluster in config.clusters.values())
     click.echo(f"ok: {len(config.listeners)} listeners, {len(config.clusters)} clusters, {endpoints} endpoints")
 
 
+def _explain(config: Config, identities: dict[str, str], source: str, destination: str, port_text: str) -> None:
+    """Exit code 1 when the connection is refused."""
+    from l4mesh.config.quantities import parse_ip, parse_spiffe_id
+    from l4mesh.datapath import judge
+
+    by_name = {workload.name: workload for workload in config.workloads}
+    by_address = {address: workload for workload in config.workloads for address in workload.addresses}
+
+    def find(text: str) -> tuple[Workload | None, str]:
+        if text in by_name:
+            return by_name[text], by_name[text].addresses[0]
+        try:
+            return by_address.get(parse_ip(text)), parse_ip(text)
+        except ValueError:
+            raise CommandError(f"{text} is neither a workload ({', '.join(by_name) or 'there are none'}) nor an address") from None
+
+    if not port_text.isdecimal() or not 0 < int(port_text) < 65536:
+        raise CommandError(f"{port_text} is not a port")
+    if source.startswith("spiffe://"):
+        spiffe_id, address = source, "0.0.0.0"
+        try:
+            parse_spiffe_id(source)
+        except ValueError as error:
+            raise CommandError(f"the source {error}") from None
+    else:
+        workload, address = find(source)
+        name = (workload.identity if workload else "") or config.node_identity
+        spiffe_id = identities.get(name, "") if workload else ""
+    target, _ = find(destination)
+    answer = judge(config, target, spiffe_id, address, int(port_text))
+    who = f"{spiffe_id or 'a peer without an identity'} from {address}"
+    where = f"workload {target.name} in {target.namespace}" if target else f"{destination}, which is no workload of this node,"
+    click.echo(f"{who} to {where} port {port_text}: {'allowed' if answer.allowed else 'refused'}")
+    if answer.policy:
+        click.echo(f"  because policy {answer.policy} matches, by from[{answer.peers}]")
+    elif answer.allowed:
+        click.echo("  because no policy denies it and no allow policy is about this destination")
+    else:
+        click.echo("  because there are allow policies for this destination and none of them matches")
+    if answer.dry_run_refuses:
+        click.echo(f"  but the dry-run policy {answer.dry_run_refuses} would refuse it")
+    sys.exit(0 if answer.allowed else 1)
+
+
 @cli.command(cls=Examples, epilog="l4mesh version")
 def version() -> None:
-    """Print the version."""
-    click.echo(f"l4mesh {__version__}")
+    """Print the version, and that of the TLS library."""
+    from l4mesh.datapath import openssl_version
+
+    click.echo(f"l4mesh {__version__} ({openssl_version()})")
+
+
+@cli.group()
+def ca() -> None:
+    """A certificate authority for one mesh, kept in a folder: see `l4mesh ca init`."""
+
+
+ca_folder = click.argument("folder", type=click.Path(path_type=Path))
+ca_life = click.option("--life", default="24h", show_default=True, metavar="DURATION", help="How long the certificate is valid.")
+
+
+def _life(text: str) -> timedelta:
+    from l4mesh.config.quantities import parse_duration_ms
+
+    try:
+        return timedelta(milliseconds=parse_duration_ms(text))
+    except ValueError as error:
+        raise CommandError(f"--life {error}") from None
+
+
+@ca.command("init", cls=Examples, epilog="l4mesh ca init --trust-domain example.org /etc/l4mesh/ca")
+@ca_folder
+@click.option("--trust-domain", required=True, metavar="DOMAIN", help="The first part of every SPIFFE ID: spiffe://DOMAIN/…")
+def ca_init(folder: Path, trust_domain: str) -> None:
+    """Make a CA: a root, and an intermediate that signs."""
+    from l4mesh.identity.ca import CertificateAuthority
+
+    authority = CertificateAuthority.create(folder, trust_domain)
+    click.echo(f"made a CA for spiffe://{trust_domain}/ in {folder}; nodes need {authority.bundle_path} and {authority.crl_path}")
+    click.echo(f"keep {folder}/*/root.key somewhere else when you have issued what you need; only ca rotate asks for it")
+
+
+@ca.command("issue", cls=Examples, epilog="l4mesh ca issue /etc/l4mesh/ca spiffe://example.org/ns/shop/sa/web --out tls/web")
+@ca_folder
+@click.argument("spiffe_id")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="PATH", help="Writes PATH.pem and PATH.key.")
+@ca_life
+def ca_issue(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
+    """Issue a certificate with a new key for a workload or a node."""
+    from l4mesh.identity.ca import CertificateAuthority, write_identity
+
+    issued = CertificateAuthority(folder).issue(spiffe_id, _life(life))
+    certificate, key = write_identity(out.parent, out.name, issued.certificates, issued.private_key)
+    click.echo(f"{certificate} and {key}: {spiffe_id}, valid for {life}")
+
+
+@ca.command("sign", cls=Examples, epilog="l4mesh ca sign /etc/l4mesh/ca web.csr --out web.pem")
+@ca_folder
+@click.argument("request", type=click.File("rb"))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The certificate and its chain, in PEM.")
+@ca_life
+def ca_sign(folder: Path, request: BinaryIO, out: Path, life: str) -> None:
+    """Sign a CSR whose one name is a SPIFFE ID."""
+    from l4mesh.identity.ca import CertificateAuthority
+
+    out.write_bytes(CertificateAuthority(folder).sign(request.read(), _life(life)).certificates)
+    click.echo(f"{out}: signed, valid for {life}")
+
+
+@ca.command("revoke", cls=Examples, epilog="l4mesh ca revoke /etc/l4mesh/ca tls/web.pem")
+@ca_folder
+@click.argument("certificate", type=click.File("rb"))
+def ca_revoke(folder: Path, certificate: BinaryIO) -> None:
+    """Revoke a certificate that this CA has issued: live connections of it end where the list arrives."""
+    from l4mesh.identity.ca import CertificateAuthority
+
+    authority = CertificateAuthority(folder)
+    click.echo(f"{authority.revoke(certificate.read())}: revoked; bring {authority.crl_path} to the nodes")
+
+
+@ca.command("rotate", cls=Examples, epilog="l4mesh ca rotate /etc/l4mesh/ca")
+@ca_folder
+@click.option("--finish", is_flag=True, help="End the overlap: trust only the newest root.")
+def ca_rotate(folder: Path, finish: bool) -> None:
+    """Make a new root, which signs from now on. The old one stays trusted until --finish."""
+    from l4mesh.identity.ca import CertificateAuthority
+
+    authority = CertificateAuthority(folder)
+    if finish:
+        click.echo(f"dropped {authority.drop_old_roots()} old roots; bring {authority.bundle_path} to the nodes")
+        return
+    authority.rotate()
+    click.echo(
+        f"a new root signs; bring {authority.bundle_path} to the nodes, renew all certificates, then run: l4mesh ca rotate --finish"
+    )
+
+
+@ca.command("crl", cls=Examples, epilog="l4mesh ca crl /etc/l4mesh/ca")
+@ca_folder
+def ca_crl(folder: Path) -> None:
+    """Write the revocation list anew: it says of itself that it is good for a week."""
+    from l4mesh.identity.ca import CertificateAuthority
+
+    authority = CertificateAuthority(folder)
+    authority.refresh_crl()
+    click.echo(f"{authority.crl_path}: written")
 
 
 @cli.command(cls=Examples, epilog="sudo l4mesh demo")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from l4mesh import _fastpath
 from l4mesh.errors import CloseReason, InternalError, TlsCause
 from l4mesh.identity.svid import Material
-from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress
+from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress, Workload
 from l4mesh.policy.authz import add_policies
 from l4mesh.policy.plan import (
     compile_flags,
@@ -461,7 +461,9 @@ class Datapath:
     def _name_record(self, worker: int, record: _fastpath.Record) -> ConnectionRecord:
         ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]
         to_upstream, to_downstream, rtt, retransmits, upstream_rtt, upstream_retransmits = record[12:18]
-        identity, version, resumed, upstream_identity, upstream_version, upstream_resumed, cause, alert, policy, dry_policy = record[18:]
+        identity, version, resumed, upstream_identity, upstream_version, upstream_resumed, cause, alert, policy, dry_policy = record[
+            18:
+        ]
         return ConnectionRecord(
             ended, worker, self._names.get(listener, ""), self._names.get(cluster, ""), endpoint, source, destination,
             _REASONS[reason], attempts, errno, connect, first_byte, total, to_upstream, to_downstream, rtt, retransmits,
@@ -469,6 +471,11 @@ class Datapath:
             _show_version(upstream_version, resumed=upstream_resumed), _CAUSES[cause], alert, self._policy_names.get(policy, ""),
             self._policy_names.get(dry_policy, ""),
         )  # fmt: skip
+
+
+def openssl_version() -> str:
+    """The TLS library in use, as it names itself."""
+    return _fastpath.openssl_version()
 
 
 def _show_version(minor: int, *, resumed: bool) -> str:
@@ -518,3 +525,33 @@ def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> End
         entry.model.name, address, endpoint.weight, endpoint.zone, active, opened, failures, to_upstream, to_downstream,
         bool(warm_from_ms) and now_ms < warm_from_ms + entry.model.slow_start_ms,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the policies say of one connection. ``policy`` and ``peers`` name the clause that decides; "" and -1: none does."""
+
+    allowed: bool
+    policy: str
+    peers: int
+    dry_run_refuses: str
+    """The dry-run policy that would refuse it, or ""."""
+
+
+def judge(config: Config, workload: Workload | None, spiffe_id: str, source: str, port: int) -> Judgement:
+    """Asks the compiled policies, as a worker would, about a peer (``spiffe_id`` is "" for plaintext) that connects to a workload of
+    this node, or to what is none."""
+    plan = _fastpath.Plan(
+        1, 1, [], [], max_connections=0, max_connections_per_source=0, mark=0, splice=False, error_reasons=0, log_when=0,
+        log_sample=0, max_handshakes_per_source=0, trust=0,
+    )  # fmt: skip
+    if not config.policies:
+        return Judgement(True, "", -1, "")
+    sets = add_policies(plan, config.policies, config.workloads, lambda _: 0)
+    clauses = [(policy.name, peers) for policy in config.policies for peers in range(len(policy.peers))]
+    chosen = sets.default if workload is None else sets.of_workload[config.workloads.index(workload)]
+    allowed, would, deny, allow, dry_deny, _ = plan.judge(chosen, spiffe_id.encode(), pack_ip(source), port)
+    decides = deny if deny >= 0 else allow
+    name, peers = clauses[decides] if decides >= 0 else ("", -1)
+    refuses = (clauses[dry_deny][0] if dry_deny >= 0 else "(no policy allows)") if allowed and not would else ""
+    return Judgement(allowed, name, peers, refuses)

@@ -85,7 +85,7 @@ def load_identity(identity: Identity, now_unix_s: float | None = None) -> Materi
         warnings.append(f"{identity.private_key}: can be read by others than its owner; it should have mode 0600")
     revoked: tuple[tuple[bytes, bytes], ...] = ()
     if identity.crl:
-        revoked = _read_revoked(identity.crl, contents[identity.crl], [*bundle, *chain[1:]], now, warnings)
+        revoked = _read_revoked(identity.crl, contents[identity.crl], bundle, chain[1:], now, warnings)
     digest = hashlib.sha256(b"".join(hashlib.sha256(contents[path]).digest() for path in identity.files)).digest()
     return Material(
         identity.name, spiffe_id, contents[identity.certificate], contents[identity.private_key], contents[identity.trust_bundle],
@@ -171,10 +171,18 @@ def _is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bo
 
 
 def _read_revoked(
-    path: str, content: bytes, issuers: Sequence[x509.Certificate], now: float, warnings: list[str]
+    path: str,
+    content: bytes,
+    bundle: Sequence[x509.Certificate],
+    intermediates: Sequence[x509.Certificate],
+    now: float,
+    warnings: list[str],
 ) -> tuple[tuple[bytes, bytes], ...]:
-    """What the lists in a file revoke. A list counts only when a CA that we trust has signed it; one that is past its date goes on
-    to count, because the alternative is to trust what it revokes or to stop the mesh."""
+    """What the lists in a file revoke. A list counts only when a CA that we trust has signed it: one of the bundle, an intermediate of
+    our own chain, or one that stands in the file and is signed by the bundle. A list that is past its date goes on to count, because
+    the alternative is to trust what it revokes or to stop the mesh."""
+    enclosed = x509.load_pem_x509_certificates(content) if b"BEGIN CERTIFICATE" in content else []
+    issuers = [*bundle, *intermediates, *(ca for ca in enclosed if any(_is_signed_by(ca, root) for root in bundle))]
     end = b"-----END X509 CRL-----"
     parts = [part + end for part in content.split(end) if b"BEGIN X509 CRL" in part]
     try:
