@@ -15,6 +15,17 @@ from tests.support.peers import RST, Server, connect, echo, read_to_end
 from tests.support.waiting import wait_until
 
 HOUR = datetime.timedelta(hours=1)
+
+
+def is_cut(client: ssl.SSLSocket) -> bool:
+    """Whether the connection ends without close_notify. Python shows a reset as the end of the stream or as an error."""
+    try:
+        data = client.recv(1)
+    except OSError:
+        return True
+    return data == b"" and client.pending() == 0
+
+
 BAD = {
     "none": (None, "no_certificate"),
     "expired": ({"ends": -HOUR / 2}, "expired"),
@@ -36,7 +47,11 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_client_certificate_is_refused_with_its_cause(
-    mesh: Factory, ca: Authority, redis: Files, tmp_path: Path, kind: str  # noqa: F811
+    mesh: Factory,
+    ca: Authority,
+    redis: Files,
+    tmp_path: Path,
+    kind: str,
 ) -> None:
     arguments, cause = BAD[kind]
     files = hostile(ca, tmp_path, "bad", **arguments) if arguments is not None else None  # type: ignore[arg-type]
@@ -52,7 +67,11 @@ def test_a_bad_client_certificate_is_refused_with_its_cause(
 
 
 def test_another_ca_is_refused_and_so_is_a_revoked_peer(
-    mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path  # noqa: F811
+    mesh: Factory,
+    ca: Authority,
+    web: Files,
+    redis: Files,
+    tmp_path: Path,
 ) -> None:
     stranger = Authority.new(tmp_path / "stranger").files(tmp_path, "stranger", WEB)
     crl = tmp_path / "crl.pem"
@@ -70,8 +89,7 @@ def test_another_ca_is_refused_and_so_is_a_revoked_peer(
             ca.revoke(web.certificate.read_bytes())
             crl.write_bytes(ca.crl_path.read_bytes())
             # The live connection ends,
-            with pytest.raises(ConnectionResetError):
-                live.recv(1)
+            assert is_cut(live)
         m.wait_closed(peer_certificate=1)
         # and no new one begins.
         with contextlib.suppress(OSError), connect(m.port()) as plain:
@@ -94,7 +112,10 @@ GARBAGE = {
 @pytest.mark.parametrize("mode", ["strict", "permissive"])
 @pytest.mark.parametrize("kind", [kind for kind in GARBAGE if kind not in ("text", "heartbeat", "not a handshake")])
 def test_garbage_ends_at_once_and_reaches_nobody(
-    mesh: Factory, redis: Files, kind: str, mode: str  # noqa: F811
+    mesh: Factory,
+    redis: Files,
+    kind: str,
+    mode: str,
 ) -> None:
     with Server(echo) as server:
         m = mesh(inbound(redis, server.address, {"mode": mode, "handshake_timeout": "300ms"}))
@@ -150,7 +171,9 @@ def test_a_server_that_is_somebody_else_gets_no_byte(mesh: Factory, web: Files) 
 
 
 def test_a_policy_decides_and_its_change_ends_what_it_no_longer_allows(
-    mesh: Factory, web: Files, redis: Files  # noqa: F811
+    mesh: Factory,
+    web: Files,
+    redis: Files,  # noqa: F811
 ) -> None:
     def policies(identity: str, **more: object) -> dict[str, object]:
         return {"policies": [{"name": "only", "action": "allow", "from": [{"identities": [identity]}]} | more]}
@@ -164,8 +187,7 @@ def test_a_policy_decides_and_its_change_ends_what_it_no_longer_allows(
             live.sendall(b"y")
             assert live.recv(1) == b"y"
             m.reload(inbound(redis, server.address) | policies(REDIS))
-            with pytest.raises(ConnectionResetError):
-                live.recv(1)
+            assert is_cut(live)
         accepted = server.accepted
         with contextlib.suppress(OSError), connect(m.port()) as plain, client_context(web, web.bundle).wrap_socket(plain) as client:
             client.recv(1)
@@ -174,7 +196,11 @@ def test_a_policy_decides_and_its_change_ends_what_it_no_longer_allows(
 
 
 def test_an_unusable_rotation_keeps_the_old_certificate(
-    mesh: Factory, web: Files, redis: Files, ca: Authority, tmp_path: Path  # noqa: F811
+    mesh: Factory,
+    web: Files,
+    redis: Files,
+    ca: Authority,
+    tmp_path: Path,
 ) -> None:
     with Server(echo) as server:
         m = mesh(inbound(redis, server.address))

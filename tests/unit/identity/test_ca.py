@@ -1,0 +1,121 @@
+"""The CA, judged by somebody else: openssl verifies what it makes; and what our own loader says of bad files."""
+
+import datetime
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from l4mesh.cli import cli
+from l4mesh.errors import CommandError
+from l4mesh.identity.ca import CertificateAuthority, make_request, write_identity
+from l4mesh.identity.svid import IdentityError, load_identity
+from l4mesh.model import Identity
+from tests.support.certificates import WEB, Authority, hostile
+
+
+def openssl_accepts(certificate: Path, bundle: Path) -> bool:
+    command = ["openssl", "verify", "-purpose", "sslserver", "-CAfile", str(bundle), "-untrusted", str(certificate), str(certificate)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def identity(certificate: Path, key: Path, bundle: Path, crl: str = "") -> Identity:
+    return Identity("web", str(certificate), str(key), str(bundle), crl)
+
+
+def test_openssl_verifies_what_it_issues_and_the_keys_are_secret(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    files = ca.files(tmp_path, "web", WEB)
+    assert openssl_accepts(files.certificate, files.bundle)
+    for key in (*tmp_path.glob("**/*.key"),):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600, key
+    material = load_identity(identity(files.certificate, files.key, files.bundle, str(ca.crl_path)))
+    assert (material.spiffe_id, material.warnings, material.revoked) == (WEB, (), ())
+
+
+def test_a_rotation_overlaps_in_both_directions(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    old = ca.files(tmp_path, "old", WEB)
+    old_bundle = tmp_path / "old-bundle.pem"
+    old_bundle.write_bytes(ca.bundle_path.read_bytes())
+    ca.rotate()
+    new = ca.files(tmp_path, "new", WEB)
+    assert openssl_accepts(new.certificate, old_bundle)
+    assert openssl_accepts(old.certificate, ca.bundle_path)
+    assert openssl_accepts(new.certificate, ca.bundle_path)
+    assert ca.drop_old_roots() == 1
+    assert openssl_accepts(new.certificate, ca.bundle_path)
+    assert not openssl_accepts(old.certificate, ca.bundle_path)
+
+
+def test_a_request_gets_its_one_name_and_nothing_else(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    key, request = make_request(WEB)
+    issued = ca.sign(request)
+    certificate, key_path = write_identity(tmp_path, "web", issued.certificates, key)
+    assert load_identity(identity(certificate, key_path, ca.bundle_path)).spiffe_id == WEB
+    with pytest.raises(CommandError, match="not for"):
+        ca.sign(request, spiffe_id="spiffe://example.org/ns/shop/sa/redis")
+    with pytest.raises(CommandError, match="not of the trust domain"):
+        ca.sign(make_request("spiffe://elsewhere.org/ns/shop/sa/web")[1])
+    with pytest.raises(CommandError, match="CSR in PEM"):
+        ca.sign(b"garbage")
+
+
+def test_a_list_counts_only_when_a_trusted_ca_signed_it(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    files = ca.files(tmp_path, "web", WEB)
+    ca.revoke(files.certificate.read_bytes())
+    assert len(load_identity(identity(files.certificate, files.key, files.bundle, str(ca.crl_path))).revoked) == 1
+    stranger = Authority.new(tmp_path / "stranger")
+    with pytest.raises(IdentityError, match="signed by no CA that is trusted here"):
+        load_identity(identity(files.certificate, files.key, files.bundle, str(stranger.crl_path)))
+    with pytest.raises(CommandError, match="not issued by this CA"):
+        stranger.revoke(files.certificate.read_bytes())
+
+
+def test_bad_files_are_told_apart(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    web, other = ca.files(tmp_path, "web", WEB), ca.files(tmp_path, "other", WEB)
+    expired = hostile(ca, tmp_path, "expired", ends=-datetime.timedelta(minutes=1))
+    two = hostile(ca, tmp_path, "two", uris=(WEB, WEB + "2"))
+    missing = tmp_path / "missing.pem"
+    for certificate, key, message in (
+        (web.certificate, other.key, "does not belong to the certificate"),
+        (missing, web.key, "can't be read: No such file"),
+        (web.key, web.key, "holds no certificate in PEM"),
+        (web.certificate, web.certificate, "holds no private key in PEM"),
+        (expired.certificate, expired.key, "expired at"),
+        (two.certificate, two.key, "exactly one URI name, its SPIFFE ID; it has 2"),
+    ):
+        with pytest.raises(IdentityError, match=message):
+            load_identity(identity(certificate, key, web.bundle))
+
+
+def test_the_commands_and_the_explanation(tmp_path: Path) -> None:
+    run = lambda *words: CliRunner().invoke(cli, list(map(str, words)))  # noqa: E731
+    assert run("ca", "init", "--trust-domain", "example.org", tmp_path / "ca").exit_code == 0
+    assert run("ca", "issue", tmp_path / "ca", WEB, "--out", tmp_path / "web", "--life", "1h").exit_code == 0
+    assert isinstance(run("ca", "init", "--trust-domain", "example.org", tmp_path / "ca").exception, CommandError)
+    (tmp_path / "mesh.yaml").write_text(
+        f"""\
+identities: [{{name: web, certificate: web.pem, private_key: web.key, trust_bundle: {tmp_path}/ca/bundle.pem}}]
+workloads:
+  - {{name: web-1, namespace: shop, addresses: [10.0.0.2], identity: web}}
+  - {{name: redis-1, namespace: shop, addresses: [10.0.0.3], labels: {{app: redis}}}}
+listeners: [{{name: in, bind: "127.0.0.1:0", cluster: c}}]
+clusters: [{{name: c}}]
+policies: [{{name: only-web, action: allow, workloads: {{app: redis}}, from: [{{identities: ["*/sa/web"]}}], ports: [6379]}}]
+"""
+    )
+    asked = run("check", "-c", tmp_path / "mesh.yaml", "--explain", "web-1", "redis-1", "6379")
+    assert (asked.exit_code, "allowed" in asked.output, "only-web" in asked.output) == (0, True, True), asked.output
+    asked = run("check", "-c", tmp_path / "mesh.yaml", "--explain", "web-1", "redis-1", "80")
+    assert (asked.exit_code, "none of them matches" in asked.output) == (1, True)
+
+
+def test_a_folder_that_is_no_ca_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="l4mesh ca init"):
+        CertificateAuthority(tmp_path)
