@@ -1,4 +1,4 @@
-"""A certificate authority for one mesh: a root, an intermediate that signs, short-lived leaves, revocation, rotation. A folder of files.
+"""A certificate authority for one mesh, in a folder: a root, an intermediate that signs, short-lived leaves, revocation, rotation.
 
 Each generation is a folder with a root and an intermediate. Rotation adds one: its root is also signed by the root before it, and
 that certificate travels in the chains, so that peers which still hold the old bundle accept the new leaves. The bundle has both roots

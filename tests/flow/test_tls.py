@@ -19,21 +19,6 @@ from tests.support.waiting import wait_until
 MB = 1 << 20
 
 
-@pytest.fixture(scope="session")
-def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority.new(tmp_path_factory.mktemp("ca") / "ca")
-
-
-@pytest.fixture
-def web(ca: Authority, tmp_path: Path) -> Files:
-    return ca.files(tmp_path, "web", WEB)
-
-
-@pytest.fixture
-def redis(ca: Authority, tmp_path: Path) -> Files:
-    return ca.files(tmp_path, "redis", REDIS)
-
-
 def inbound(redis: Files, endpoint: str, tls: Config | None = None, **more: object) -> Config:
     return {
         "identities": [redis.identity("redis")],
