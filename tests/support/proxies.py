@@ -52,8 +52,8 @@ static_resources:
 
 
 def free_port() -> int:
-    """A port for a program that can't be asked which one it took."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+    """A port for a program that can't be asked which one it took: free on every address, so that 0.0.0.0 can be bound as well."""
+    with socket.create_server(("0.0.0.0", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
