@@ -32,18 +32,18 @@ from l4mesh._native.openssl cimport *
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.relay cimport half_drop, half_park, half_release_pipe, half_step, pipe_close
 from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
-from l4mesh._native.route cimport prefixes_hold, route_find
+from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free
 from l4mesh._native.sources cimport source_give, source_take
 from l4mesh._native.spiffe cimport (
-    PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_matches, pattern_t, spiffe_parse, spiffe_t,
+    PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,
 )
 from l4mesh._native.stats cimport (
     CLOSE_REASONS, CONNECT_BUCKETS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t, listener_stat_t,
 )
 from l4mesh._native.tls cimport (
-    HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, context_configure, plan_revokes, tls_bio_ctrl, tls_bio_read, tls_bio_write,
+    HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes, tls_bio_ctrl, tls_bio_read, tls_bio_write,
     tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
 )
 from l4mesh._native.types cimport *
@@ -375,14 +375,6 @@ cdef void conn_refuse(worker_t *worker, conn_t *conn, uint32_t slot, int reason)
     conn_finish(worker, conn, slot, reason, True)
 
 
-cdef inline bint ports_hold(const plan_t *plan, span_t span, uint16_t port) noexcept nogil:
-    cdef uint32_t i
-    for i in range(span.start, span.end):
-        if plan.ports[i].first <= port <= plan.ports[i].last:
-            return True
-    return False
-
-
 cdef int listener_tls_mode(const plan_t *plan, const listener_t *listener, uint16_t port) noexcept nogil:
     # A TLS_MODE_*: the port's own, or the listener's. Where the server speaks first no byte of the client's can be waited for, so
     # that permissive means plaintext there.
@@ -412,6 +404,7 @@ cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listen
         or (listener.flags & LISTENER_HELLO and not ports_hold(plan, listener.server_first, conn.destination.port))
     ):
         conn.state = CONN_HELLO
+        conn.phase.dial.attempt_at_ms = worker.now_ms + listener.handshake_ms
         conn_arm(worker, conn, slot, worker.now_ms + listener.handshake_ms)
         if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
@@ -522,6 +515,14 @@ cdef const workload_t *plan_workload(const plan_t *plan, const uint8_t *ip) noex
     return NULL
 
 
+cdef bint workload_identity(const plan_t *plan, const workload_t *workload, spiffe_t *identity) noexcept nogil:
+    # Who a workload of this node is (NULL: none). False, and `identity` as it was: it has no certificate.
+    cdef const tls_context_t *context = NULL
+    if workload != NULL and workload.identity < plan.n_contexts:
+        context = plan.contexts[workload.identity]
+    return context != NULL and spiffe_parse(context.identity, context.identity_length, identity)
+
+
 cdef const tls_context_t *plan_context(const plan_t *plan, uint32_t configured, const uint8_t *ip) noexcept nogil:
     # The identity to show: the configured one, that of the workload at the address, the node's. NULL: there is none.
     cdef const workload_t *workload
@@ -602,9 +603,7 @@ cdef bint conn_authorize(worker_t *worker, conn_t *conn) noexcept nogil:
     # where it arrives.
     cdef const plan_t *plan = worker.plan
     cdef const workload_t *workload = plan_workload(plan, conn.endpoint.ip)
-    cdef const workload_t *from_workload
     cdef const policy_set_t *policies
-    cdef const tls_context_t *context
     cdef uint16_t port = conn.endpoint.port if workload != NULL else conn.destination.port
     cdef const tls_t *tls = conn.side[DOWNSTREAM].tls
     cdef verdict_t verdict
@@ -624,11 +623,7 @@ cdef bint conn_authorize(worker_t *worker, conn_t *conn) noexcept nogil:
         spiffe_parse(tls.peer, tls.peer_length, &peer)
     elif conn.listener_flags & LISTENER_OUTBOUND:
         # One hop within the node: the kernel vouches for the source address, and the address for the workload.
-        from_workload = plan_workload(plan, conn.source.ip)
-        if from_workload != NULL and from_workload.identity < plan.n_contexts:
-            context = plan.contexts[from_workload.identity]
-            if context != NULL:
-                spiffe_parse(context.identity, context.identity_length, &peer)
+        workload_identity(plan, plan_workload(plan, conn.source.ip), &peer)
     verdict_find(plan, policies, &peer, &conn.source, port, &verdict)
     if verdict_allows(policies, &verdict) and not verdict_would_allow(policies, &verdict):
         worker.dry_denied += 1
@@ -747,19 +742,10 @@ cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
 
 cdef bint local_peer_is_expected(const worker_t *worker, const conn_t *conn) noexcept nogil:
     # Within the node no handshake shows who the endpoint is; its address says which workload it is.
-    cdef const cluster_t *cluster = conn.phase.dial.cluster
-    cdef const workload_t *workload = plan_workload(worker.plan, conn.endpoint.ip)
-    cdef const tls_context_t *context = NULL
     cdef spiffe_t peer
-    cdef uint32_t i
-    if workload != NULL and workload.identity < worker.plan.n_contexts:
-        context = worker.plan.contexts[workload.identity]
-    if context == NULL or not spiffe_parse(context.identity, context.identity_length, &peer):
+    if not workload_identity(worker.plan, plan_workload(worker.plan, conn.endpoint.ip), &peer):
         return False
-    for i in range(cluster.n_peers):
-        if pattern_matches(&cluster.peers[i], cluster.peer_text, &peer.whole):
-            return True
-    return False
+    return cluster_expects(conn.phase.dial.cluster, &peer)
 
 
 cdef void conn_fail_upstream(worker_t *worker, conn_t *conn, uint32_t slot, int cause) noexcept nogil:
@@ -985,6 +971,7 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     conn.phase.half[DOWNSTREAM].pipe.read_fd = -1
     conn.phase.half[UPSTREAM].pipe.read_fd = -1
     cluster_drop(cluster)
+    conn.routed = 0
     conn.state = CONN_RELAYING
     conn.active_ms = worker.now_ms
     conn.side[UPSTREAM].flags |= SIDE_WRITABLE
@@ -1160,9 +1147,7 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
         add(&conn.cluster_stat.active, -1)
     else:
         conn.cluster_stat.rows[worker.index].opened += 1
-    if conn.state == CONN_DIALLING or conn.state == CONN_HANDSHAKE:
-        cluster_drop(conn.phase.dial.cluster)
-    elif conn.routed and (conn.state == CONN_PREFACE or conn.state == CONN_HELLO):
+    if conn.routed:
         cluster_drop(conn.phase.dial.cluster)
     elif conn.state == CONN_RELAYING or conn.state == CONN_RESETTING:
         if conn.endpoint_stat != NULL:
@@ -1299,15 +1284,15 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     cdef uint64_t at
     if conn.state == CONN_PREFACE:
         conn_refuse(worker, conn, slot, CLOSE_PROXY_PROTOCOL_TIMEOUT)
-    elif conn.state == CONN_HELLO:
-        conn_hello(worker, conn, slot, True)
-    elif conn.state == CONN_HANDSHAKE:
-        if worker.now_ms >= conn.phase.dial.attempt_at_ms:
+    elif conn.state == CONN_HELLO or conn.state == CONN_HANDSHAKE:
+        if worker.now_ms < conn.phase.dial.attempt_at_ms:
+            conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
+        elif conn.state == CONN_HELLO:
+            conn_hello(worker, conn, slot, True)
+        else:
             conn.side[DOWNSTREAM].tls.cause = TLS_TIMEOUT
             worker.tls_failures[DOWNSTREAM][<int> TLS_TIMEOUT] += 1
             conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_TLS, True)
-        else:
-            conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     elif conn.state == CONN_DIALLING:
         if conn.phase.dial.left_at_ms and worker.now_ms >= conn.phase.dial.left_at_ms:
             conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
@@ -1526,6 +1511,14 @@ cdef void *grown(void *items, size_t count, size_t size) except NULL:
     if room == NULL:
         raise MemoryError
     return room
+
+
+cdef uint32_t table_size(size_t count) noexcept:
+    # Places of a hash table with linear probing: a power of two, at most half of them taken.
+    cdef uint32_t size = 2
+    while size < 2 * count:
+        size *= 2
+    return size
 
 
 cdef int fill_ip(uint8_t *ip, bytes packed) except -1:
@@ -1981,7 +1974,6 @@ cdef class Plan:
     ) except -1:
         cdef plan_t *plan = self.plan
         cdef route_t *route
-        cdef span_t span
         cdef uint32_t total = 0
         plan.routes = <route_t *> grown(plan.routes, self.n_routes, sizeof(route_t))
         route = &plan.routes[self.n_routes]
@@ -1994,9 +1986,7 @@ cdef class Plan:
         route.sources = self.n_prefixes
         self.add_prefixes(sources)
         route.sources_end = self.n_prefixes
-        span = self.add_port_ranges(ports)
-        route.ports = span.start
-        route.ports_end = span.end
+        route.ports = self.add_port_ranges(ports)
         route.targets = self.n_targets
         for cluster, weight in targets:
             plan.targets = <target_t *> grown(plan.targets, self.n_targets, sizeof(target_t))
@@ -2010,15 +2000,14 @@ cdef class Plan:
     cdef int index_exact(self, listener_t *listener, list keys) except -1:
         # keys: (ip, port, route index), in order: the first of equal ones stays.
         cdef plan_t *plan = self.plan
-        cdef uint32_t size = 2
+        cdef uint32_t size
         cdef uint32_t at
         cdef exact_route_t *entry
         cdef address_t address
         cdef void *room
         if not keys:
             return 0
-        while size < 2 * len(keys):
-            size *= 2
+        size = table_size(len(keys))
         room = realloc(plan.exact, (self.n_exact + size) * sizeof(exact_route_t))
         if room == NULL:
             raise MemoryError
@@ -2139,12 +2128,11 @@ cdef class Plan:
         """``workloads``: (ip, identity id or 0, index of a policy set). Of equal addresses the first stays."""
         cdef plan_t *plan = self.plan
         cdef address_t address
-        cdef uint32_t size = 2
+        cdef uint32_t size
         cdef uint32_t at
         if not workloads:
             return
-        while size < 2 * len(workloads):
-            size *= 2
+        size = table_size(len(workloads))
         plan.workloads = <workload_t *> calloc(size, sizeof(workload_t))
         if plan.workloads == NULL:
             raise MemoryError
@@ -2165,13 +2153,12 @@ cdef class Plan:
         """``revoked``: (issuer as DER, serial number as its bytes) of each revoked certificate. ``seed``: the engine's."""
         cdef plan_t *plan = self.plan
         cdef bytes issuer, serial
-        cdef uint32_t size = 2
+        cdef uint32_t size
         cdef uint32_t at
         cdef uint64_t key
         if not revoked:
             return
-        while size < 2 * len(revoked):
-            size *= 2
+        size = table_size(len(revoked))
         plan.revoked = <uint64_t *> calloc(size, sizeof(uint64_t))
         if plan.revoked == NULL:
             raise MemoryError
@@ -2266,7 +2253,7 @@ cdef class Plan:
         one of the policies allows, so that what none allows is refused; ``has_dry_allow``: likewise in dry run."""
         cdef plan_t *plan = self.plan
         cdef policy_set_t *policies
-        cdef uint32_t size = 2
+        cdef uint32_t size
         cdef uint32_t at, index
         cdef uint64_t key
         cdef void *room
@@ -2288,8 +2275,7 @@ cdef class Plan:
                 filed += [(index, *key_) for key_ in keys]
         policies.wide.end = <uint32_t> self.n_wide_clauses
         if filed:
-            while size < 2 * len(filed):
-                size *= 2
+            size = table_size(len(filed))
             room = realloc(plan.filings, (self.n_filings + size) * sizeof(filing_t))
             if room == NULL:
                 raise MemoryError

@@ -12,8 +12,8 @@
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from l4mesh._native.address cimport address_t, mix64
-from l4mesh._native.route cimport prefix_holds
-from l4mesh._native.spiffe cimport fnv, fnv_add, fnv_start, pattern_matches, spiffe_t, text_t
+from l4mesh._native.route cimport ports_hold, prefixes_hold
+from l4mesh._native.spiffe cimport fnv, fnv_add, fnv_start, pattern_matches, spiffe_t, text_equal, text_t
 from l4mesh._native.types cimport (
     ACTION_DENY, FILED_ACCOUNT, FILED_IDENTITY, FILED_NAMESPACE, FILED_PORT, FILED_PREFIX, FILED_SOURCE, FILED_SUFFIX,
     clause_t, filing_t, plan_t, policy_set_t, span_t, verdict_t,
@@ -32,16 +32,6 @@ cdef inline uint64_t masked_hash(const uint8_t *ip, uint32_t bits) noexcept nogi
     if bits & 7:
         hash = fnv_add(hash, ip[bits >> 3] & <uint8_t> (0xff00 >> (bits & 7)))
     return hash
-
-
-cdef inline bint text_same(const text_t *a, const text_t *b) noexcept nogil:
-    cdef uint32_t i
-    if a.length != b.length:
-        return False
-    for i in range(a.length):
-        if a.at[i] != b.at[i]:
-            return False
-    return True
 
 
 cdef inline bint span_has_text(const plan_t *plan, span_t span, const text_t *text) noexcept nogil:
@@ -64,27 +54,11 @@ cdef inline bint span_has_account(const plan_t *plan, span_t span, const spiffe_
             continue
         both.at = plan.text + plan.patterns[i].offset
         both.length = peer.namespace.length
-        if not text_same(&both, &peer.namespace) or both.at[both.length] != 47:
+        if not text_equal(&both, peer.namespace.at, peer.namespace.length) or both.at[both.length] != 47:
             continue
         both.at += both.length + 1
         both.length = peer.account.length
-        if text_same(&both, &peer.account):
-            return True
-    return False
-
-
-cdef inline bint span_has_source(const plan_t *plan, span_t span, const uint8_t *ip) noexcept nogil:
-    cdef uint32_t i
-    for i in range(span.start, span.end):
-        if prefix_holds(&plan.prefixes[i], ip):
-            return True
-    return False
-
-
-cdef inline bint span_has_port(const plan_t *plan, span_t span, uint16_t port) noexcept nogil:
-    cdef uint32_t i
-    for i in range(span.start, span.end):
-        if plan.ports[i].first <= port <= plan.ports[i].last:
+        if text_equal(&both, peer.account.at, peer.account.length):
             return True
     return False
 
@@ -96,9 +70,9 @@ cdef inline bint is_set(span_t span) noexcept nogil:
 cdef inline bint clause_matches(
     const plan_t *plan, const clause_t *clause, const spiffe_t *peer, const address_t *source, uint16_t port
 ) noexcept nogil:
-    if is_set(clause.ports) and not span_has_port(plan, clause.ports, port):
+    if is_set(clause.ports) and not ports_hold(plan, clause.ports, port):
         return False
-    if is_set(clause.not_ports) and span_has_port(plan, clause.not_ports, port):
+    if is_set(clause.not_ports) and ports_hold(plan, clause.not_ports, port):
         return False
     if is_set(clause.identities) and not span_has_text(plan, clause.identities, &peer.whole):
         return False
@@ -112,9 +86,9 @@ cdef inline bint clause_matches(
         return False
     if is_set(clause.not_accounts) and span_has_account(plan, clause.not_accounts, peer):
         return False
-    if is_set(clause.sources) and not span_has_source(plan, clause.sources, source.ip):
+    if is_set(clause.sources) and not prefixes_hold(plan, clause.sources.start, clause.sources.end, source.ip):
         return False
-    return not (is_set(clause.not_sources) and span_has_source(plan, clause.not_sources, source.ip))
+    return not (is_set(clause.not_sources) and prefixes_hold(plan, clause.not_sources.start, clause.not_sources.end, source.ip))
 
 
 cdef inline void verdict_consider(

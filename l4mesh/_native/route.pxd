@@ -3,13 +3,13 @@
 # The first route that matches wins. Routes that name whole addresses and single ports, as a service has them, are found in one
 # hash table of (address, port); only the others are looked at one by one, and only those before the one the table gave.
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
 from l4mesh._native.address cimport address_hash_ip, address_t, mix64
 from l4mesh._native.hello cimport hello_t
 from l4mesh._native.spiffe cimport PATTERN_SUFFIX, pattern_t
-from l4mesh._native.types cimport exact_route_t, listener_t, plan_t, prefix_t, route_t
+from l4mesh._native.types cimport exact_route_t, listener_t, plan_t, prefix_t, route_t, span_t
 
 
 cdef inline bint prefix_holds(const prefix_t *prefix, const uint8_t *ip) noexcept nogil:
@@ -24,6 +24,14 @@ cdef inline bint prefixes_hold(const plan_t *plan, uint32_t start, uint32_t end,
     cdef uint32_t i
     for i in range(start, end):
         if prefix_holds(&plan.prefixes[i], ip):
+            return True
+    return False
+
+
+cdef inline bint ports_hold(const plan_t *plan, span_t span, uint16_t port) noexcept nogil:
+    cdef uint32_t i
+    for i in range(span.start, span.end):
+        if plan.ports[i].first <= port <= plan.ports[i].last:
             return True
     return False
 
@@ -74,13 +82,7 @@ cdef inline bint route_speaks(const plan_t *plan, const route_t *route, const he
 cdef inline bint route_matches(
     const plan_t *plan, const route_t *route, const address_t *destination, const address_t *source, const hello_t *hello
 ) noexcept nogil:
-    cdef uint32_t i
-    cdef bint found = route.ports == route.ports_end
-    for i in range(route.ports, route.ports_end):
-        if plan.ports[i].first <= destination.port <= plan.ports[i].last:
-            found = True
-            break
-    if not found:
+    if route.ports.start != route.ports.end and not ports_hold(plan, route.ports, destination.port):
         return False
     if route.destinations != route.destinations_end and not prefixes_hold(
         plan, route.destinations, route.destinations_end, destination.ip

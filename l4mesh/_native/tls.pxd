@@ -14,6 +14,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from l4mesh._native.address cimport mix64
+from l4mesh._native.balance cimport cluster_t
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.linux cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, MSG_NOSIGNAL, CLOCK_REALTIME, clock_gettime, errno, recv, send, timespec
 from l4mesh._native.openssl cimport *
@@ -129,12 +130,10 @@ cdef inline bint plan_revokes(const plan_t *plan, uint64_t key) noexcept nogil:
     return False
 
 
-cdef inline bint peer_is_expected(const tls_t *tls, const spiffe_t *peer) noexcept nogil:
+cdef inline bint cluster_expects(const cluster_t *cluster, const spiffe_t *peer) noexcept nogil:
     cdef uint32_t i
-    if tls.cluster == NULL:
-        return True
-    for i in range(tls.cluster.n_peers):
-        if pattern_matches(&tls.cluster.peers[i], tls.cluster.peer_text, &peer.whole):
+    for i in range(cluster.n_peers):
+        if pattern_matches(&cluster.peers[i], cluster.peer_text, &peer.whole):
             return True
     return False
 
@@ -157,7 +156,7 @@ cdef inline int tls_check_leaf(worker_t *worker, tls_t *tls, X509 *cert) noexcep
         cause = TLS_BAD_CERTIFICATE
     elif not text_equal(&peer.trust_domain, tls.trust_domain, tls.trust_domain_length):
         cause = TLS_WRONG_IDENTITY
-    elif not peer_is_expected(tls, &peer):
+    elif tls.cluster != NULL and not cluster_expects(tls.cluster, &peer):
         cause = TLS_WRONG_IDENTITY
     else:
         free(tls.peer)
@@ -215,15 +214,11 @@ cdef inline int tls_verify(int ok, X509_STORE_CTX *store) noexcept nogil:
 cdef inline int tls_check_resumed(worker_t *worker, tls_t *tls) noexcept nogil:
     # A resumed session was verified when it was made; what may have changed since is looked at again. A tls_cause_t.
     cdef X509 *cert = SSL_get0_peer_certificate(tls.ssl)
-    cdef int cause
     if cert == NULL:
         return TLS_NO_CERTIFICATE
     if l4_expires_s(cert) <= unix_seconds():
         return TLS_EXPIRED
-    cause = tls_check_leaf(worker, tls, cert)
-    if cause == TLS_OK and plan_revokes(worker.plan, tls.peer_key):
-        return TLS_REVOKED
-    return cause
+    return tls_check_leaf(worker, tls, cert)
 
 
 # -- sessions ------------------------------------------------------------------------------------------------------------------
@@ -493,6 +488,9 @@ cdef inline handshake_t tls_handshake(worker_t *worker, side_t *side, int32_t *e
     elif tls.peer == NULL:
         # The callback decides; this is for the day on which OpenSSL does not call it (CVE-2024-12797).
         tls.cause = TLS_NO_CERTIFICATE
+    if tls.cause == TLS_OK and plan_revokes(worker.plan, tls.peer_key):
+        # Also when the callback has looked: a peer may have kept us waiting since, and the list may have changed meanwhile.
+        tls.cause = TLS_REVOKED
     if tls.cause != TLS_OK:
         if not tls.flags & TLS_SERVER:
             session_forget(worker, tls.context_id, &tls.endpoint)

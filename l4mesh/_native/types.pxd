@@ -141,7 +141,7 @@ ctypedef struct tls_t:
     SSL *ssl
     void *worker
     uint8_t *out           # malloc'd ciphertext that the socket did not take; it goes before anything else
-    uint32_t out_offset, out_length, out_size
+    uint32_t out_offset, out_length
     const cluster_t *cluster         # whose peers are expected, during an upstream handshake; else NULL
     char *trust_domain     # malloc'd: ours, during a handshake
     uint32_t trust_domain_length
@@ -248,7 +248,7 @@ ctypedef struct conn_t:
     uint8_t tls_mode                 # TLS_MODE_* of the downstream
     uint8_t tls_cause                # of a failure whose side has no TLS, or no more
     uint8_t alert
-    uint8_t routed                   # owns a reference to the dial's cluster
+    uint8_t routed                   # owns a reference to the dial's cluster: from the route to the relay
     uint8_t close_expired
     uint8_t local                    # the endpoint is a workload of this node: its policies apply, and no TLS
     uint32_t ready_next              # also links free slots
@@ -345,7 +345,7 @@ ctypedef struct target_t:
 ctypedef struct route_t:
     uint32_t destinations, destinations_end      # ranges in the plan's arrays
     uint32_t sources, sources_end
-    uint32_t ports, ports_end
+    span_t ports
     uint32_t targets, targets_end
     span_t names                     # of SNI; PATTERN_SUFFIX is "*." with its dot
     span_t protocols                 # of ALPN

@@ -175,8 +175,7 @@ def _read_clusters(
                     clusters.append(_placeholder(name))
                 continue
             cluster = schema.make_cluster(section)
-            checks = (*_check_cluster(cluster), *_check_cluster_tls(cluster))
-            findings += [(file, ("clusters", index, *path), message) for path, message in checks]
+            findings += [(file, ("clusters", index, *path), message) for path, message in _check_cluster(cluster)]
         clusters.append(cluster)
         known[cluster.name] = (item, cluster)
     return clusters, known
@@ -203,9 +202,6 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
         yield ("bounded_load",), f"goes with balance source_hash or maglev only; here it is {cluster.balance}"
     if cluster.slow_start_ms and cluster.balance in ("source_hash", "maglev"):
         yield ("slow_start",), f"does not go with balance {cluster.balance}, which gives each source one endpoint"
-
-
-def _check_cluster_tls(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
     if cluster.tls and not cluster.tls.peers:
         yield ("tls", "peers"), 'is missing: name the identities that may answer, or say "*" for any of the trust domain'
 
