@@ -28,7 +28,6 @@ from l4mesh.runtime.resolve import Resolver
 from l4mesh.snapshot import ConnectionRecord
 
 TICK_S = 0.25
-RESOLVE_EVERY_S = 10.0
 EXPIRY_LOOK_EVERY_S = 3600.0
 RESERVED_DESCRIPTORS = 256
 """Kept for files, the admin server and everything else that is not a connection."""
@@ -224,7 +223,6 @@ class App:
         self._hang_up_task = asyncio.get_running_loop().create_task(self._reloader.reload())
 
     async def _tick(self) -> None:
-        resolve_at = time.monotonic() + RESOLVE_EVERY_S
         expiry_at = time.monotonic()
         while True:
             before = time.monotonic()
@@ -233,8 +231,7 @@ class App:
             self._lag_max_s = max(self._lag_max_s, self._lag_s)
             assert self._datapath is not None
             self._datapath.tick()
-            if self._resolver.has_names and time.monotonic() >= resolve_at:
-                resolve_at = time.monotonic() + RESOLVE_EVERY_S
+            if self._resolver.is_due:
                 await self._reloader.reload()
             if time.monotonic() >= expiry_at:
                 expiry_at = time.monotonic() + EXPIRY_LOOK_EVERY_S
