@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Callable
 
 from cryptography import x509
 
 from l4mesh.identity.svid import IdentityError, Material, check_leaf, number_bytes, read_spiffe_id
 
 
-def server_context(credential: bytes, bundle: bytes) -> ssl.SSLContext:
-    """TLS 1.3, certificates on both sides. Whose the client's is must be asked afterwards. PEM: key and chain; roots."""
+def server_context(credential: bytes, bundle: bytes, on_failure: Callable[[ssl.SSLError], None]) -> ssl.SSLContext:
+    """TLS 1.3, certificates on both sides. Whose the client's is must be asked afterwards. PEM: key and chain; roots.
+
+    ``on_failure`` is told of handshakes that fail, of which the event loop says nothing.
+    """
+
+    class Told(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError as error:
+                on_failure(error)
+                raise
+
     context = _context(ssl.PROTOCOL_TLS_SERVER, credential, bundle)
+    context.sslobject_class = Told
     # Every connection shows its certificate anew.
     context.num_tickets = 0
     return context

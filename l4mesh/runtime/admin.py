@@ -162,6 +162,7 @@ class AdminServer:
         shown = []
         for identity in self._sources.identities():
             renewal = renewals.get(identity.name)
+            error = identity.error if identity.in_use else "has no certificate yet"
             shown.append(
                 {
                     "name": identity.name,
@@ -171,8 +172,7 @@ class AdminServer:
                     "expires_unix_s": identity.expires_unix_s if identity.in_use else None,
                     "renewed_unix_s": renewal.renewed_unix_s or None if renewal else None,
                     "renewals": renewal.succeeded if renewal else 0,
-                    # The CA's reason says more than that the file is not there.
-                    "error": (renewal.error if renewal else "") or identity.error,
+                    "error": (renewal.error if renewal else "") or error,
                 }
             )
         return shown

@@ -160,7 +160,7 @@ class CaServer:
         server = await asyncio.get_running_loop().create_server(
             handlers,
             sock=listening.dup(),
-            ssl=server_context(issued.private_key + issued.certificates, bundle),
+            ssl=server_context(issued.private_key + issued.certificates, bundle, self._note_handshake),
             ssl_handshake_timeout=self._timeout_s,
         )
         if self._server:
@@ -182,16 +182,18 @@ class CaServer:
 
     def _note_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if isinstance(error, OSError):
-            # Strangers do this: counted, and said once a tick.
-            self._handshakes_failed += 1
-            self._handshake_error = str(error)
-        else:
+        # A peer that goes away is no event.
+        if not isinstance(error, OSError):
             log.error("internal_error", error=repr(error), message=context.get("message"))
 
+    def _note_handshake(self, error: ssl.SSLError) -> None:
+        self._handshakes_failed += 1
+        self._handshake_error = error.reason or str(error)
+
     def _log_handshakes(self) -> None:
+        """Strangers cause them: one line a tick, however many."""
         if self._handshakes_failed:
-            log.warning("handshakes_failed", count=self._handshakes_failed, last_error=self._handshake_error[:200])
+            log.warning("handshakes_failed", count=self._handshakes_failed, last_error=self._handshake_error)
             self._handshakes_failed = 0
 
     # -- requests ------------------------------------------------------------------------------------------------------------
