@@ -345,3 +345,8 @@ class Config:
     max_handshakes_per_source: int = 0
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
+
+    @property
+    def own_mark(self) -> int:
+        """The mark of the sockets that we dial with; 0 where nothing is captured, since marking needs a capability."""
+        return self.mark.value if any(listener.capture != Capture.NONE for listener in self.listeners.values()) else 0

@@ -142,6 +142,11 @@ class CertificateAuthority:
         finally:
             os.close(fd)
 
+    def signs_until(self) -> datetime.datetime:
+        """When the certificate that signs ends."""
+        with self._locked(fcntl.LOCK_SH):
+            return self._generations()[-1].intermediate.not_valid_after_utc
+
     def _generations(self) -> list[_Generation]:
         """Oldest first; the last one signs."""
         folders = sorted((path for path in self._folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))

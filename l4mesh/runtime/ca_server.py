@@ -40,6 +40,7 @@ REQUESTS_PER_S = 4.0
 BURST = 256
 """That it may make at once: a node that starts asks for all its workloads."""
 CRL_REFRESH_S = 86_400.0
+SIGNER_WARNING = timedelta(days=30)
 NODE: web.RequestKey[str] = web.RequestKey("node", str)
 
 T = TypeVar("T")
@@ -91,6 +92,8 @@ class CaServer:
         self._crl_at_s = 0.0
         self._handshakes_failed = 0
         self._handshake_error = ""
+        self._failure = ""
+        """Of the last look at the folder."""
 
     async def run(self, bind: SocketAddress) -> None:
         loop = asyncio.get_running_loop()
@@ -141,8 +144,11 @@ class CaServer:
             self._log_handshakes()
             try:
                 await self._maintain(listening, handlers)
-            except CommandError as error:
-                log.error("maintenance_failed", error=str(error))
+                self._failure = ""
+            except (CommandError, OSError, ValueError) as error:
+                if self._failure != str(error):
+                    self._failure = str(error)
+                    log.error("maintenance_failed", error=str(error), means="what is shown to nodes is not renewed")
 
     async def _maintain(self, listening: socket.socket, handlers: web.Server) -> None:
         """Looks at the folder, which others change as well, and at the dates of what we show."""
@@ -166,6 +172,8 @@ class CaServer:
         if self._server:
             self._server.close()
             log.info("server_certificate_renewed", serial=f"{issued.serial:x}", until=issued.expires.isoformat())
+        if (left := await self._off_loop(self._authority.signs_until) - datetime.now(UTC)) < SIGNER_WARNING:
+            log.warning("signer_expires", left_days=left.days, means="no certificate outlives it: run l4mesh ca rotate")
         self._server, self._trust = server, trust
         self._renew_at_s = now_s + (issued.expires - datetime.now(UTC)).total_seconds() / 2
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -124,7 +126,7 @@ class Renewer:
         """Gives whether the roots have changed. Raises UnreachableError, IdentityError or CommandError."""
         identity = config.identities[task.name]
         private_key, request = make_request(identity.spiffe_id)
-        answer = await self._ask(ca, "POST", "/v1/certificates", request)
+        answer = await self._ask(ca, config.own_mark, "POST", "/v1/certificates", request)
         certificates, bundle, crl = (_field(answer, name) for name in ("certificates", "bundle", "crl"))
         now = time.time()
         material = check_answer(identity, private_key, certificates, bundle, crl, now)
@@ -135,7 +137,7 @@ class Renewer:
         return changed
 
     async def _fetch_trust(self, schedule: Schedule, ca: CaClient, config: Config, task: Task) -> bool:
-        answer = await self._ask(ca, "GET", "/v1/trust", None)
+        answer = await self._ask(ca, config.own_mark, "GET", "/v1/trust", None)
         bundle, crl = _field(answer, "bundle"), _field(answer, "crl")
         node = self._materials()[ca.identity]
         identity = config.identities[ca.identity]
@@ -145,7 +147,7 @@ class Renewer:
         schedule.succeeded(task, time.time())
         return changed
 
-    async def _ask(self, ca: CaClient, method: str, path: str, body: bytes | None) -> dict[str, Any]:
+    async def _ask(self, ca: CaClient, mark: int, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         """Raises UnreachableError when there is no answer of the CA, CommandError when it refuses."""
         node = self._materials().get(ca.identity)
         if node is None:
@@ -153,11 +155,12 @@ class Renewer:
                 # So that it is watched, and whoever brings the files sees where.
                 make_folder(Path(ca.folder))
             raise UnreachableError(
-                f"the node has no certificate to show to the CA: bring {ca.folder} the one that `l4mesh ca enroll` makes"
+                f"the node has no valid certificate to show to the CA: bring {ca.folder} the one that `l4mesh ca enroll` makes"
             )
         host = f"[{ca.host}]" if ":" in ca.host else ca.host
         try:
-            connector = aiohttp.TCPConnector(ssl=client_context(node, ca.server), force_close=True)
+            context = client_context(node, ca.server)
+            connector = aiohttp.TCPConnector(ssl=context, force_close=True, socket_factory=functools.partial(_open_socket, mark))
             timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
             async with (
                 aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session,
@@ -173,6 +176,19 @@ class Renewer:
             raise UnreachableError(f"the CA at {host}:{ca.port} did not answer within {REQUEST_TIMEOUT_S:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UnreachableError(f"the CA at {host}:{ca.port} can't be asked: {_explain(error)}") from None
+
+
+def _open_socket(mark: int, address: aiohttp.AddrInfoType) -> socket.socket:
+    """With our mark, if there is one: our own rules must not capture what traffic depends on."""
+    family, kind, protocol, *_ = address
+    opened = socket.socket(family, kind, protocol)
+    try:
+        if mark:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+    except OSError:
+        opened.close()
+        raise
+    return opened
 
 
 def _keep(identity: Identity, private_key: bytes, certificates: bytes, bundle: bytes, crl: bytes) -> bool:

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,8 +34,14 @@ def grant(authority: Authority, **nodes: list[str]) -> None:
 
 
 class CaProcess:
-    def __init__(self, folder: Path, authority: Authority, life: str = "1h", timeout: str = "10s") -> None:
+    """``prefix``: put before the command (`ip netns exec …`)."""
+
+    def __init__(
+        self, folder: Path, authority: Authority, life: str = "1h", timeout: str = "10s", host: str = HOST, prefix: Sequence[str] = ()
+    ) -> None:
         self.authority = authority
+        self._host = host
+        self._prefix = prefix
         self._options = ["--life", life, "--timeout", timeout]
         self._stderr = folder / f"ca-serve-{id(self)}.log"
         self.port = 0
@@ -51,10 +58,9 @@ class CaProcess:
             "serve",
             str(self.authority.bundle_path.parent),
             "--bind",
-            f"{HOST}:{self.port}",
         ]
         with self._stderr.open("ab") as stderr:
-            self._process = subprocess.Popen([*command, *self._options], stderr=stderr)
+            self._process = subprocess.Popen([*self._prefix, *command, self.address, *self._options], stderr=stderr)
 
         def ready() -> Any:
             assert self._process.poll() is None, self._stderr.read_text()
@@ -64,7 +70,7 @@ class CaProcess:
 
     @property
     def address(self) -> str:
-        return f"{HOST}:{self.port}"
+        return f"{self._host}:{self.port}"
 
     def events(self, name: str = "") -> list[Any]:
         text = self._stderr.read_text()
