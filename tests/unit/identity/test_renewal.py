@@ -4,6 +4,7 @@ import datetime
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -328,22 +329,26 @@ def test_a_rotation_that_is_interrupted_changes_nothing(tmp_path: Path, monkeypa
     assert authority.trust()[0].count(b"BEGIN CERT") == 2
 
 
-def _revoke_some(folder: Path, count: int) -> None:
+def _revoke_some(folder: Path, count: int, together: Any) -> None:
     authority = CertificateAuthority(folder)
+    together.wait(30)
     for _ in range(count):
         authority.revoke(authority.issue(WEB).certificates)
 
 
 def test_processes_that_change_one_folder_lose_nothing_of_each_other(tmp_path: Path) -> None:
     authority = Authority.new(tmp_path / "ca")
-    processes = [multiprocessing.get_context("spawn").Process(target=_revoke_some, args=(tmp_path / "ca", 8)) for _ in range(3)]
+    spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(4)
+    processes = [spawn.Process(target=_revoke_some, args=(tmp_path / "ca", 20, together)) for _ in range(3)]
     for process in processes:
         process.start()
+    together.wait(30)
     authority.rotate()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert sum(len(generation.revoked) for generation in authority._generations()) == 24
+    assert sum(len(generation.revoked) for generation in authority._generations()) == 60
     assert authority.trust()[0].count(b"BEGIN CERT") == 2
 
 
