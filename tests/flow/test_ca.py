@@ -36,17 +36,6 @@ def authority(tmp_path: Path) -> Authority:
     return authority
 
 
-def secured(node: Node, address: str, endpoint: str, *, ca: Config | None = None) -> Config:
-    """Both roles in one process: "web" takes plaintext and dials "inner" as web; that takes TLS as redis, for ``endpoint``."""
-    return node.config(address, ca=ca, web=WEB, redis=REDIS) | {
-        "listeners": [
-            {"name": "web", "bind": "127.0.0.1:0", "cluster": "app", "tls": {"identity": "redis"}},
-            {"name": "plain", "bind": "127.0.0.1:0", "cluster": "app", "tls": {"identity": "web"}},
-        ],
-        "clusters": [{"name": "app", "endpoints": [endpoint]}],
-    }
-
-
 def client(node: Node, address: str, endpoint: str, *, ca: Config | None = None) -> Config:
     listeners = [{"name": "web", "bind": "127.0.0.1:0", "cluster": "far"}]
     clusters = [{"name": "far", "endpoints": [endpoint], "tls": {"peers": [REDIS], "identity": "web"}}]
@@ -60,6 +49,13 @@ def server(node: Node, address: str, endpoint: str, *, ca: Config | None = None)
 
 def wait_in_use(m: Mesh, *names: str) -> None:
     wait_until(lambda: all(identity_of(m, name)["in_use"] for name in names), f"{names} are in use")
+
+
+def use_endpoint(m: Mesh, config: Config) -> None:
+    """Other processes have other ports."""
+    m.write(config)
+    [address] = config["clusters"][0]["endpoints"]
+    wait_until(lambda: m.cluster("far")["endpoints"][0]["address"] == address, "the new port is known")
 
 
 def leaf(path: Path) -> x509.Certificate:
@@ -396,12 +392,12 @@ def test_a_node_starts_without_the_ca_and_refuses_until_it_comes(mesh: Factory, 
     with CaProcess(tmp_path, authority) as ca, Server(echo) as app:
         ca.stop()
         near = mesh(server(b, ca.address, app.address))
-        far = mesh(client(a, ca.address, f"127.0.0.1:{near.port()}"))
+        far = mesh(client(a, ca.address, app.address))
         wait_until(lambda: "can't be asked" in identity_of(far, "web")["error"], "the failure is shown")
-        assert is_refused(near.port())
-        near.wait_closed(no_identity=1)
-        assert is_refused(far.port())
-        far.wait_closed(no_identity=1)
+        for m in (near, far):
+            assert is_refused(m.port())
+            m.wait_closed(no_identity=1)
+        use_endpoint(far, client(a, ca.address, f"127.0.0.1:{near.port()}"))
         ca.start()
         wait_in_use(near, "redis")
         wait_in_use(far, "web")
@@ -415,8 +411,7 @@ def test_a_node_starts_without_the_ca_and_refuses_until_it_comes(mesh: Factory, 
             m.check_invariants()
             m.stop()
             m.start()
-        far.write(client(a, ca.address, f"127.0.0.1:{near.port()}"))
-        wait_until(lambda: far.cluster("far")["endpoints"][0]["address"].endswith(f":{near.port()}"), "the new port is known")
+        use_endpoint(far, client(a, ca.address, f"127.0.0.1:{near.port()}"))
         ping(far)
 
 
@@ -433,8 +428,7 @@ def test_the_last_good_certificate_serves_while_the_ca_is_away(mesh: Factory, au
             m.check_invariants()
             m.stop()
             m.start()
-        far.write(client(a, ca.address, f"127.0.0.1:{near.port()}", ca={"trust_interval": "100ms"}))
-        wait_until(lambda: far.cluster("far")["endpoints"][0]["address"].endswith(f":{near.port()}"), "the new port is known")
+        use_endpoint(far, client(a, ca.address, f"127.0.0.1:{near.port()}", ca={"trust_interval": "100ms"}))
         failing = [(far, "web"), (near, "redis")]
         wait_until(lambda: all("can't be asked" in identity_of(m, name)["error"] for m, name in failing), "renewal fails")
         ping(far)
