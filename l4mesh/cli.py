@@ -216,9 +216,10 @@ def ca_enroll(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
     from l4mesh.identity.renewal import enroll
 
     authority = CertificateAuthority(folder)
+    nodes = load_grants(authority.nodes_path, authority.trust_domain).by_node
     enroll(authority, spiffe_id, _life(life), out)
     click.echo(f"{out}: for {spiffe_id}; bring it to the node as /var/lib/l4mesh within half of {life}, and remove it here")
-    if spiffe_id not in load_grants(authority.nodes_path, authority.trust_domain).by_node:
+    if spiffe_id not in nodes:
         click.echo(f"l4mesh: warning: {authority.nodes_path} does not name this node yet: it would be refused", err=True)
 
 

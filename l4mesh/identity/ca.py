@@ -178,19 +178,16 @@ class CertificateAuthority:
 
     def authenticate(self, certificate: x509.Certificate) -> str:
         """The SPIFFE ID of a certificate that this CA has issued itself and not revoked. Its time is not looked at: TLS has done that.
-        Raises CommandError."""
+        Raises IdentityError, and CommandError when the folder can't be used."""
         with self._locked(fcntl.LOCK_SH):
             generations = self._generations()
             issuer = next((one for one in generations if is_signed_by(certificate, one.intermediate)), None)
             if issuer is None:
-                raise CommandError("the certificate was not issued by this CA")
+                raise IdentityError("the certificate was not issued by this CA")
             if str(certificate.serial_number) in issuer.revoked:
-                raise CommandError("the certificate is revoked")
-        try:
-            check_leaf("the certificate", certificate)
-            return read_spiffe_id("the certificate", certificate)
-        except IdentityError as error:
-            raise CommandError(str(error)) from None
+                raise IdentityError("the certificate is revoked")
+        check_leaf("the certificate", certificate)
+        return read_spiffe_id("the certificate", certificate)
 
     def sign_key(self, spiffe_id: str, key: CertificatePublicKeyTypes, life: datetime.timedelta) -> Issued:
         try:

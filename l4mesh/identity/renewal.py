@@ -145,7 +145,10 @@ def check_answer(identity: Identity, private_key: bytes, certificates: bytes, bu
     )
     contents = {"the answer's certificate": certificates, "the new key": private_key}
     contents |= {"the answer's bundle": bundle, "the answer's CRL": crl}
-    material = judge_identity(labels, contents, now)
+    try:
+        material = judge_identity(labels, contents, now)
+    except (ValueError, TypeError) as error:
+        raise IdentityError(f"the answer can't be read: {error}") from None
     if not material.chained:
         raise IdentityError("the answer's certificate: is signed by no CA of the answer's bundle")
     return material
@@ -159,14 +162,24 @@ def keep_trust(identity: Identity, bundle: bytes, crl: bytes) -> bool:
     """
     bundle_path, crl_path = Path(identity.trust_bundle), Path(identity.crl)
     make_folder(bundle_path.parent)
-    before = bundle_path.read_bytes() if bundle_path.exists() else b""
+    before = _read_kept(bundle_path)
     if before != bundle and before:
         write_file(bundle_path, bundle + before, 0o644)
-    if not crl_path.exists() or crl_path.read_bytes() != crl:
+    if _read_kept(crl_path) != crl:
         write_file(crl_path, crl, 0o644)
     if before != bundle:
         write_file(bundle_path, bundle, 0o644)
     return before != bundle and before != b""
+
+
+def _read_kept(path: Path) -> bytes:
+    """b"" when there is nothing yet. Raises CommandError."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise CommandError(f"{path}: can't be read: {error.strerror}") from None
 
 
 def keep_credential(identity: Identity, private_key: bytes, certificates: bytes) -> None:

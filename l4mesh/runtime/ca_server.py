@@ -125,8 +125,8 @@ class CaServer:
                 self._executor.shutdown(cancel_futures=True)
                 log.info("stopped")
 
-    async def _off_loop(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(call, *args, **named))
+    async def _off_loop(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(call, *args))
 
     # -- by the clock ------------------------------------------------------------------------------------------------------
 
@@ -155,8 +155,8 @@ class CaServer:
         await self._reload_nodes()
         now_s = time.monotonic()
         if now_s >= self._crl_at_s:
-            self._crl_at_s = now_s + CRL_REFRESH_S
             await self._off_loop(self._authority.refresh_crl)
+            self._crl_at_s = now_s + CRL_REFRESH_S
         trust = _stat(self._authority.bundle_path)
         if trust == self._trust and now_s < self._renew_at_s:
             return
@@ -219,10 +219,13 @@ class CaServer:
                 raise Refused(403, f"{node} is not among the nodes")
             request[NODE] = node
             return await handler(request)
-        except (Refused, IdentityError, CommandError) as error:
+        except (Refused, IdentityError) as error:
             status = error.status if isinstance(error, Refused) else 403
             log.warning("request_refused", node=node, path=request.path[:100], peer=request.remote, reason=str(error))
             return web.json_response({"error": str(error)}, status=status)
+        except CommandError as error:
+            log.error("request_failed", node=node, path=request.path[:100], error=str(error))
+            return web.json_response({"error": "the CA can't use its folder; its log says why"}, status=503)
         except web.HTTPException as error:
             log.warning("request_refused", node=node, path=request.path[:100], peer=request.remote, reason=error.reason)
             raise

@@ -67,18 +67,19 @@ class Renewer:
         if config is self._config:
             return
         self._config = config
-        if config.ca is None:
+        ca = config.ca
+        if ca is None:
             self._ca = self._schedule = None
             return
-        if config.ca != self._ca or self._schedule is None:
-            self._schedule = Schedule(config.ca.retry_ms / 1000, config.ca.trust_interval_ms / 1000, random.random)
-            self._ca = config.ca
+        if ca != self._ca or self._schedule is None:
+            self._schedule = Schedule(ca.retry_ms / 1000, ca.trust_interval_ms / 1000, random.random)
+            self._ca = ca
         wanted = [identity for identity in config.identities.values() if identity.spiffe_id]
         # The node's own comes first: all others are asked for with it.
-        wanted.sort(key=lambda identity: identity.name != config.ca.identity)  # type: ignore[union-attr]
+        wanted.sort(key=lambda identity: identity.name != ca.identity)
         materials = self._materials()
         self._schedule.configure(wanted, materials, time.time())
-        node = materials.get(config.ca.identity)
+        node = materials.get(ca.identity)
         if node and node.digest != self._shown:
             self._shown = node.digest
             self._schedule.unblock()
@@ -139,7 +140,9 @@ class Renewer:
     async def _fetch_trust(self, schedule: Schedule, ca: CaClient, config: Config, task: Task) -> bool:
         answer = await self._ask(ca, config.own_mark, "GET", "/v1/trust", None)
         bundle, crl = _field(answer, "bundle"), _field(answer, "crl")
-        node = self._materials()[ca.identity]
+        node = self._materials().get(ca.identity)
+        if node is None:
+            raise IdentityError("the node's certificate is gone")
         identity = config.identities[ca.identity]
         # Judged with what the node has: a list that it could not use must not take the place of one that it can.
         check_answer(identity, node.private_key, node.certificates, bundle, crl, time.time())
@@ -213,7 +216,7 @@ def _read_answer(status: int, content: bytes) -> dict[str, Any]:
 
 def _field(answer: dict[str, Any], name: str) -> bytes:
     value = answer.get(name)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isascii():
         raise IdentityError(f"the answer has no {name}")
     return value.encode()
 

@@ -2,16 +2,19 @@
 
 import datetime
 import multiprocessing
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4mesh.cli import cli
 from l4mesh.config.nodes import Grants, load_grants
-from l4mesh.errors import CommandError, ConfigError
+from l4mesh.errors import ConfigError
 from l4mesh.identity.ca import CertificateAuthority, make_request
 from l4mesh.identity.renewal import Schedule, check_answer, keep_credential, keep_trust
 from l4mesh.identity.store import IdentityStore
@@ -364,11 +367,36 @@ def test_a_certificate_proves_an_identity_only_if_this_ca_gave_it_and_stands_by_
     two = hostile(ca, tmp_path, "two", uris=(WEB, REDIS)).certificate.read_bytes()
     below = hostile(ca, tmp_path, "below", links=1).certificate.read_bytes()
     for pem, why in [(other.issue(WEB).certificates, "not issued"), (two, "exactly one URI name"), (below, "not issued")]:
-        with pytest.raises(CommandError, match=why):
+        with pytest.raises(IdentityError, match=why):
             ca.authenticate(leaf(pem))
     ca.revoke(mine)
-    with pytest.raises(CommandError, match="is revoked"):
+    with pytest.raises(IdentityError, match="is revoked"):
         ca.authenticate(leaf(mine))
     ca.drop_old_roots()
-    with pytest.raises(CommandError, match="not issued"):
+    with pytest.raises(IdentityError, match="not issued"):
         ca.authenticate(leaf(mine))
+
+
+def test_enroll_makes_what_a_node_begins_with(tmp_path: Path) -> None:
+    run = lambda *words: CliRunner().invoke(cli, list(map(str, words)))  # noqa: E731
+    assert run("ca", "init", "--trust-domain", "example.org", tmp_path / "ca").exit_code == 0
+    done = run("ca", "enroll", tmp_path / "ca", A, "--out", tmp_path / "node")
+    assert (done.exit_code, "nodes.yaml does not name this node yet" in done.output) == (0, True), done.output
+    (tmp_path / "ca" / "nodes.yaml").write_text(NODES)
+    done = run("ca", "enroll", tmp_path / "ca", A, "--out", tmp_path / "node", "--life", "1h")
+    assert (done.exit_code, "warning" in done.output) == (0, False), done.output
+    assert stat.S_IMODE((tmp_path / "node" / "node.pem").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "node").stat().st_mode) == 0o700
+    (tmp_path / "mesh.yaml").write_text(
+        f"""\
+ca: {{address: "127.0.0.1:1", identity: me, folder: node}}
+identities: [{{name: me, spiffe_id: {A}}}, {{name: web, spiffe_id: {WEB}}}]
+listeners: [{{name: in, bind: "127.0.0.1:0", cluster: c}}]
+clusters: [{{name: c}}]
+"""
+    )
+    checked = run("check", "-c", tmp_path / "mesh.yaml")
+    assert checked.exit_code == 0
+    assert [line for line in checked.output.splitlines() if "warning" in line] == [
+        "l4mesh: warning: identity web has no certificate yet; `l4mesh run` asks the CA for it"
+    ]
