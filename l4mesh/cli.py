@@ -210,7 +210,7 @@ def ca_issue(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="What the node gets as its ca.folder.")
 @ca_life
 def ca_enroll(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
-    """Make the folder with which a node begins: its first certificate and what it trusts. The node renews them by itself."""
+    """Make the folder with which a node begins: its first certificate and what it trusts. It renews them by itself, at once."""
     from l4mesh.config.nodes import load_grants
     from l4mesh.identity.ca import CertificateAuthority
     from l4mesh.identity.renewal import enroll
@@ -218,7 +218,7 @@ def ca_enroll(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
     authority = CertificateAuthority(folder)
     nodes = load_grants(authority.nodes_path, authority.trust_domain).by_node
     enroll(authority, spiffe_id, _life(life), out)
-    click.echo(f"{out}: for {spiffe_id}; bring it to the node as /var/lib/l4mesh within half of {life}, and remove it here")
+    click.echo(f"{out}: for {spiffe_id}; bring it to the node as /var/lib/l4mesh within {life}, and remove it here")
     if spiffe_id not in nodes:
         click.echo(f"l4mesh: warning: {authority.nodes_path} does not name this node yet: it would be refused", err=True)
 

@@ -71,6 +71,10 @@ class Schedule:
             tasks[identity.name] = known
         self._tasks = tasks
 
+    def hurry(self, name: str, now: float) -> None:
+        """Renews an identity at the next occasion."""
+        self._tasks[name].due_unix_s = now
+
     def next(self) -> tuple[float, Task]:
         """What to do next, and when. Of what is due together the first that was configured; trust comes last."""
         task = min(self.tasks, key=lambda task: task.due_unix_s)

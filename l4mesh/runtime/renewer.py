@@ -71,14 +71,19 @@ class Renewer:
         if ca is None:
             self._ca = self._schedule = None
             return
-        if ca != self._ca or self._schedule is None:
+        begins = ca != self._ca or self._schedule is None
+        if begins or self._schedule is None:
             self._schedule = Schedule(ca.retry_ms / 1000, ca.trust_interval_ms / 1000, random.random)
             self._ca = ca
         wanted = [identity for identity in config.identities.values() if identity.spiffe_id]
         # The node's own comes first: all others are asked for with it.
         wanted.sort(key=lambda identity: identity.name != ca.identity)
         materials = self._materials()
-        self._schedule.configure(wanted, materials, time.time())
+        now = time.time()
+        self._schedule.configure(wanted, materials, now)
+        if begins:
+            # The key that somebody carried here is used this once.
+            self._schedule.hurry(ca.identity, now)
         node = materials.get(ca.identity)
         if node and node.digest != self._shown:
             self._shown = node.digest
