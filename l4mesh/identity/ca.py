@@ -267,7 +267,9 @@ class CertificateAuthority:
     def _publish(self) -> None:
         """Writes what the nodes take: the bundle, and the revocation lists with the intermediates that signed them."""
         generations = self._generations()
-        write_file(self.bundle_path, b"".join(g.root.public_bytes(Encoding.PEM) for g in reversed(generations)), 0o644)
+        bundle = b"".join(g.root.public_bytes(Encoding.PEM) for g in reversed(generations))
+        if not self.bundle_path.exists() or self.bundle_path.read_bytes() != bundle:
+            write_file(self.bundle_path, bundle, 0o644)
         now = datetime.datetime.now(datetime.UTC)
         parts = []
         for generation in reversed(generations):

@@ -86,7 +86,10 @@ class CaServer:
         self._executor = ThreadPoolExecutor(1, "l4mesh-ca")
         self._buckets: dict[str, Bucket] = {}
         self._stop = asyncio.Event()
+        self._handlers: web.Server
+        self._listening: socket.socket
         self._server: asyncio.Server | None = None
+        self._maintaining = asyncio.Lock()
         self._trust: tuple[int, ...] | None = None
         self._renew_at_s = 0.0
         self._crl_at_s = 0.0
@@ -106,9 +109,11 @@ class CaServer:
         runner = web.AppRunner(app, access_log=None, keepalive_timeout=self._timeout_s, shutdown_timeout=1, max_line_size=4096)
         await runner.setup()
         assert runner.server is not None
+        self._handlers = runner.server
         with _listen(bind) as listening:
+            self._listening = listening
             try:
-                await self._maintain(listening, runner.server)
+                await self._maintain()
                 host, port = listening.getsockname()[:2]
                 log.info(
                     "ready",
@@ -117,7 +122,7 @@ class CaServer:
                     nodes=len(self._grants.by_node),
                     pid=os.getpid(),
                 )
-                await self._tick(listening, runner.server)
+                await self._tick()
             finally:
                 if self._server:
                     self._server.close()
@@ -130,12 +135,12 @@ class CaServer:
 
     # -- by the clock ------------------------------------------------------------------------------------------------------
 
-    async def _tick(self, listening: socket.socket, handlers: web.Server) -> None:
+    async def _tick(self) -> None:
         alive: dict[Any, float] = {}
         stopping = asyncio.ensure_future(self._stop.wait())
         while not (await asyncio.wait([stopping], timeout=min(TICK_S, self._timeout_s / 4)))[0]:
             now_s = time.monotonic()
-            alive = {connection: alive.get(connection, now_s) for connection in handlers.connections}
+            alive = {connection: alive.get(connection, now_s) for connection in self._handlers.connections}
             for connection, since_s in alive.items():
                 # One bound for slow heads, slow bodies, slow readers and idlers alike.
                 if now_s - since_s > self._timeout_s:
@@ -143,39 +148,43 @@ class CaServer:
             self._buckets = {node: bucket for node, bucket in self._buckets.items() if now_s - bucket.filled_s < BURST / REQUESTS_PER_S}
             self._log_handshakes()
             try:
-                await self._maintain(listening, handlers)
+                await self._maintain()
                 self._failure = ""
             except (CommandError, OSError, ValueError) as error:
                 if self._failure != str(error):
                     self._failure = str(error)
                     log.error("maintenance_failed", error=str(error), means="what is shown to nodes is not renewed")
 
-    async def _maintain(self, listening: socket.socket, handlers: web.Server) -> None:
+    async def _maintain(self) -> None:
         """Looks at the folder, which others change as well, and at the dates of what we show."""
-        await self._reload_nodes()
-        now_s = time.monotonic()
-        if now_s >= self._crl_at_s:
-            await self._off_loop(self._authority.refresh_crl)
-            self._crl_at_s = now_s + CRL_REFRESH_S
-        trust = _stat(self._authority.bundle_path)
-        if trust == self._trust and now_s < self._renew_at_s:
-            return
+        async with self._maintaining:
+            await self._reload_nodes()
+            now_s = time.monotonic()
+            if now_s >= self._crl_at_s:
+                await self._off_loop(self._authority.refresh_crl)
+                self._crl_at_s = now_s + CRL_REFRESH_S
+            trust = _stat(self._authority.bundle_path)
+            if trust != self._trust or now_s >= self._renew_at_s:
+                await self._show_new_certificate()
+                self._trust = trust
+
+    async def _show_new_certificate(self) -> None:
         issued = await self._off_loop(self._authority.issue, self._server_id, LEAF_LIFE)
         bundle, _ = await self._off_loop(self._authority.trust)
         # The listening socket stays, so that nobody is refused: a server with the new context takes over from the old one.
         server = await asyncio.get_running_loop().create_server(
-            handlers,
-            sock=listening.dup(),
+            self._handlers,
+            sock=self._listening.dup(),
             ssl=server_context(issued.private_key + issued.certificates, bundle, self._note_handshake),
             ssl_handshake_timeout=self._timeout_s,
         )
         if self._server:
             self._server.close()
             log.info("server_certificate_renewed", serial=f"{issued.serial:x}", until=issued.expires.isoformat())
+        self._server = server
+        self._renew_at_s = time.monotonic() + (issued.expires - datetime.now(UTC)).total_seconds() / 2
         if (left := await self._off_loop(self._authority.signs_until) - datetime.now(UTC)) < SIGNER_WARNING:
             log.warning("signer_expires", left_days=left.days, means="no certificate outlives it: run l4mesh ca rotate")
-        self._server, self._trust = server, trust
-        self._renew_at_s = now_s + (issued.expires - datetime.now(UTC)).total_seconds() / 2
 
     async def _reload_nodes(self) -> None:
         stat = _stat(self._authority.nodes_path)
@@ -249,13 +258,18 @@ class CaServer:
         if refusal:
             raise Refused(403, refusal)
         issued = await self._off_loop(self._authority.sign_key, wanted, key, self._life)
-        bundle, crl = await self._off_loop(self._authority.trust)
+        trust = await self._read_trust()
         log.info("certificate_issued", node=node, spiffe_id=wanted, serial=f"{issued.serial:x}", until=issued.expires.isoformat())
-        return web.json_response({"certificates": issued.certificates.decode(), "bundle": bundle.decode(), "crl": crl.decode()})
+        return web.json_response({"certificates": issued.certificates.decode()} | trust)
 
     async def _get_trust(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._read_trust())
+
+    async def _read_trust(self) -> dict[str, str]:
         bundle, crl = await self._off_loop(self._authority.trust)
-        return web.json_response({"bundle": bundle.decode(), "crl": crl.decode()})
+        # Whoever trusts this bundle must be able to trust us: after it was read, because it may change again.
+        await self._maintain()
+        return {"bundle": bundle.decode(), "crl": crl.decode()}
 
 
 class Refused(L4meshError):

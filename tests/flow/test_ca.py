@@ -1,14 +1,14 @@
 """`l4mesh ca serve` and the nodes that live from it: fetching, renewing, refusals, a CA that is away, a root that is rotated."""
 
-import functools
 import http.client
+import json
 import socket
 import ssl
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography import x509
@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from l4mesh.identity.ca import make_request
 from tests.conftest import Factory
 from tests.flow.test_tls import inbound, outbound, ping
 from tests.support.ca import NODE_A, NODE_B, SERVER, CaProcess, Node, grant, identity_of
@@ -200,13 +199,14 @@ def request(key: CertificateIssuerPrivateKeyTypes, *uris: str, ca: bool = False,
 def test_requests_that_no_node_would_make(authority: Authority, tmp_path: Path) -> None:
     node = Node(tmp_path / "a", authority)
     key = ec.generate_private_key(ec.SECP256R1())
-    forged = request(key, WEB).replace(b"\n", b"").removeprefix(b"-----BEGIN CERTIFICATE REQUEST-----")
-    forged = b"-----BEGIN CERTIFICATE REQUEST-----\n" + forged[:-50].replace(forged[60:64], b"AAAA") + forged[-50:]
+    der = bytearray(x509.load_pem_x509_csr(request(key, WEB)).public_bytes(Encoding.DER))
+    der[-1] ^= 1
+    forged = ssl.DER_cert_to_PEM_cert(bytes(der)).replace("CERTIFICATE", "CERTIFICATE REQUEST").encode()
     one_name = "the request must ask for exactly one name, a SPIFFE ID"
     cases = [
         (b"", 400, "the request can't be read as a CSR in PEM"),
         (b"\0" * 1000, 400, "the request can't be read as a CSR in PEM"),
-        (forged, 400, "the request "),
+        (forged, 400, "the request is not signed by its own key"),
         (request(key), 400, one_name),
         (request(key, WEB, REDIS), 400, one_name),
         (request(key, WEB, dns="shop.example"), 400, one_name),
@@ -218,7 +218,6 @@ def test_requests_that_no_node_would_make(authority: Authority, tmp_path: Path) 
         (request(key, SERVER), 403, f"{SERVER} is kept for the CA"),
     ]
     grant(authority, a=[f"spiffe://{DOMAIN}/*"], b=[])
-    cases[9] = (cases[9][0], 403, cases[9][2])
     with CaProcess(tmp_path, authority) as ca:
         for body, status, reason in cases:
             answer = node.ask(ca.address, "POST", "/v1/certificates", body)
@@ -340,8 +339,6 @@ def test_an_answer_that_can_not_be_used_is_not_taken(mesh: Factory, authority: A
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
     bundle, crl = (part.decode() for part in authority.trust())
-    foreign = Authority.new(tmp_path / "other")
-    answers: list[Any] = []
     script = [
         (
             {"certificates": authority.issue(WEB).certificates.decode(), "bundle": bundle, "crl": crl},
@@ -355,9 +352,6 @@ def test_an_answer_that_can_not_be_used_is_not_taken(mesh: Factory, authority: A
         ("{", "something that is no answer"),
         ("x" * (5 << 20), "larger than 4 MiB"),
     ]
-
-    import json
-
     current = [0]
 
     def answer(peer: socket.socket) -> None:
@@ -367,7 +361,6 @@ def test_an_answer_that_can_not_be_used_is_not_taken(mesh: Factory, authority: A
                 head += secured.recv(4096)
             body = script[current[0]][0]
             text = (body if isinstance(body, str) else json.dumps(body)).encode()
-            answers.append(head)
             secured.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
             read_to_close(secured)
 
@@ -375,11 +368,10 @@ def test_an_answer_that_can_not_be_used_is_not_taken(mesh: Factory, authority: A
         m = mesh(node.config(fake.address, web=WEB, ca={"retry": "20ms"}) | simple("127.0.0.1:1"))
         for index, (_, reason) in enumerate(script):
             current[0] = index
-            wait_until(functools.partial(lambda reason: reason in identity_of(m, "web")["error"], reason), f"the node says: {reason}")
+            wait_until(lambda reason=reason: reason in identity_of(m, "web")["error"], f"the node says: {reason}")
         assert not identity_of(m, "web")["in_use"]
         assert not node.credential("web").exists()
         assert (node.folder / "bundle.pem").read_text() == bundle
-    assert foreign.bundle_path.read_text() != bundle
 
 
 # -- a CA that is away --------------------------------------------------------------------------------------------------------
@@ -562,7 +554,7 @@ def test_certificates_made_by_openssl_alone_serve_in_both_roles(mesh: Factory, t
 def test_the_ca_that_can_not_begin_says_why(authority: Authority, tmp_path: Path) -> None:
     def run(*words: str) -> str:
         done = subprocess.run(
-            [__import__("sys").executable, "-m", "l4mesh", "ca", "serve", *words],
+            [sys.executable, "-m", "l4mesh", "ca", "serve", *words],
             capture_output=True,
             text=True,
             check=False,
@@ -580,4 +572,3 @@ def test_the_ca_that_can_not_begin_says_why(authority: Authority, tmp_path: Path
         f"l4mesh: {authority.nodes_path}:3: nodes[0].workloads[0]: must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web, "
         "or the beginning of one and a *; got 'spiffe://example.org*'"
     ]
-    assert make_request(WEB)[1].startswith(b"-----BEGIN CERTIFICATE REQUEST")

@@ -44,19 +44,27 @@ def schedule(*wanted: Identity, now: float = 0.0, random: float = 0.5, retry_s: 
 
 def test_what_is_missing_is_asked_for_at_once_in_order_and_trust_last() -> None:
     plan = schedule()
-    plan.configure([NODE, SHOP], {}, 0.0)
-    order = []
-    for _ in range(3):
-        at, task = plan.next()
-        assert at == 0.0
-        order.append(task.name)
-        plan.succeeded(task, 0.001 if task.name else 0.0, DAY_S)
-        if task.name == "web":
-            break
-    assert order == ["node", "web"]
-    # Trust came with the answers.
-    assert plan.next()[1].name == ""
-    assert plan.next()[0] == pytest.approx(600.0, abs=1)
+    node, web, trust = plan.tasks
+    assert plan.next() == (0.0, node)
+    plan.refused(node, 0.0, "no")
+    assert plan.next() == (0.0, web)
+    plan.refused(web, 0.0, "no")
+    assert plan.next() == (0.0, trust)
+    plan.succeeded(trust, 0.0)
+    assert plan.next() == (5.0, node)
+    # Trust comes with every answer.
+    plan.succeeded(node, 5.0, DAY_S)
+    assert (trust.due_unix_s, trust.succeeded) == (605.0, 2)
+    # What is new in the configuration is asked for at once, and what must be new is renewed.
+    plan.configure([NODE, SHOP, Identity("redis", "r", "r", "b", "c", REDIS)], {}, 6.0)
+    assert [(task.name, task.due_unix_s) for task in plan.tasks] == [
+        ("node", node.due_unix_s),
+        ("web", 5.0),
+        ("redis", 6.0),
+        ("", 605.0),
+    ]
+    plan.hurry("node", 6.0)
+    assert node.due_unix_s == 6.0
 
 
 @pytest.mark.parametrize(("random", "at"), [(0.0, 0.45), (0.5, 0.5), (1.0, 0.55)])
