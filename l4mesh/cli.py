@@ -92,6 +92,8 @@ def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None
     for material in materials.values():
         for warning in material.warnings:
             click.echo(f"l4mesh: warning: {warning}", err=True)
+    for missing in config.identities.keys() - materials.keys():
+        click.echo(f"l4mesh: warning: identity {missing} has no certificate yet; `l4mesh run` asks the CA for it", err=True)
     if explain:
         _explain(config, {name: material.spiffe_id for name, material in materials.items()}, *explain)
         return
@@ -161,12 +163,16 @@ ca_life = click.option("--life", default="24h", show_default=True, metavar="DURA
 
 
 def _life(text: str) -> timedelta:
+    return _duration("--life", text)
+
+
+def _duration(option: str, text: str) -> timedelta:
     from l4mesh.config.quantities import parse_duration_ms
 
     try:
         return timedelta(milliseconds=parse_duration_ms(text))
     except ValueError as error:
-        raise CommandError(f"--life {error}") from None
+        raise CommandError(f"{option} {error}") from None
 
 
 @ca.command("init", cls=Examples, epilog="l4mesh ca init --trust-domain example.org /etc/l4mesh/ca")
@@ -178,6 +184,9 @@ def ca_init(folder: Path, trust_domain: str) -> None:
 
     authority = CertificateAuthority.create(folder, trust_domain)
     click.echo(f"made a CA for spiffe://{trust_domain}/ in {folder}; nodes need {authority.bundle_path} and {authority.crl_path}")
+    click.echo(
+        f"to give nodes their certificates over the network: name them in {authority.nodes_path}, then run: l4mesh ca serve {folder}"
+    )
     click.echo(f"keep {folder}/*/root.key somewhere else when you have issued what you need; only ca rotate asks for it")
 
 
@@ -193,6 +202,42 @@ def ca_issue(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
     issued = CertificateAuthority(folder).issue(spiffe_id, _life(life))
     certificate, key = write_identity(out.parent, out.name, issued.certificates, issued.private_key)
     click.echo(f"{certificate} and {key}: {spiffe_id}, valid for {life}")
+
+
+@ca.command("enroll", cls=Examples, epilog="l4mesh ca enroll /etc/l4mesh/ca spiffe://example.org/node/node-a --out node-a")
+@ca_folder
+@click.argument("spiffe_id")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="What the node gets as its ca.folder.")
+@ca_life
+def ca_enroll(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
+    """Make the folder with which a node begins: its first certificate and what it trusts. It renews them by itself, at once."""
+    from l4mesh.config.nodes import load_grants
+    from l4mesh.identity.ca import CertificateAuthority
+    from l4mesh.identity.renewal import enroll
+
+    authority = CertificateAuthority(folder)
+    nodes = load_grants(authority.nodes_path, authority.trust_domain).by_node
+    enroll(authority, spiffe_id, _life(life), out)
+    click.echo(f"{out}: for {spiffe_id}; bring it to the node as /var/lib/l4mesh within {life}, and remove it here")
+    if spiffe_id not in nodes:
+        click.echo(f"l4mesh: warning: {authority.nodes_path} does not name this node yet: it would be refused", err=True)
+
+
+@ca.command("serve", cls=Examples, epilog="l4mesh ca serve /etc/l4mesh/ca --bind 192.0.2.5:15010")
+@ca_folder
+@click.option("--bind", default="0.0.0.0:15010", show_default=True, metavar="ADDRESS", help="Where to listen.")
+@ca_life
+@click.option("--timeout", default="10s", show_default=True, metavar="DURATION", help="Of a handshake, and of a connection after it.")
+def ca_serve(folder: Path, bind: str, life: str, timeout: str) -> None:
+    """Give nodes their workloads' certificates over mutual TLS, to each node what nodes.yaml in FOLDER lets it ask for."""
+    from l4mesh.config.quantities import parse_bind
+    from l4mesh.runtime.ca_server import serve
+
+    try:
+        address = parse_bind(bind)
+    except ValueError as error:
+        raise CommandError(f"--bind {error}") from None
+    sys.exit(serve(folder, address, _life(life), _duration("--timeout", timeout).total_seconds()))
 
 
 @ca.command("sign", cls=Examples, epilog="l4mesh ca sign /etc/l4mesh/ca web.csr --out web.pem")

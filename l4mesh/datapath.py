@@ -174,7 +174,7 @@ class Datapath:
                 own_addresses(own),
                 max_connections=max_connections,
                 max_connections_per_source=config.max_connections_per_source,
-                mark=config.mark.value if any(listener.capture != "none" for listener in config.listeners.values()) else 0,
+                mark=config.own_mark,
                 splice=config.splice,
                 error_reasons=_ERROR_REASONS,
                 log_when=_LOG_WHEN[config.access_log.when],

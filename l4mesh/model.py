@@ -113,17 +113,33 @@ class Keepalive:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Files in PEM. ``crl`` is "" where there is none."""
+    """Files in PEM; certificate and key may be the same file. ``crl`` is "" where there is none."""
 
     name: str
     certificate: str
     private_key: str
     trust_bundle: str
     crl: str = ""
+    spiffe_id: str = ""
+    """What the CA is asked for; the files are then our own, and may not be there yet. "": the files are the user's."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(file for file in (self.certificate, self.private_key, self.trust_bundle, self.crl) if file)
+        return tuple(dict.fromkeys(file for file in (self.certificate, self.private_key, self.trust_bundle, self.crl) if file))
+
+
+@dataclass(frozen=True, slots=True)
+class CaClient:
+    """Where this node fetches and renews certificates. ``identity``: name of the identity that it shows there."""
+
+    host: str
+    port: int
+    identity: str
+    server: str
+    """SPIFFE ID that the CA must show."""
+    folder: str
+    trust_interval_ms: int
+    retry_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +341,12 @@ class Config:
     policies: tuple[Policy, ...] = ()
     node_identity: str = ""
     """Name of the identity of what belongs to no workload, or ""."""
+    ca: CaClient | None = None
     max_handshakes_per_source: int = 0
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
+
+    @property
+    def own_mark(self) -> int:
+        """The mark of the sockets that we dial with; 0 where nothing is captured, since marking needs a capability."""
+        return self.mark.value if any(listener.capture != Capture.NONE for listener in self.listeners.values()) else 0

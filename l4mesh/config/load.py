@@ -32,6 +32,8 @@ class ParsedFile:
     section: schema.FileSection
     listeners: list[tuple[int, schema.ListenerSection]]
     """Those that are sound by themselves, with their places in the file."""
+    folder: Path
+    """That relative paths in it count from."""
     identities: list[Identity]
     workloads: list[Workload]
     policies: list[Policy]
@@ -136,9 +138,11 @@ def _parse_file(text: str, file: str, digest: bytes, before: ParsedFile | None) 
     clusters, known = _read_clusters(raw_clusters, file, before.raw_clusters if before else {}, findings)
     listeners = _read_listeners(raw_listeners, file, findings)
     section = section or schema.FileSection()
+    for index, identity in enumerate(section.identities):
+        findings += [(file, ("identities", index, *path), message) for path, message in _check_identity(identity)]
     folder = Path(file).parent
     return ParsedFile(
-        file, digest, section, listeners,
+        file, digest, section, listeners, folder,
         [schema.make_identity(identity, folder) for identity in section.identities],
         list(map(schema.make_workload, section.workloads)),
         list(map(schema.make_policy, section.policies)),
@@ -185,6 +189,20 @@ def _placeholder(name: str) -> Cluster:
     """Stands for a cluster that is wrong elsewhere, so that a reference to it is not called dangling as well."""
     section = schema.ClusterSection.model_construct(name=name)
     return schema.make_cluster(section)
+
+
+def _check_identity(identity: schema.IdentitySection) -> Iterator[tuple[KeyPath, str]]:
+    files = {key: getattr(identity, key) for key in ("certificate", "private_key", "trust_bundle", "crl")}
+    if not identity.spiffe_id:
+        for key in ("certificate", "private_key", "trust_bundle"):
+            if not files[key]:
+                yield (key,), "is missing; or give a spiffe_id alone, to get it from the CA"
+        return
+    for key, value in files.items():
+        if value:
+            yield (key,), "does not go with spiffe_id, which is fetched from the CA: keep the files or that"
+    if "/" in identity.name or identity.name.startswith("."):
+        yield ("name",), "must not have a '/', nor begin with '.': with spiffe_id it names a file"
 
 
 def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
@@ -281,6 +299,7 @@ def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding
         return
     identities = {identity.name for file in parsed for identity in file.identities}
     known = ", ".join(sorted(identities)[:8]) or "none"
+    yield from _check_ca(parsed, known)
     node_has_one = any(file.section.node and file.section.node.identity for file in parsed)
     for file in parsed:
         references: list[tuple[KeyPath, str | None]] = []
@@ -304,6 +323,33 @@ def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding
                     ("listeners", index, "tls"),
                     "has no certificate to show: add identity here, or under node, or workloads with one",
                 )
+
+
+def _check_ca(parsed: list[ParsedFile], known: str) -> Iterator[Finding]:
+    """Identities from a CA need one, and a node that may speak to it."""
+    fetched = {identity.name: identity.spiffe_id for file in parsed for identity in file.identities if identity.spiffe_id}
+    holder = next((file for file in parsed if file.section.ca), None)
+    if holder is None or holder.section.ca is None:
+        for file in parsed:
+            for index, identity in enumerate(file.identities):
+                if identity.spiffe_id:
+                    yield (
+                        file.file,
+                        ("identities", index, "spiffe_id"),
+                        "needs the CA that it comes from: add ca: {address: …, identity: …}",
+                    )
+        return
+    name = holder.section.ca.identity
+    if name not in {identity.name for file in parsed for identity in file.identities}:
+        yield holder.file, ("ca", "identity"), f"{shown(name)} is not an identity; there are: {known}"
+    elif name not in fetched:
+        yield holder.file, ("ca", "identity"), f"{shown(name)} must have a spiffe_id instead of files: the node renews it as well"
+    else:
+        domain = schema.trust_domain(fetched[name])
+        for file in parsed:
+            for index, identity in enumerate(file.identities):
+                if identity.spiffe_id and not identity.spiffe_id.startswith(domain):
+                    yield file.file, ("identities", index, "spiffe_id"), f"must be of the node's trust domain, {domain}"
 
 
 def _check_references(
@@ -366,6 +412,11 @@ def _merge(parsed: list[ParsedFile]) -> Config:
     marks = single["marks"] or schema.MarksSection()
     clusters = {cluster.name: cluster for file in parsed for cluster in file.clusters}
     listeners = {section.name: schema.make_listener(section) for file in parsed for _, section in file.listeners}
+    identities = {identity.name: identity for file in parsed for identity in file.identities}
+    ca = None
+    if single["ca"]:
+        holder = next(file for file in parsed if file.section.ca)
+        ca = schema.make_ca(single["ca"], holder.folder, identities[single["ca"].identity].spiffe_id)
     if ORIGINAL_DESTINATION not in clusters and _names_original_destination(listeners.values()):
         clusters[ORIGINAL_DESTINATION] = _ORIGINAL_DESTINATION
     return Config(
@@ -381,10 +432,11 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         return_mark=marks.returned,
         listeners=listeners,
         clusters=clusters,
-        identities={identity.name: identity for file in parsed for identity in file.identities},
+        identities={name: schema.place_identity(identity, ca) for name, identity in identities.items()},
         workloads=tuple(workload for file in parsed for workload in file.workloads),
         policies=tuple(policy for file in parsed for policy in file.policies),
         node_identity=node.identity or "",
+        ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )

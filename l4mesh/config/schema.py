@@ -18,6 +18,7 @@ from l4mesh.model import (
     AccessLog,
     Action,
     Balance,
+    CaClient,
     Capture,
     CaptureFilter,
     Cluster,
@@ -223,12 +224,25 @@ class ClusterTlsSection(Section):
     close_expired: Switch = False
 
 
+SpiffeId = Annotated[str, PlainValidator(q.parse_spiffe_id)]
+
+
 class IdentitySection(Section):
     name: Name
-    certificate: Text
-    private_key: Text
-    trust_bundle: Text
+    certificate: Text = ""
+    private_key: Text = ""
+    trust_bundle: Text = ""
     crl: Text = ""
+    spiffe_id: SpiffeId | None = None
+
+
+class CaSection(Section):
+    address: Annotated[tuple[str, int], PlainValidator(q.parse_endpoint_address)]
+    identity: Name
+    server: SpiffeId | None = None
+    folder: Text = "/var/lib/l4mesh"
+    trust_interval: Duration = 600_000
+    retry: Duration = 5000
 
 
 def _parse_labels(value: object) -> tuple[tuple[str, str], ...]:
@@ -346,6 +360,7 @@ class FileSection(Section):
     limits: ProcessLimitsSection | None = None
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
+    ca: CaSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
     policies: list[PolicySection] = []
@@ -353,8 +368,8 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks",
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca",
 )  # fmt: skip
 
 
@@ -421,10 +436,35 @@ def make_cluster_tls(section: ClusterTlsSection) -> ClusterTls:
 
 
 def make_identity(section: IdentitySection, folder: Path) -> Identity:
-    """Relative paths count from the folder of the file that names them."""
+    """Relative paths count from the folder of the file that names them. One that comes from the CA has no files yet."""
+    if section.spiffe_id:
+        return Identity(section.name, "", "", "", "", section.spiffe_id)
     crl = str(folder / section.crl) if section.crl else ""
     return Identity(
         section.name, str(folder / section.certificate), str(folder / section.private_key), str(folder / section.trust_bundle), crl
+    )
+
+
+def make_ca(section: CaSection, folder: Path, spiffe_id: str) -> CaClient:
+    """``spiffe_id``: the node's, for the trust domain."""
+    host, port = section.address
+    server = section.server or f"{trust_domain(spiffe_id)}l4mesh/ca"
+    return CaClient(host, port, section.identity, server, str(folder / section.folder), section.trust_interval, section.retry)
+
+
+def trust_domain(spiffe_id: str) -> str:
+    """ "spiffe://domain/" """
+    return "/".join(spiffe_id.split("/", 3)[:3]) + "/"
+
+
+def place_identity(identity: Identity, ca: CaClient | None) -> Identity:
+    """An identity with its files in the CA's folder, if it comes from there. Key and certificate share one: a rename renews both."""
+    if not identity.spiffe_id or not ca:
+        return identity
+    folder = Path(ca.folder)
+    credential = folder / "node.pem" if identity.name == ca.identity else folder / "identities" / f"{identity.name}.pem"
+    return Identity(
+        identity.name, str(credential), str(credential), str(folder / "bundle.pem"), str(folder / "crl.pem"), identity.spiffe_id
     )
 
 

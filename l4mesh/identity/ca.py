@@ -3,19 +3,25 @@
 Each generation is a folder with a root and an intermediate. Rotation adds one: its root is also signed by the root before it, and
 that certificate travels in the chains, so that peers which still hold the old bundle accept the new leaves. The bundle has both roots
 until the old one is dropped.
+
+Several processes may use one folder: whoever changes it holds a lock alone, whoever signs shares it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
+import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -24,7 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from l4mesh.config.quantities import parse_spiffe_id
 from l4mesh.errors import CommandError
-from l4mesh.identity.svid import read_spiffe_id
+from l4mesh.identity.svid import IdentityError, check_leaf, is_signed_by, read_spiffe_id
 
 ROOT_LIFE = datetime.timedelta(days=3650)
 INTERMEDIATE_LIFE = datetime.timedelta(days=365)
@@ -32,6 +38,14 @@ LEAF_LIFE = datetime.timedelta(hours=24)
 CRL_LIFE = datetime.timedelta(days=7)
 BACKDATED = datetime.timedelta(minutes=1)
 """Clocks differ: a certificate is valid a little before it is made."""
+NODES_FILE = "nodes.yaml"
+NODES_EXAMPLE = """\
+# Who may ask `l4mesh ca serve` for what; read again when it changes. A node may always renew its own certificate.
+# A * at the end stands for any rest. An identity that is a node's is given to that node only.
+nodes: []
+# - identity: spiffe://{domain}/node/node-a
+#   workloads: [spiffe://{domain}/ns/shop/sa/web, "spiffe://{domain}/ns/batch/*"]
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,7 @@ class Issued:
     certificates: bytes
     private_key: bytes
     serial: int
+    expires: datetime.datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +73,13 @@ class _Generation:
     def cross(self) -> bytes:
         path = self.folder / "cross.pem"
         return path.read_bytes() if path.exists() else b""
+
+    @property
+    def revoked(self) -> dict[str, str]:
+        """Serial number to the time of the revocation."""
+        path = self.folder / "revoked.json"
+        revoked: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        return revoked
 
 
 class CertificateAuthority:
@@ -80,8 +102,10 @@ class CertificateAuthority:
         if (folder / "ca.json").exists():
             raise CommandError(f"{folder} is a CA already; l4mesh ca rotate gives it a new root")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _make_generation(folder / "1", trust_domain)
-        _write(folder / "ca.json", json.dumps({"trust_domain": trust_domain}).encode() + b"\n", 0o644)
+        with _new_generation(folder, 1) as made:
+            _make_generation(made, 1, trust_domain)
+        write_file(folder / NODES_FILE, NODES_EXAMPLE.format(domain=trust_domain).encode(), 0o644)
+        write_file(folder / "ca.json", json.dumps({"trust_domain": trust_domain}).encode() + b"\n", 0o644)
         ca = cls(folder)
         ca._publish()
         return ca
@@ -93,6 +117,35 @@ class CertificateAuthority:
     @property
     def crl_path(self) -> Path:
         return self._folder / "crl.pem"
+
+    @property
+    def nodes_path(self) -> Path:
+        return self._folder / NODES_FILE
+
+    def trust(self) -> tuple[bytes, bytes]:
+        """The bundle and the revocation lists, of one moment."""
+        with self._locked(fcntl.LOCK_SH):
+            try:
+                return self.bundle_path.read_bytes(), self.crl_path.read_bytes()
+            except OSError as error:
+                raise CommandError(f"{self._folder}: a file of the CA can't be read: {error}") from None
+
+    @contextlib.contextmanager
+    def _locked(self, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+        try:
+            fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CommandError(f"{self._folder}: can't be opened: {error.strerror}") from None
+        try:
+            fcntl.flock(fd, how)
+            yield
+        finally:
+            os.close(fd)
+
+    def signs_until(self) -> datetime.datetime:
+        """When the certificate that signs ends."""
+        with self._locked(fcntl.LOCK_SH):
+            return self._generations()[-1].intermediate.not_valid_after_utc
 
     def _generations(self) -> list[_Generation]:
         """Oldest first; the last one signs."""
@@ -113,35 +166,39 @@ class CertificateAuthority:
     def issue(self, spiffe_id: str, life: datetime.timedelta = LEAF_LIFE) -> Issued:
         """A certificate with a new key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificates, serial = self._sign(spiffe_id, key.public_key(), life)
-        return Issued(certificates, _key_pem(key), serial)
+        return replace(self.sign_key(spiffe_id, key.public_key(), life), private_key=_key_pem(key))
 
     def sign(self, request: bytes, life: datetime.timedelta = LEAF_LIFE, spiffe_id: str = "") -> Issued:
         """A certificate for a CSR in PEM: its key, and its one SPIFFE ID, which must be ``spiffe_id`` if that is given. Nothing
         else that it asks for is granted."""
-        try:
-            csr = x509.load_pem_x509_csr(request)
-        except ValueError:
-            raise CommandError("the request can't be read as a CSR in PEM") from None
-        if not csr.is_signature_valid:
-            raise CommandError("the request is not signed by its own key")
-        asked = request_spiffe_id(csr)
+        asked, key = read_request(request)
         if spiffe_id and asked != spiffe_id:
             raise CommandError(f"the request is for {asked}, not for {spiffe_id}")
-        key = csr.public_key()
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise CommandError("the request's key must be ECDSA P-256")
-        certificates, serial = self._sign(asked, key, life)
-        return Issued(certificates, b"", serial)
+        return self.sign_key(asked, key, life)
 
-    def _sign(self, spiffe_id: str, key: CertificatePublicKeyTypes, life: datetime.timedelta) -> tuple[bytes, int]:
+    def authenticate(self, certificate: x509.Certificate) -> str:
+        """The SPIFFE ID of a certificate that this CA has issued itself and not revoked. Its time is not looked at: TLS has done that.
+        Raises IdentityError, and CommandError when the folder can't be used."""
+        with self._locked(fcntl.LOCK_SH):
+            generations = self._generations()
+            issuer = next((one for one in generations if is_signed_by(certificate, one.intermediate)), None)
+            if issuer is None:
+                raise IdentityError("the certificate was not issued by this CA")
+            if str(certificate.serial_number) in issuer.revoked:
+                raise IdentityError("the certificate is revoked")
+        check_leaf("the certificate", certificate)
+        return read_spiffe_id("the certificate", certificate)
+
+    def sign_key(self, spiffe_id: str, key: CertificatePublicKeyTypes, life: datetime.timedelta) -> Issued:
         try:
             parse_spiffe_id(spiffe_id)
         except ValueError as error:
             raise CommandError(f"the identity {error}") from None
         if not spiffe_id.startswith(f"spiffe://{self.trust_domain}/"):
             raise CommandError(f"{spiffe_id} is not of the trust domain {self.trust_domain}")
-        signer = self._generations()[-1]
+        with self._locked(fcntl.LOCK_SH):
+            signer = self._generations()[-1]
+            cross = signer.cross
         now = datetime.datetime.now(datetime.UTC)
         end = min(now + life, signer.intermediate.not_valid_after_utc)
         leaf = (
@@ -159,8 +216,8 @@ class CertificateAuthority:
             .add_extension(_issuer_key(signer.intermediate), critical=False)
             .sign(signer.intermediate_key, hashes.SHA256())
         )
-        pem = leaf.public_bytes(Encoding.PEM) + signer.intermediate.public_bytes(Encoding.PEM) + signer.cross
-        return pem, leaf.serial_number
+        pem = leaf.public_bytes(Encoding.PEM) + signer.intermediate.public_bytes(Encoding.PEM) + cross
+        return Issued(pem, b"", leaf.serial_number, leaf.not_valid_after_utc)
 
     def revoke(self, certificate: bytes) -> str:
         """Revokes a leaf of ours, in PEM, and gives its SPIFFE ID."""
@@ -168,64 +225,82 @@ class CertificateAuthority:
             leaf = x509.load_pem_x509_certificates(certificate)[0]
         except ValueError:
             raise CommandError("the certificate can't be read as PEM") from None
-        for generation in self._generations():
-            try:
-                leaf.verify_directly_issued_by(generation.intermediate)
-            except (ValueError, TypeError, InvalidSignature):
-                continue
-            path = generation.folder / "revoked.json"
-            revoked: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-            revoked[str(leaf.serial_number)] = datetime.datetime.now(datetime.UTC).isoformat()
-            _write(path, json.dumps(revoked, indent=1).encode(), 0o644)
-            self._publish()
-            return read_spiffe_id("the certificate", leaf)
+        with self._locked():
+            for generation in self._generations():
+                if not is_signed_by(leaf, generation.intermediate):
+                    continue
+                revoked = generation.revoked | {str(leaf.serial_number): datetime.datetime.now(datetime.UTC).isoformat()}
+                write_file(generation.folder / "revoked.json", json.dumps(revoked, indent=1).encode(), 0o644)
+                self._publish()
+                return read_spiffe_id("the certificate", leaf)
         raise CommandError("the certificate was not issued by this CA")
 
     def rotate(self) -> None:
         """A new root and intermediate, which sign from now on; the old root stays in the bundle."""
-        old = self._generations()[-1]
-        folder = self._folder / str(int(old.folder.name) + 1)
-        root = _make_generation(folder, self.trust_domain)
-        now = datetime.datetime.now(datetime.UTC)
-        cross = _authority(
-            root.subject, old.root.subject, root.public_key(), 1, now, old.root.not_valid_after_utc - now, old.root
-        ).sign(old.root_key, hashes.SHA256())
-        _write(folder / "cross.pem", cross.public_bytes(Encoding.PEM), 0o644)
-        self._publish()
+        with self._locked():
+            old = self._generations()[-1]
+            number = int(old.folder.name) + 1
+            with _new_generation(self._folder, number) as folder:
+                root = _make_generation(folder, number, self.trust_domain)
+                now = datetime.datetime.now(datetime.UTC)
+                cross = _authority(
+                    root.subject, old.root.subject, root.public_key(), 1, now, old.root.not_valid_after_utc - now, old.root
+                ).sign(old.root_key, hashes.SHA256())
+                write_file(folder / "cross.pem", cross.public_bytes(Encoding.PEM), 0o644)
+            self._publish()
 
     def drop_old_roots(self) -> int:
         """Ends the overlap: only the newest root is trusted. Gives the number of roots dropped."""
-        *old, newest = self._generations()
-        for generation in old:
-            generation.folder.rename(self._folder / f"dropped-{generation.folder.name}")
-        (newest.folder / "cross.pem").unlink(missing_ok=True)
-        self._publish()
-        return len(old)
+        with self._locked():
+            *old, newest = self._generations()
+            for generation in old:
+                generation.folder.rename(self._folder / f"dropped-{generation.folder.name}")
+            (newest.folder / "cross.pem").unlink(missing_ok=True)
+            self._publish()
+            return len(old)
+
+    def refresh_crl(self) -> None:
+        """Dates the revocation lists anew."""
+        with self._locked():
+            self._publish()
 
     def _publish(self) -> None:
         """Writes what the nodes take: the bundle, and the revocation lists with the intermediates that signed them."""
         generations = self._generations()
-        _write(self.bundle_path, b"".join(g.root.public_bytes(Encoding.PEM) for g in reversed(generations)), 0o644)
+        bundle = b"".join(g.root.public_bytes(Encoding.PEM) for g in reversed(generations))
+        if not self.bundle_path.exists() or self.bundle_path.read_bytes() != bundle:
+            write_file(self.bundle_path, bundle, 0o644)
         now = datetime.datetime.now(datetime.UTC)
         parts = []
         for generation in reversed(generations):
-            path = generation.folder / "revoked.json"
-            revoked: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
             builder = x509.CertificateRevocationListBuilder().issuer_name(generation.intermediate.subject)
             builder = builder.last_update(now - BACKDATED).next_update(now + CRL_LIFE)
-            for serial, when in revoked.items():
+            for serial, when in generation.revoked.items():
                 entry = (
                     x509.RevokedCertificateBuilder().serial_number(int(serial)).revocation_date(datetime.datetime.fromisoformat(when))
                 )
                 builder = builder.add_revoked_certificate(entry.build())
             crl = builder.sign(generation.intermediate_key, hashes.SHA256())
             parts.append(generation.intermediate.public_bytes(Encoding.PEM) + crl.public_bytes(Encoding.PEM))
-        _write(self.crl_path, b"".join(parts), 0o644)
-
-    refresh_crl = _publish
+        write_file(self.crl_path, b"".join(parts), 0o644)
 
 
-def request_spiffe_id(csr: x509.CertificateSigningRequest) -> str:
+def read_request(request: bytes) -> tuple[str, ec.EllipticCurvePublicKey]:
+    """The one SPIFFE ID that a CSR in PEM asks for, and its key, which is ECDSA P-256 and has signed it. Raises CommandError."""
+    try:
+        csr = x509.load_pem_x509_csr(request)
+        is_signed = csr.is_signature_valid
+        key = csr.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        raise CommandError("the request can't be read as a CSR in PEM") from None
+    if not is_signed:
+        raise CommandError("the request is not signed by its own key")
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise CommandError("the request's key must be ECDSA P-256")
+    return _request_spiffe_id(csr), key
+
+
+def _request_spiffe_id(csr: x509.CertificateSigningRequest) -> str:
     """The one SPIFFE ID that a CSR asks for. Raises CommandError."""
     try:
         names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -254,23 +329,33 @@ def write_identity(folder: Path, name: str, certificates: bytes, private_key: by
     keeps the one that it has."""
     folder.mkdir(parents=True, exist_ok=True)
     key_path, certificate_path = folder / f"{name}.key", folder / f"{name}.pem"
-    _write(key_path, private_key, 0o600)
-    _write(certificate_path, certificates, 0o644)
+    write_file(key_path, private_key, 0o600)
+    write_file(certificate_path, certificates, 0o644)
     return certificate_path, key_path
 
 
-def _make_generation(folder: Path, trust_domain: str) -> x509.Certificate:
-    folder.mkdir(mode=0o700)
+@contextlib.contextmanager
+def _new_generation(parent: Path, number: int) -> Iterator[Path]:
+    """A folder that gets its name when it is complete: a CA that is killed meanwhile is as it was."""
+    making = Path(tempfile.mkdtemp(dir=parent, prefix=f".{number}."))
+    try:
+        yield making
+        making.rename(parent / str(number))
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+
+
+def _make_generation(folder: Path, number: int, trust_domain: str) -> x509.Certificate:
     now = datetime.datetime.now(datetime.UTC)
     root_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    number = folder.name
     root_name, name = _name(f"{trust_domain} root {number}"), _name(f"{trust_domain} intermediate {number}")
     root = _authority(root_name, root_name, root_key.public_key(), None, now, ROOT_LIFE, None).sign(root_key, hashes.SHA256())
     intermediate = _authority(name, root_name, key.public_key(), 0, now, INTERMEDIATE_LIFE, root).sign(root_key, hashes.SHA256())
-    _write(folder / "root.key", _key_pem(root_key), 0o600)
-    _write(folder / "intermediate.key", _key_pem(key), 0o600)
-    _write(folder / "root.pem", root.public_bytes(Encoding.PEM), 0o644)
-    _write(folder / "intermediate.pem", intermediate.public_bytes(Encoding.PEM), 0o644)
+    write_file(folder / "root.key", _key_pem(root_key), 0o600)
+    write_file(folder / "intermediate.key", _key_pem(key), 0o600)
+    write_file(folder / "root.pem", root.public_bytes(Encoding.PEM), 0o644)
+    write_file(folder / "intermediate.pem", intermediate.public_bytes(Encoding.PEM), 0o644)
     return root
 
 
@@ -328,8 +413,8 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """By a rename, so that nobody ever sees half of it; the mode is right before there is anything to read."""
+def write_file(path: Path, content: bytes, mode: int) -> None:
+    """By a rename, so that nobody ever sees half of it; the mode is right before there is anything to read. Raises CommandError."""
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(fd, "wb") as stream:

@@ -27,6 +27,8 @@ class IdentityStatus:
     error: str
     """Of the newest look; "" when that one succeeded."""
     warnings: tuple[str, ...]
+    in_use: bool
+    """False until the CA has given the first certificate."""
 
 
 @dataclass(slots=True)
@@ -50,14 +52,15 @@ class IdentityStore:
     def refresh(self, identities: Mapping[str, Identity], now_unix_s: float | None = None) -> dict[str, Material]:
         """Looks at the files and gives what is good.
 
-        Raises ConfigError for an identity that is new and can't be used. One that was good before keeps what it had.
+        Raises ConfigError for an identity that is new and can't be used. One that was good before keeps what it had. One that comes
+        from the CA may be missing: it is left out until it is there.
         """
         self.events = []
         problems: list[Problem] = []
         entries: dict[str, _Entry] = {}
         for name, identity in identities.items():
             entry = entries[name] = self._look(identity, now_unix_s)
-            if entry.material is None:
+            if entry.material is None and not identity.spiffe_id:
                 problems.append(Problem(identity.certificate, 0, f"identity {name}", entry.error))
         if problems:
             raise ConfigError(problems)
@@ -78,9 +81,8 @@ class IdentityStore:
             if before is None:
                 return _Entry(identity, signature, None, str(error))
             if str(error) != before.error:
-                self.events.append(
-                    ("identity_refused", {"identity": identity.name, "error": str(error), "goes_on_with": "the last good one"})
-                )
+                goes_on_with = "the last good one" if before.material else "none: connections that need it are refused"
+                self.events.append(("identity_refused", {"identity": identity.name, "error": str(error), "goes_on_with": goes_on_with}))
             return _Entry(
                 identity, signature, before.material, str(error), before.loaded, before.refused + (str(error) != before.error)
             )
@@ -88,17 +90,21 @@ class IdentityStore:
             return _Entry(identity, signature, before.material, "", before.loaded, before.refused)
         for warning in material.warnings:
             self.events.append(("identity_warning", {"identity": identity.name, "warning": warning}))
-        if before:
+        if before and before.material:
             self.events.append(("identity_rotated", {"identity": identity.name, "spiffe_id": material.spiffe_id}))
         return _Entry(identity, signature, material, "", (before.loaded if before else 0) + 1, before.refused if before else 0)
 
     def status(self) -> list[IdentityStatus]:
         return [
             IdentityStatus(
-                name, entry.material.spiffe_id, entry.material.expires_unix_s, entry.loaded, entry.refused, entry.error,
-                entry.material.warnings,
+                name,
+                entry.material.spiffe_id if entry.material else entry.identity.spiffe_id,
+                entry.material.expires_unix_s if entry.material else 0.0,
+                entry.loaded, entry.refused, entry.error,
+                entry.material.warnings if entry.material else (),
+                entry.material is not None,
             )
-            for name, entry in list(self._entries.items()) if entry.material
+            for name, entry in list(self._entries.items())
         ]  # fmt: skip
 
     def expiring(self, now_unix_s: float) -> list[tuple[str, float]]:

@@ -10,8 +10,8 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -47,6 +47,8 @@ class Material:
     digest: bytes
     """Of the files' contents."""
     warnings: tuple[str, ...]
+    chained: bool
+    """Whether the certificate leads to a root of the bundle."""
 
 
 def read_file(path: str) -> bytes:
@@ -63,13 +65,27 @@ def read_file(path: str) -> bytes:
 
 def load_identity(identity: Identity, now_unix_s: float | None = None) -> Material:
     """Reads and judges the files of an identity. Raises IdentityError."""
-    now = time.time() if now_unix_s is None else now_unix_s
     contents = {path: read_file(path) for path in identity.files}
+    material = judge_identity(identity, contents, time.time() if now_unix_s is None else now_unix_s)
+    warnings = list(material.warnings)
+    if not material.chained:
+        warnings.append(
+            f"{identity.certificate}: is signed by no CA of {identity.trust_bundle}; peers with the same bundle will refuse it"
+        )
+    if stat.S_IMODE(os.stat(identity.private_key).st_mode) & 0o077:
+        warnings.append(f"{identity.private_key}: can be read by others than its owner; it should have mode 0600")
+    return replace(material, warnings=tuple(warnings))
+
+
+def judge_identity(identity: Identity, contents: Mapping[str, bytes], now: float) -> Material:
+    """``contents``: by the names that ``identity`` has for its files. Raises IdentityError."""
     chain = _read_certificates(identity.certificate, contents[identity.certificate])
     leaf = chain[0]
     warnings: list[str] = []
     spiffe_id = read_spiffe_id(identity.certificate, leaf)
-    _check_leaf(identity.certificate, leaf)
+    if identity.spiffe_id and spiffe_id != identity.spiffe_id:
+        raise IdentityError(f"{identity.certificate}: is for {spiffe_id}, not for {identity.spiffe_id}")
+    check_leaf(identity.certificate, leaf)
     _check_key(identity, contents[identity.private_key], leaf)
     expires, not_before = leaf.not_valid_after_utc.timestamp(), leaf.not_valid_before_utc.timestamp()
     if expires <= now:
@@ -77,19 +93,13 @@ def load_identity(identity: Identity, now_unix_s: float | None = None) -> Materi
     if not_before > now:
         raise IdentityError(f"{identity.certificate}: is not valid before {leaf.not_valid_before_utc.isoformat()}")
     bundle = _read_certificates(identity.trust_bundle, contents[identity.trust_bundle])
-    if not _chains_to(chain, bundle):
-        warnings.append(
-            f"{identity.certificate}: is signed by no CA of {identity.trust_bundle}; peers with the same bundle will refuse it"
-        )
-    if stat.S_IMODE(os.stat(identity.private_key).st_mode) & 0o077:
-        warnings.append(f"{identity.private_key}: can be read by others than its owner; it should have mode 0600")
     revoked: tuple[tuple[bytes, bytes], ...] = ()
     if identity.crl:
         revoked = _read_revoked(identity.crl, contents[identity.crl], bundle, chain[1:], now, warnings)
     digest = hashlib.sha256(b"".join(hashlib.sha256(contents[path]).digest() for path in identity.files)).digest()
     return Material(
         identity.name, spiffe_id, contents[identity.certificate], contents[identity.private_key], contents[identity.trust_bundle],
-        revoked, not_before, expires, digest, tuple(warnings),
+        revoked, not_before, expires, digest, tuple(warnings), _chains_to(chain, bundle),
     )  # fmt: skip
 
 
@@ -115,7 +125,8 @@ def read_spiffe_id(path: str, leaf: x509.Certificate) -> str:
         raise IdentityError(f"{path}: the URI name {error}") from None
 
 
-def _check_leaf(path: str, leaf: x509.Certificate) -> None:
+def check_leaf(path: str, leaf: x509.Certificate) -> None:
+    """That it may be a workload's. Raises IdentityError."""
     try:
         if leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
             raise IdentityError(f"{path}: is a CA's certificate; a workload needs a leaf, first in the file")
@@ -154,15 +165,15 @@ def _public(key: object) -> bytes:
 def _chains_to(chain: Sequence[x509.Certificate], bundle: Sequence[x509.Certificate]) -> bool:
     current = chain[0]
     for issuer in (*chain[1:], None):
-        if any(_is_signed_by(current, root) for root in bundle):
+        if any(is_signed_by(current, root) for root in bundle):
             return True
-        if issuer is None or not _is_signed_by(current, issuer):
+        if issuer is None or not is_signed_by(current, issuer):
             return False
         current = issuer
     return False
 
 
-def _is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature):
@@ -182,7 +193,7 @@ def _read_revoked(
     our own chain, or one that stands in the file and is signed by the bundle. A list that is past its date goes on to count, because
     the alternative is to trust what it revokes or to stop the mesh."""
     enclosed = x509.load_pem_x509_certificates(content) if b"BEGIN CERTIFICATE" in content else []
-    issuers = [*bundle, *intermediates, *(ca for ca in enclosed if any(_is_signed_by(ca, root) for root in bundle))]
+    issuers = [*bundle, *intermediates, *(ca for ca in enclosed if any(is_signed_by(ca, root) for root in bundle))]
     end = b"-----END X509 CRL-----"
     parts = [part + end for part in content.split(end) if b"BEGIN X509 CRL" in part]
     try:

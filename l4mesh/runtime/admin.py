@@ -150,11 +150,32 @@ class AdminServer:
                     }
                     for listener in snapshot.listeners
                 ],
+                "identities": self._identities(),
                 "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
                 "closed": closed,
                 "access_log_dropped": self._sources.access_log_dropped(),
             }
         )
+
+    def _identities(self) -> list[dict[str, Any]]:
+        renewals = {renewal.name: renewal for renewal in self._sources.renewals()}
+        shown = []
+        for identity in self._sources.identities():
+            renewal = renewals.get(identity.name)
+            error = identity.error if identity.in_use else "has no certificate yet"
+            shown.append(
+                {
+                    "name": identity.name,
+                    "spiffe_id": identity.spiffe_id,
+                    "source": "ca" if renewal else "files",
+                    "in_use": identity.in_use,
+                    "expires_unix_s": identity.expires_unix_s if identity.in_use else None,
+                    "renewed_unix_s": renewal.renewed_unix_s or None if renewal else None,
+                    "renewals": renewal.succeeded if renewal else 0,
+                    "error": (renewal.error if renewal else "") or error,
+                }
+            )
+        return shown
 
     async def _clusters(self, request: web.Request) -> web.Response:
         name = request.query.get("name")

@@ -24,6 +24,7 @@ from l4mesh.runtime.admin import AdminServer, Facts
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.reload import Reloader
+from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
 from l4mesh.snapshot import ConnectionRecord
 
@@ -83,6 +84,7 @@ class App:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._resolver = Resolver()
         self._reloader = Reloader(paths, self._apply, self._resolver.resolve)
+        self._renewer = Renewer(lambda: self._reloader.materials, self._reloader.reload)
         self._stop = asyncio.Event()
         self._ready = False
         self._lag_s = 0.0
@@ -112,7 +114,8 @@ class App:
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
                 self._admin_address = await admin.start(config.admin)
-            tasks = [loop.create_task(self._reloader.watch()), loop.create_task(self._tick())]
+            self._renewer.configure(config)
+            tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
             self._ready = True
             log.info(
                 "ready",
@@ -196,6 +199,7 @@ class App:
             self._datapath.endpoints,
             lambda: self._reloader.status,
             self._reloader.identities.status,
+            self._renewer.status,
             lambda: self._access_log.dropped if self._access_log else 0,
             self._take_lag,
         )
@@ -231,6 +235,8 @@ class App:
             self._lag_max_s = max(self._lag_max_s, self._lag_s)
             assert self._datapath is not None
             self._datapath.tick()
+            if self._reloader.config:
+                self._renewer.configure(self._reloader.config)
             if self._resolver.is_due:
                 await self._reloader.reload()
             if time.monotonic() >= expiry_at:

@@ -18,6 +18,7 @@ from l4mesh import __version__
 from l4mesh.errors import CloseReason
 from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.reload import ReloadStatus
+from l4mesh.runtime.renewer import RenewalStatus
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
 
 _BUCKET_NAMES = [f"{bound:g}" for bound in CONNECT_BUCKETS_S] + ["+Inf"]
@@ -31,6 +32,7 @@ class Sources:
     endpoints: Callable[[], list[EndpointSnapshot]]
     reload_status: Callable[[], ReloadStatus]
     identities: Callable[[], list[IdentityStatus]]
+    renewals: Callable[[], list[RenewalStatus]]
     access_log_dropped: Callable[[], int]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
@@ -63,6 +65,7 @@ class MeshCollector(Collector):
         yield from _endpoint_metrics(self._sources.endpoints())
         yield from _tls_metrics(snapshot.tls)
         yield from _identity_metrics(self._sources.identities())
+        yield from _renewal_metrics(self._sources.renewals())
         yield from _worker_metrics(snapshot)
         yield from _config_metrics(snapshot, self._sources.reload_status())
         yield from self._process_metrics(snapshot)
@@ -200,14 +203,28 @@ def _identity_metrics(identities: list[IdentityStatus]) -> Iterator[Metric]:
     )
     loaded = CounterMetricFamily("l4mesh_identity_loads", "Certificates taken into use.", labels=["identity"])
     refused = CounterMetricFamily("l4mesh_identity_refusals", "Files that could not be used.", labels=["identity"])
-    healthy = GaugeMetricFamily("l4mesh_identity_healthy", "0 while the files can't be used and an older certificate serves.",
-                                labels=["identity"])  # fmt: skip
+    healthy = GaugeMetricFamily(
+        "l4mesh_identity_healthy", "0 while the files can't be used and an older certificate serves, or none.", labels=["identity"]
+    )
     for identity in identities:
-        expires.add_metric([identity.name, identity.spiffe_id], identity.expires_unix_s)
+        if identity.in_use:
+            expires.add_metric([identity.name, identity.spiffe_id], identity.expires_unix_s)
         loaded.add_metric([identity.name], identity.loaded)
         refused.add_metric([identity.name], identity.refused)
         healthy.add_metric([identity.name], int(not identity.error))
     yield from (expires, loaded, refused, healthy)
+
+
+def _renewal_metrics(renewals: list[RenewalStatus]) -> Iterator[Metric]:
+    renewed = CounterMetricFamily("l4mesh_identity_renewals", "Requests to the CA for a certificate.", labels=["identity", "result"])
+    fetched = CounterMetricFamily("l4mesh_trust_fetches", "Requests to the CA for bundle and revocation lists.", labels=["result"])
+    for renewal in renewals:
+        for result, count in (("succeeded", renewal.succeeded), ("failed", renewal.failed)):
+            if renewal.name:
+                renewed.add_metric([renewal.name, result], count)
+            else:
+                fetched.add_metric([result], count)
+    yield from (renewed, fetched)
 
 
 def _config_metrics(snapshot: Snapshot, status: ReloadStatus) -> Iterator[Metric]:

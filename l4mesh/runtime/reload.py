@@ -65,6 +65,11 @@ class Reloader:
         self.status = ReloadStatus()
         self.config: Config | None = None
 
+    @property
+    def materials(self) -> Mapping[str, Material]:
+        """What is in use."""
+        return self._materials
+
     async def load_first(self) -> None:
         """Raises ConfigError or CommandError: there is no good plan yet to go on with."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._load, True)
@@ -78,33 +83,38 @@ class Reloader:
                 self._note_failure(str(error).splitlines())
 
     def _load(self, first: bool) -> None:
-        config = load_config(self._paths, self._cache)
+        try:
+            config = load_config(self._paths, self._cache)
+        except ConfigError:
+            # Files that are wrong must not keep the certificates of what goes on from being renewed.
+            if self.config:
+                self._use(self.config, first)
+            raise
+        if self._use(self._resolve(config), first):
+            self.status = replace(self.status, succeeded=self.status.succeeded + 1, last_error=None)
+        else:
+            # A file that was broken and is back to what is in force is no failure any more.
+            self.status = replace(self.status, unchanged=self.status.unchanged + 1, last_error=None)
+
+    def _use(self, config: Config, first: bool) -> bool:
+        """Applies the configuration with the newest good certificates, unless both are in force. Raises as ``apply``."""
         materials = self.identities.refresh(config.identities)
         for event, fields in self.identities.events:
             (log.error if event == "identity_refused" else log.warning if event == "identity_warning" else log.info)(event, **fields)
-        resolved = self._resolve(config)
         if (
             self.config is not None
-            and resolved == self.config
+            and config == self.config
             and config.digest == self.config.digest
             and all(self._materials.get(name) is material for name, material in materials.items())
         ):
-            # A file that was broken and is back to what is in force is no failure any more.
-            self.status = replace(self.status, unchanged=self.status.unchanged + 1, last_error=None)
-            return
-        generation = self._apply(resolved, materials)
+            return False
+        generation = self._apply(config, materials)
         self._materials = materials
-        self.config = resolved
-        self.status = replace(
-            self.status,
-            generation=generation,
-            digest=config.digest,
-            loaded_unix_s=time.time(),
-            succeeded=self.status.succeeded + 1,
-            last_error=None,
-        )
+        self.config = config
+        self.status = replace(self.status, generation=generation, digest=config.digest, loaded_unix_s=time.time())
         if not first:
             log.info("config_reloaded", generation=generation)
+        return True
 
     def _note_failure(self, problems: list[str]) -> None:
         said = self.status.last_error == tuple(problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from rich import box
@@ -56,6 +57,24 @@ def reason_table(closed: dict[str, int]) -> Table:
     return table
 
 
+def identity_table(identities: list[dict[str, Any]]) -> Table:
+    table = make_table("identities", "name", "SPIFFE ID", "source", "expires", "renewed", "error")
+    for one in identities:
+        table.add_row(
+            one["name"],
+            one["spiffe_id"],
+            one["source"],
+            show_time(one["expires_unix_s"]),
+            show_time(one["renewed_unix_s"]),
+            one["error"],
+        )
+    return table
+
+
+def show_time(unix_s: float | None) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if unix_s else "-"
+
+
 def print_status(console: Console, status: dict[str, Any], clusters: list[dict[str, Any]]) -> None:
     config = status["config"]
     active = sum(worker["active"] for worker in status["workers"])
@@ -74,6 +93,8 @@ def print_status(console: Console, status: dict[str, Any], clusters: list[dict[s
         listeners.add_row(listener["name"], ", ".join(listener["bind"]), str(listener["active"]), str(listener["opened"]))
     console.print(listeners)
     console.print(cluster_table(clusters))
+    if status["identities"]:
+        console.print(identity_table(status["identities"]))
     if status["closed"]:
         console.print(reason_table(status["closed"]))
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from l4mesh.capture.rules import build_rules
 from l4mesh.config.load import parse_config
 from l4mesh.lab import Host, Lab, build_node_lab
 from tests.conftest import Factory
+from tests.support.ca import CaProcess, Node, grant, identity_of
+from tests.support.certificates import WEB, Authority
 from tests.support.mesh import Mesh
 from tests.support.waiting import wait_until
 
@@ -210,3 +213,16 @@ def test_the_command_line_does_the_same(net: Net) -> None:
     assert "`l4mesh redirect apply` repairs them" in done.stderr
     assert net.dial("10.91.0.11") == "server1 10.90.0.2"
     assert json.loads(m.fetch("/ready")[1])["ready"]
+
+
+def test_the_way_to_the_ca_is_never_captured(net: Net, tmp_path: Path) -> None:
+    authority = Authority.new(tmp_path / "ca")
+    grant(authority, a=[WEB])
+    node = Node(tmp_path / "a", authority)
+    with CaProcess(tmp_path, authority, host="10.91.0.11", prefix=net.servers[0].command()) as ca:
+        m = net.start(outbound(default="reject") | node.config(ca.address, web=WEB))
+        wait_until(lambda: identity_of(m, "web")["in_use"], "the certificate is there")
+        # Others on the node are captured on the way to the same port.
+        port = int(ca.address.rpartition(":")[2])
+        assert net.dial("10.91.0.11", port, by=net.node) in ("nothing", "ConnectionResetError")
+        m.wait_closed(no_route=1)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import click
 import pydantic
 import pytest
 import yaml
@@ -23,16 +24,17 @@ def test_the_examples_are_valid(name: str) -> None:
     assert load_config([CONF / name]).listeners
 
 
-def test_the_systemd_unit_runs_commands_that_exist() -> None:
-    from l4mesh.cli import cli, redirect
+@pytest.mark.parametrize("unit", ["l4mesh.service", "l4mesh-ca.service"])
+def test_the_systemd_units_run_commands_that_exist(unit: str) -> None:
+    from l4mesh.cli import cli
 
-    text = (CONF / "l4mesh.service").read_text()
+    text = (CONF / unit).read_text()
     for line in text.splitlines():
         if line.startswith("Exec") and "/l4mesh " in line:
             words = line.split("/l4mesh ")[1].split()
-            assert words[0] in cli.commands
-            if words[0] == "redirect":
-                assert words[1] in redirect.commands
+            command = cli.commands[words[0]]
+            if isinstance(command, click.Group):
+                assert words[1] in command.commands
     assert "LimitNOFILE" in text
 
 

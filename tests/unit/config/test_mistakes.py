@@ -29,6 +29,10 @@ def top(text: str) -> str:
     return GOOD + text
 
 
+def fetched(text: str) -> str:
+    return GOOD + "ca: {address: 'ca.example:15010', identity: node}\n" + text
+
+
 DURATION = "must be a duration with its unit, such as 250ms, 5s, 1h or 1d"
 OPTIONAL = "must be a duration with its unit, such as 250ms, 5s, 1h, 1d, or off"
 CASES = [
@@ -97,7 +101,18 @@ CASES = [
     (top("admin: {bind: nowhere}\n"), "5: admin.bind: must be an address with a port, such as \"127.0.0.1:8080\" (IPv6 in brackets); got 'nowhere'"),
     (top("access_log: {when: sometimes}\n"), "5: access_log.when: must be always, errors or never; got 'sometimes'"),
     (top("limits: {connections: none}\n"), "5: limits.connections: must be auto or a whole number from 1 to 100000000; got 'none'"),
-    (top("identities: [{name: a}]\n"), "5: identities[0].certificate: is missing"),
+    (top("identities: [{name: a}]\n"), "5: identities[0].certificate: is missing; or give a spiffe_id alone, to get it from the CA"),
+    (top("identities: [{name: a, spiffe_id: web}]\n"), "5: identities[0].spiffe_id: must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web; got 'web'"),
+    (top("identities: [{name: a, spiffe_id: 'spiffe://x.org/a'}]\n"), "5: identities[0].spiffe_id: needs the CA that it comes from: add ca: {address: …, identity: …}"),
+    (fetched("identities: [{name: node, spiffe_id: 'spiffe://x.org/a', crl: crl.pem}]\n"), "6: identities[0].crl: does not go with spiffe_id, which is fetched from the CA: keep the files or that"),
+    (fetched("identities: [{name: a/b, spiffe_id: 'spiffe://x.org/a'}]\n"), "6: identities[0].name: must not have a '/', nor begin with '.': with spiffe_id it names a file"),
+    (fetched("identities: [{name: a, spiffe_id: 'spiffe://x.org/a'}]\n"), "5: ca.identity: 'node' is not an identity; there are: a"),
+    (fetched("identities: [{name: node, certificate: a, private_key: b, trust_bundle: c}]\n"), "5: ca.identity: 'node' must have a spiffe_id instead of files: the node renews it as well"),
+    (fetched("identities: [{name: node, spiffe_id: 'spiffe://x.org/a'}, {name: b, spiffe_id: 'spiffe://y.org/b'}]\n"), "6: identities[1].spiffe_id: must be of the node's trust domain, spiffe://x.org/"),
+    (top("ca: {identity: node}\n"), "5: ca.address: is missing"),
+    (top("ca: {address: 'ca:1'}\n"), "5: ca.identity: is missing"),
+    (top("ca: {address: ca, identity: node}\n"), "5: ca.address: must be an address with a port, such as \"10.0.0.1:6379\" (IPv6 in brackets); got 'ca'"),
+    (top("ca: {address: 'ca:1', identity: node, retry: 5}\n"), f"5: ca.retry: {DURATION}; got 5"),
     (top("node: {identity: a}\n"), "5: node.identity: 'a' is not an identity; there are: none"),
     (top("workloads: [{name: w, addresses: [10.0.0.256]}]\n"), "5: workloads[0].addresses[0]: must be an IP address; got '10.0.0.256'"),
     (top("workloads: [{name: w, addresses: [10.0.0.2]}, {name: x, addresses: [10.0.0.2]}]\n"), "5: workloads[1].addresses: 10.0.0.2 belongs to workload w already"),
@@ -107,7 +122,7 @@ CASES = [
     (top("policies: [{name: p, action: deny, from: [{identities: ['spiffe://a//b']}]}]\n"), "5: policies[0].from[0].identities[0]: must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web; got 'spiffe://a//b'"),
     (top("policies: [{name: p, action: deny, from: [{service_accounts: [web]}]}]\n"), "5: policies[0].from[0].service_accounts[0]: must be namespace/name; got 'web'"),
     (top("policies: [{name: p, action: deny}, {name: p, action: deny}]\n"), "5: policies[1].name: p stands in f already"),
-    (top("faults: {enabled: on}\n"), "5: faults: is not a known key; known here: access_log, admin, clusters, identities, limits, listeners, marks, node, policies, splice, workers, workloads"),
+    (top("faults: {enabled: on}\n"), "5: faults: is not a known key; known here: access_log, admin, ca, clusters, identities, limits, listeners, marks, node, policies, splice, workers, workloads"),
     (top("listeners: []\n"), "5: the key 'listeners' stands twice here"),
     (top("node: [\n"), "6: is not YAML: did not find expected node content"),
     (top("\tnode: {}\n"), "5: is not YAML: found character that cannot start any token"),
