@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from l4mesh.errors import CommandError
-from l4mesh.lab import Host, Interrupted, Lab, build_node_lab, ensure_privileged, raise_interrupted
+from l4mesh.lab import Host, Interrupted, Lab, build_cluster, ensure_privileged, raise_interrupted
 from l4mesh.runtime.tables import make_table, reason_table, show_bytes, show_ms
 
 WEB = "10.96.0.10"
@@ -42,8 +42,8 @@ listeners:
       - {{match: {{destinations: [{cache}], ports: [6379]}}, cluster: cache}}
     default: original_destination
 clusters:
-  - {{name: web, endpoints: ["10.91.0.11:80", "10.91.0.12:80", "10.91.0.13:80"], balance: round_robin, connect: {{timeout: 300ms}}}}
-  - {{name: cache, endpoints: ["10.91.0.11:6379", "10.91.0.12:6379", "10.91.0.13:6379"], connect: {{timeout: 300ms}}}}
+  - {{name: web, endpoints: ["10.244.1.11:80", "10.244.1.12:80", "10.244.1.13:80"], balance: round_robin, connect: {{timeout: 300ms}}}}
+  - {{name: cache, endpoints: ["10.244.1.11:6379", "10.244.1.12:6379", "10.244.1.13:6379"], connect: {{timeout: 300ms}}}}
 """
 
 SERVER = """\
@@ -102,7 +102,8 @@ class Demo:
     def run(self) -> int:
         started = time.monotonic()
         self._say("1. Five network namespaces: a client, a node that is its gateway, three servers behind the node.")
-        client, node, servers = build_node_lab(self._lab)
+        cluster = build_cluster(self._lab, nodes=1, pods=3)
+        client, node, servers = cluster.outside, cluster.nodes[0].host, cluster.nodes[0].pods
         for server in servers:
             _start_server(server)
         self._start_node(node)

@@ -13,7 +13,7 @@ import yaml
 from l4mesh.capture.host import apply_rules, check_rules
 from l4mesh.capture.rules import build_rules
 from l4mesh.config.load import parse_config
-from l4mesh.lab import Host, Lab, build_node_lab
+from l4mesh.lab import Host, Lab, build_cluster
 from tests.conftest import Factory
 from tests.support.mesh import Mesh
 from tests.support.waiting import wait_until
@@ -66,14 +66,15 @@ class Net:
 @pytest.fixture
 def net(mesh: Factory) -> Iterator[Net]:
     with Lab() as lab:
-        client, node, servers = build_node_lab(lab, 2)
-        for server in servers:
-            server.start(sys.executable, "-c", BANNER, server.name)
+        cluster = build_cluster(lab, nodes=1)
+        client, node, servers = cluster.outside, cluster.nodes[0].host, cluster.nodes[0].pods
+        for number, server in enumerate(servers, 1):
+            server.start(sys.executable, "-c", BANNER, f"server{number}")
         node.start(sys.executable, "-c", BANNER, "node")
         made = Net(client, node, servers, mesh)
-        wait_until(lambda: made.dial("10.91.0.11").startswith("server1"), "the servers answer")
-        wait_until(lambda: made.dial("fd91::12").startswith("server2"), "the servers answer")
-        wait_until(lambda: made.dial("10.90.0.1").startswith("node"), "the node answers")
+        wait_until(lambda: made.dial("10.244.1.11").startswith("server1"), "the servers answer")
+        wait_until(lambda: made.dial("fd00:10:244:1::12").startswith("server2"), "the servers answer")
+        wait_until(lambda: made.dial("192.168.50.1").startswith("node"), "the node answers")
         yield made
 
 
@@ -92,22 +93,22 @@ def inbound(**more: Any) -> dict[str, Any]:
     return {"listeners": [listener | more]}
 
 
-@pytest.mark.parametrize("server", ["10.91.0.11", "fd91::11"])
+@pytest.mark.parametrize("server", ["10.244.1.11", "fd00:10:244:1::11"])
 @pytest.mark.parametrize("capture", ["redirect", "tproxy"])
 def test_traffic_through_the_node_is_captured_with_its_destination(net: Net, capture: str, server: str) -> None:
     m = net.start(outbound(capture=capture, direction="outbound"))
-    node = "fd91::1" if ":" in server else "10.91.0.1"
+    node = "fd00:192:168:50::1" if ":" in server else "192.168.50.1"
     assert net.dial(server) == f"server1 {node}"
     m.wait_closed(upstream_closed=1)
 
 
 def test_service_addresses_that_nobody_has_are_balanced(net: Net) -> None:
     config = outbound(
-        routes=[{"match": {"destinations": ["10.96.0.10", "fd96::10"], "ports": [80]}, "cluster": "web"}], default="reject"
+        routes=[{"match": {"destinations": ["10.96.0.10", "fd00:10:96::10"], "ports": [80]}, "cluster": "web"}], default="reject"
     )
-    config["clusters"] = [{"name": "web", "endpoints": ["10.91.0.11:80", "[fd91::12]:80"], "balance": "round_robin"}]
+    config["clusters"] = [{"name": "web", "endpoints": ["10.244.1.11:80", "[fd00:10:244:1::12]:80"], "balance": "round_robin"}]
     m = net.start(config | {"workers": 1})
-    for address in ("10.96.0.10", "fd96::10"):
+    for address in ("10.96.0.10", "fd00:10:96::10"):
         assert {net.dial(address).split()[0] for _ in range(4)} == {"server1", "server2"}
     assert net.dial("10.96.0.10", 81) == "ConnectionResetError"
     m.wait_closed(no_route=1, upstream_closed=8)
@@ -115,8 +116,8 @@ def test_service_addresses_that_nobody_has_are_balanced(net: Net) -> None:
 
 def test_what_the_host_itself_sends_is_captured_and_what_we_send_is_not(net: Net) -> None:
     m = net.start(outbound())
-    assert net.dial("10.91.0.12", by=net.node) == "server2 10.91.0.1"
-    assert net.dial("fd91::12", by=net.node) == "server2 fd91::1"
+    assert net.dial("10.244.1.12", by=net.node) == "server2 192.168.50.1"
+    assert net.dial("fd00:10:244:1::12", by=net.node) == "server2 fd00:192:168:50::1"
     m.wait_closed(upstream_closed=2)
 
 
@@ -125,39 +126,39 @@ def test_what_the_host_itself_sends_is_captured_and_what_we_send_is_not(net: Net
     [
         ({"exclude": {"ports": [80]}}, {80: False, 81: True}),
         ({"include": {"ports": [80]}}, {80: True, 81: False}),
-        ({"exclude": {"destinations": ["10.91.0.0/24"]}}, {80: False, 81: False}),
-        ({"include": {"destinations": ["10.91.0.11"]}}, {80: True, 81: True}),
-        ({"include": {"interfaces": ["client0"]}}, {80: True, 81: True}),
-        ({"exclude": {"interfaces": ["client0"]}}, {80: False, 81: False}),
+        ({"exclude": {"destinations": ["10.244.1.0/24"]}}, {80: False, 81: False}),
+        ({"include": {"destinations": ["10.244.1.11"]}}, {80: True, 81: True}),
+        ({"include": {"interfaces": ["eth0"]}}, {80: True, 81: True}),
+        ({"exclude": {"interfaces": ["eth0"]}}, {80: False, 81: False}),
     ],
 )
 def test_include_and_exclude(net: Net, rules: dict[str, Any], captured: dict[int, bool]) -> None:
     m = net.start(outbound(**rules))
     for port in captured:
-        assert net.dial("10.91.0.11", port).split()[0] == "server1"
+        assert net.dial("10.244.1.11", port).split()[0] == "server1"
     assert sum(captured.values()) == sum(worker["accepted"] for worker in m.status()["workers"])
 
 
 def test_a_users_own_traffic_can_be_left_out(net: Net) -> None:
     m = net.start(outbound(exclude={"users": ["0"]}))
-    assert net.dial("10.91.0.11", by=net.node) == "server1 10.91.0.1"
+    assert net.dial("10.244.1.11", by=net.node) == "server1 192.168.50.1"
     assert sum(worker["accepted"] for worker in m.status()["workers"]) == 0
 
 
-@pytest.mark.parametrize("server", ["10.91.0.11", "fd91::11"])
+@pytest.mark.parametrize("server", ["10.244.1.11", "fd00:10:244:1::11"])
 @pytest.mark.parametrize("capture", ["redirect", "tproxy"])
 def test_the_server_sees_the_clients_own_address_when_asked(net: Net, capture: str, server: str) -> None:
     m = net.start(outbound(capture=capture, direction="outbound", preserve_source=True))
-    client = "fd90::2" if ":" in server else "10.90.0.2"
+    client = "fd00:192:168:50::100" if ":" in server else "192.168.50.100"
     assert net.dial(server) == f"server1 {client}"
     m.wait_closed(upstream_closed=1)
 
 
 @pytest.mark.parametrize("preserve", [False, True])
-@pytest.mark.parametrize("host", ["10.90.0.1", "fd90::1"])
+@pytest.mark.parametrize("host", ["192.168.50.1", "fd00:192:168:50::1"])
 def test_what_arrives_for_the_host_is_captured(net: Net, host: str, preserve: bool) -> None:
     m = net.start(inbound(include={"ports": [80]}, preserve_source=preserve))
-    seen_as = ("fd90::2" if ":" in host else "10.90.0.2") if preserve else host
+    seen_as = ("fd00:192:168:50::100" if ":" in host else "192.168.50.100") if preserve else host
     assert net.dial(host) == f"node {seen_as}"
     m.wait_closed(upstream_closed=1)
 
@@ -169,15 +170,15 @@ def test_malicious_calls_end_in_counted_refusals_and_never_in_a_loop(net: Net) -
         (net.node, "127.0.0.1", 15001),
         (net.node, "127.9.9.9", 15001),
         (net.node, "::1", 15001),
-        (net.node, "10.90.0.1", 15001),
+        (net.node, "192.168.50.1", 15001),
         (net.node, "::ffff:127.0.0.1", 15001),
-        (net.node, "::ffff:10.90.0.1", 15006),
-        (net.node, "10.91.0.1", 15006),
-        (net.client, "10.90.0.1", 15001),
-        (net.client, "10.91.0.1", 15001),
-        (net.client, "10.90.0.1", 15006),
-        (net.client, "fd90::1", 15001),
-        (net.client, "fd91::1", 15006),
+        (net.node, "::ffff:192.168.50.1", 15006),
+        (net.node, "169.254.1.1", 15006),
+        (net.client, "192.168.50.1", 15001),
+        (net.servers[0], "169.254.1.1", 15001),
+        (net.client, "192.168.50.1", 15006),
+        (net.client, "fd00:192:168:50::1", 15001),
+        (net.client, "fd00:192:168:50::1", 15006),
     ]
     for by, host, port in calls:
         assert net.dial(host, port, by) in ("ConnectionResetError", "ConnectionRefusedError"), (host, port)
@@ -189,13 +190,13 @@ def test_malicious_calls_end_in_counted_refusals_and_never_in_a_loop(net: Net) -
 def test_a_crash_fails_closed_and_a_restart_takes_over(net: Net) -> None:
     config = outbound()
     m = net.start(config)
-    assert net.dial("10.91.0.11") == "server1 10.91.0.1"
+    assert net.dial("10.244.1.11") == "server1 192.168.50.1"
     m.kill()
-    assert net.dial("10.91.0.11") == "ConnectionRefusedError"
-    assert net.dial("10.91.0.11", by=net.node) == "ConnectionRefusedError"
+    assert net.dial("10.244.1.11") == "ConnectionRefusedError"
+    assert net.dial("10.244.1.11", by=net.node) == "ConnectionRefusedError"
     assert check_rules(build_rules(parse_config(yaml.safe_dump(config))), net.node.namespace) == []
     m.start()
-    assert net.dial("10.91.0.11") == "server1 10.91.0.1"
+    assert net.dial("10.244.1.11") == "server1 192.168.50.1"
 
 
 def test_the_command_line_does_the_same(net: Net) -> None:
@@ -208,5 +209,5 @@ def test_the_command_line_does_the_same(net: Net) -> None:
     done = subprocess.run([*command, "check", "-c", str(m.file), *where], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "`l4mesh redirect apply` repairs them" in done.stderr
-    assert net.dial("10.91.0.11") == "server1 10.90.0.2"
+    assert net.dial("10.244.1.11") == "server1 192.168.50.100"
     assert json.loads(m.fetch("/ready")[1])["ready"]
