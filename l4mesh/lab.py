@@ -66,6 +66,11 @@ class Host:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
+    def path(self) -> str:
+        """Of its namespace, for ``run_in_namespace``."""
+        return f"/run/netns/{self.namespace}"
+
+    @property
     def v4(self) -> str:
         return self.addresses[0]
 
