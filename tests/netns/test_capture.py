@@ -163,6 +163,33 @@ def test_what_arrives_for_the_host_is_captured(net: Net, host: str, preserve: bo
     m.wait_closed(upstream_closed=1)
 
 
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_answers_to_what_others_have_dialled_are_left_alone(net: Net, family: int) -> None:
+    pods = [server.addresses[family] for server in net.servers]
+    net.client.start(sys.executable, "-c", BANNER, "client")
+    wait_until(lambda: net.dial("::1", by=net.client).startswith("client"), "the client's own server answers")
+    # All that arrives for the host is captured, and all but port 81 that arrives for its pods.
+    config = inbound(name="host", bind=["0.0.0.0:15007", "[::]:15007"])
+    config["listeners"] += inbound(include={"destinations": pods}, exclude={"ports": [81]})["listeners"]
+    m = net.start(config)
+    assert net.dial(pods[0], by=net.node) == f"server1 {net.node.addresses[family]}"
+    assert net.dial(net.client.addresses[family], by=net.node) == f"client {net.node.addresses[family]}"
+    assert net.dial(net.client.addresses[family], by=net.servers[0]) == f"client {pods[0]}"
+    assert net.dial(pods[1], 81, by=net.servers[0]) == f"server2 {pods[0]}"
+    assert sum(worker["accepted"] for worker in m.status()["workers"]) == 0
+
+
+@pytest.mark.parametrize("server", ["10.244.1.11", "fd00:10:244:1::11"])
+def test_what_nobody_named_is_not_let_past_an_inbound_listener(net: Net, server: str) -> None:
+    pods = ["10.244.1.0/24", "fd00:10:244:1::/64"]
+    config = outbound(exclude={"ports": [81]})
+    config["listeners"] += inbound(include={"destinations": pods})["listeners"]
+    m = net.start(config)
+    for port in (80, 81):
+        assert net.dial(server, port).startswith("server1")
+    assert {listener["name"]: listener["opened"] for listener in m.status()["listeners"]} == {"in": 2, "out": 0}
+
+
 def test_malicious_calls_end_in_counted_refusals_and_never_in_a_loop(net: Net) -> None:
     # Every way to our own listeners, through ourselves or straight at them.
     m = net.start({"listeners": outbound()["listeners"] + inbound(include={"ports": [80, 15006]})["listeners"]})
