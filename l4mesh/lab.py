@@ -89,9 +89,11 @@ class Host:
         """Arguments of `ip`, a line each, in one call. Raises CommandError."""
         run(["ip", "-netns", self.namespace, "-batch", "-"], stdin="\n".join(lines))
 
-    def start(self, *command: str, stdout: int | IO[bytes] = DEVNULL, stderr: int | IO[bytes] = DEVNULL) -> subprocess.Popen[bytes]:
+    def start(
+        self, *command: str, stdin: int = DEVNULL, stdout: int | IO[bytes] = DEVNULL, stderr: int | IO[bytes] = DEVNULL
+    ) -> subprocess.Popen[bytes]:
         """A process that the lab ends when it is taken down."""
-        process = subprocess.Popen(self.command(*command), stdin=DEVNULL, stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(self.command(*command), stdin=stdin, stdout=stdout, stderr=stderr)
         self.processes.append(process)
         return process
 
@@ -122,8 +124,8 @@ class Lab:
         """A new namespace with its loopback up, or the one of that name."""
         if name not in self._hosts:
             namespace = f"{self._prefix}-{name}"
-            run(["ip", "netns", "add", namespace])
             self._hosts[name] = host = Host(name, namespace)
+            run(["ip", "netns", "add", namespace])
             host.ip("link set lo up")
             # Addresses are used at once, not after a second of asking around for duplicates.
             host.run("sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0", "net.ipv6.conf.all.accept_dad=0")
@@ -136,11 +138,21 @@ class Lab:
             host.ip(f"link set {name} up")
 
     def remove(self) -> None:
-        for host in self._hosts.values():
-            host.kill()
-        for host in self._hosts.values():
-            subprocess.run(["ip", "netns", "del", host.namespace], capture_output=True, check=False)
-        self._hosts.clear()
+        """Ends every process in the namespaces, and the namespaces. Not to be interrupted: a signal waits until it is done."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for host in self._hosts.values():
+                host.kill()
+            for host in self._hosts.values():
+                # Children of those that were started, too.
+                listed = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=False)
+                for pid in map(int, listed.stdout.split()):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                subprocess.run(["ip", "netns", "del", host.namespace], capture_output=True, check=False)
+            self._hosts.clear()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 SERVICES = ("10.96.0.0/12", "fd00:10:96::/112")

@@ -76,6 +76,8 @@ def net(mesh: Factory) -> Iterator[Net]:
         wait_until(lambda: made.dial("fd00:10:244:1::12").startswith("server2"), "the servers answer")
         wait_until(lambda: made.dial("192.168.50.1").startswith("node"), "the node answers")
         yield made
+        # While there is a namespace to end in.
+        mesh.stack.close()
 
 
 def outbound(**more: Any) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class World:
         return MARKER + str(self.asked).encode()
 
     def records(self, node: int) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.meshes[node - 1].stdout.read_text().splitlines()]
+        return [json.loads(line) for line in self.meshes[node - 1].stdout.read_text().split("\n")[:-1]]
 
 
 def node_settings(cluster: Cluster, at: int, hosts: dict[str, Host], authority: Authority, folder: Path) -> dict[str, Any]:
