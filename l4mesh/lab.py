@@ -38,8 +38,8 @@ def ensure_privileged() -> None:
     os.execvp("unshare", command)
 
 
-class Interrupted(Exception):
-    """The user or a supervisor wants us to stop: everything is taken down on the way out."""
+class Interrupted(BaseException):
+    """The user or a supervisor wants us to stop: everything is taken down on the way out, whatever is being handled on it."""
 
 
 def raise_interrupted(number: int, frame: FrameType | None) -> NoReturn:
