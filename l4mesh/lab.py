@@ -51,7 +51,7 @@ def run(command: Sequence[str], stdin: str = "") -> str:
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise CommandError(f"{' '.join(command)}: {said[-1] if said else f'exit code {done.returncode}'}")
+        raise CommandError(f"{' '.join(command)}: {'; '.join(said[-2:]) or f'exit code {done.returncode}'}")
     return done.stdout
 
 

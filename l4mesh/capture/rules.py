@@ -22,8 +22,8 @@ A packet from one pod of this host to another is both outbound and inbound. The 
 traffic they take (``include`` of interfaces or sources), inbound ones, other outbound ones. Whatever an outbound listener leaves out
 is still offered to the inbound ones, and what nobody named is not let past an inbound one.
 
-Pods must be routed by this host. What two of them on one bridge say to each other is not seen here, or, where bridges call iptables, it
-loses the socket that TPROXY gives it.
+Pods must be routed by this host. What two of them on one bridge say to each other is not seen here; where bridges call iptables, it is,
+but it loses the socket that TPROXY gives it and would go on to the pod: L4MESH_FORWARD drops it.
 
 ``preserve_source`` has two more needs: answers to an address that is not ours must come back to us. Our marked packets mark
 their flow (connmark), the flow's answers get that mark back, and marked packets are delivered locally (policy routing).
@@ -177,6 +177,8 @@ def _divert_rules(return_mark: str) -> list[Rule]:
     return [
         Rule("mangle", f"{CHAIN_PREFIX}DIVERT", (*established, "-j", "MARK", "--set-xmark", return_mark)),
         Rule("mangle", f"{CHAIN_PREFIX}DIVERT", (*established, "-j", "ACCEPT")),
+        # Marked packets are delivered here: one that is forwarded all the same, on a bridge, has got past us.
+        Rule("mangle", f"{CHAIN_PREFIX}FORWARD", ("-p", "tcp", "-m", "mark", "--mark", return_mark, "-j", "DROP")),
     ]
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
 DIAL = """
 import socket, sys
 try:
-    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5) as peer:
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), float(sys.argv[3])) as peer:
         print(peer.makefile().read().strip() or "nothing")
 except OSError as error:
     print(type(error).__name__)
@@ -59,8 +60,8 @@ class Net:
         apply_rules(build_rules(parse_config(yaml.safe_dump(config))), self.node.namespace)
         return self.mesh(config, prefix=tuple(self.node.command()))
 
-    def dial(self, host: str, port: int = 80, by: Host | None = None) -> str:
-        return (by or self.client).run(sys.executable, "-c", DIAL, host, str(port)).strip()
+    def dial(self, host: str, port: int = 80, by: Host | None = None, timeout_s: float = 5) -> str:
+        return (by or self.client).run(sys.executable, "-c", DIAL, host, str(port), str(timeout_s)).strip()
 
 
 @pytest.fixture
@@ -190,6 +191,23 @@ def test_what_nobody_named_is_not_let_past_an_inbound_listener(net: Net, server:
     for port in (80, 81):
         assert net.dial(server, port).startswith("server1")
     assert {listener["name"]: listener["opened"] for listener in m.status()["listeners"]} == {"in": 2, "out": 0}
+
+
+def test_a_bridge_that_calls_iptables_is_no_way_past_an_inbound_listener(net: Net) -> None:
+    if not Path("/proc/sys/net/bridge").exists():
+        pytest.skip("needs the module br_netfilter")
+    bridge = [
+        "link add bridge0 type bridge",
+        "link set bridge0 up",
+        *(f"link set pod{number} master bridge0" for number in (1, 2)),
+    ]
+    net.node.ip(*bridge)
+    for server, other in (net.servers, net.servers[::-1]):
+        server.ip(f"route add {other.v4} dev eth0 scope link")
+    net.node.run("sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=1")
+    assert net.dial(net.servers[0].v4, by=net.servers[1]) == f"server1 {net.servers[1].v4}"
+    net.start(inbound(include={"destinations": ["10.244.1.0/24"]}))
+    assert net.dial(net.servers[0].v4, by=net.servers[1], timeout_s=0.5) == "TimeoutError"
 
 
 def test_malicious_calls_end_in_counted_refusals_and_never_in_a_loop(net: Net) -> None:
