@@ -402,7 +402,8 @@ def _console() -> Any:
     from rich.console import Console
 
     # Output that goes into a file or a pipe keeps its columns whatever the width of a terminal.
-    return Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 200)
+    # And an IPv6 address in brackets is no markup.
+    return Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 200, markup=False)
 
 
 def _ask(admin: str, *paths: str) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""The main job on something real: unmodified clients dial a service address that no host has; l4mesh captures, balances, forwards
-and accounts for them, while a server dies and comes back.
+"""The main job on something real: two nodes whose pods speak plaintext and dial addresses that no host has, while between the nodes
+it is mutual TLS, a policy decides, a server dies and comes back, a certificate is renewed and the policy changes.
 
 What it prints it has measured; what should have happened and didn't makes it fail.
 """
@@ -7,44 +7,72 @@ What it prints it has measured; what should have happened and didn't makes it fa
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
+import select
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
 from rich.console import Console
 
 from l4mesh.errors import CommandError
-from l4mesh.lab import Host, Interrupted, Lab, build_node_lab, ensure_privileged, raise_interrupted
-from l4mesh.runtime.tables import make_table, reason_table, show_bytes, show_ms
+from l4mesh.identity.ca import CertificateAuthority, write_identity
+from l4mesh.lab import Host, Interrupted, Lab, Node, build_cluster, ensure_privileged, raise_interrupted
+from l4mesh.netns import run_in_namespace
+from l4mesh.runtime.tables import make_table, show_bytes, show_ms
+from l4mesh.tap import Tap, is_tls13
 
-WEB = "10.96.0.10"
-CACHE = "10.96.0.20"
+CATALOG, REDIS, REDIS_V6 = "10.96.0.10", "10.96.0.20", "fd00:10:96::20"
+PODS = (("web", "batch", "catalog-1"), ("redis", "catalog-2", "catalog-3"))
+SECRET = "4111-1111-1111-1111"
 DEADLINE_S = 10.0
+TRUST_DOMAIN = "shop.example"
 
-CONFIG = """\
-node: {{name: demo}}
+NODE = """\
+node: {{name: {node}}}
 admin: {{bind: "unix:{folder}/admin.sock"}}
 access_log: {{path: "{folder}/access.log", when: always}}
+identities:
+{identities}
+workloads:
+{workloads}
 listeners:
-  - name: outbound
-    bind: "0.0.0.0:15001"
+  - name: outbound                      # what this node's pods send
+    bind: ["0.0.0.0:15001", "[::]:15001"]
     capture: redirect
+    include: {{sources: {networks}}}
     routes:
-      - {{match: {{destinations: [{web}], ports: [80]}}, cluster: web}}
-      - {{match: {{destinations: [{cache}], ports: [6379]}}, cluster: cache}}
+      - {{match: {{destinations: ["{catalog}"], ports: [80]}}, cluster: catalog}}
+      - {{match: {{destinations: ["{redis}"], ports: [6379]}}, cluster: redis}}
+      - {{match: {{destinations: ["{redis_v6}"], ports: [6379]}}, cluster: redis-v6}}
+    default: original_destination
+  - name: inbound                       # what others send to them
+    bind: ["0.0.0.0:15006", "[::]:15006"]
+    capture: tproxy
+    include: {{destinations: {networks}}}
+    tls: {{mode: strict}}
     default: original_destination
 clusters:
-  - {{name: web, endpoints: ["10.91.0.11:80", "10.91.0.12:80", "10.91.0.13:80"], balance: round_robin, connect: {{timeout: 300ms}}}}
-  - {{name: cache, endpoints: ["10.91.0.11:6379", "10.91.0.12:6379", "10.91.0.13:6379"], connect: {{timeout: 300ms}}}}
+  - name: catalog
+    endpoints: ["10.244.1.13:80", "10.244.2.12:80", "10.244.2.13:80"]
+    balance: round_robin
+    tls: {{peers: ["spiffe://{domain}/ns/shop/sa/catalog"]}}
+  - {{name: redis, endpoints: ["10.244.2.11:6379"], tls: &redis {{peers: ["spiffe://{domain}/ns/shop/sa/redis"]}}}}
+  - {{name: redis-v6, endpoints: ["[fd00:10:244:2::11]:6379"], tls: *redis}}
 """
+IDENTITY = "  - {{name: {name}, certificate: tls/{name}.pem, private_key: tls/{name}.key, trust_bundle: {bundle}}}"
+WORKLOAD = '  - {{name: {name}, namespace: shop, addresses: [{v4}, "{v6}"], identity: {service}, labels: {{app: {service}}}}}'
+POLICY = 'policies: [{{name: redis-for-{who}, action: allow, workloads: {{app: redis}}, from: [{{identities: ["{identity}"]}}]}}]\n'
 
 SERVER = """\
 import http.server, sys
@@ -59,13 +87,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("", 80), Handler).serve_forever()
 """
 
-TRAFFIC = f"""\
-i=0; while [ $i -lt 400 ]; do
-  curl -s -o /dev/null -m 5 -w '%{{http_code}} %{{time_total}}\\n' http://{WEB}/ || true
-  i=$((i+1))
-done
-"""
-
 
 def run_demo() -> int:
     """Runs the demo. Returns 0 when everything that it shows happened. Raises CommandError."""
@@ -75,7 +96,7 @@ def run_demo() -> int:
             raise CommandError(f"the demo needs {tool}: install the package {package}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, raise_interrupted)
-    console = Console(highlight=False, width=100)
+    console = Console(highlight=False, markup=False, width=116)
     try:
         with tempfile.TemporaryDirectory(prefix="l4mesh-demo-") as folder, Lab() as lab:
             return Demo(console, lab, Path(folder)).run()
@@ -90,127 +111,360 @@ class Demo:
         self._lab = lab
         self._folder = folder
         self._failures: list[str] = []
+        self._meshes: list[Mesh] = []
+        self._pods: dict[str, Host] = {}
+        self._steps = 0
+
+    def run(self) -> int:
+        started = time.monotonic()
+        for step in (
+            self._build,
+            self._start,
+            self._show_the_wire,
+            self._show_identities,
+            self._show_refusal,
+            self._show_balancing,
+            self._show_failure,
+            self._show_rotation,
+            self._show_policy_change,
+            self._show_account,
+            self._stop,
+        ):
+            step()
+        took_s = time.monotonic() - started
+        if self._failures:
+            self._say(f"Failed after {took_s:.0f} s: {'; '.join(self._failures)}")
+            return 1
+        self._say(f"Done in {took_s:.0f} s. The namespaces, rules, processes and files of the demo are gone.")
+        return 0
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        self._step("Two nodes on one wire, with pods in network namespaces. They speak plaintext and know nothing of l4mesh.")
+        cluster = build_cluster(self._lab, pods=len(PODS[0]))
+        self._wire = cluster.wire
+        for node, names in zip(cluster.nodes, PODS, strict=True):
+            self._pods |= dict(zip(names, node.pods, strict=True))
+            shown = ", ".join(f"{name} {pod.v4}" for name, pod in zip(names, node.pods, strict=True))
+            self._say(f"    {node.host.name} {node.host.v4}: {shown}")
+        self._nodes = cluster.nodes
+        for name, pod in self._pods.items():
+            _start_server(name, pod)
+        _wait_until(lambda: all(map(_is_serving, self._pods, self._pods.values())), "the servers answer")
+
+    def _start(self) -> None:
+        self._authority = CertificateAuthority.create(self._folder / "ca", TRUST_DOMAIN)
+        for node, names in zip(self._nodes, PODS, strict=True):
+            folder = self._folder / node.host.name
+            folder.mkdir()
+            for service in {_service(name) for name in names}:
+                self._issue(folder, service)
+            (folder / "node.yaml").write_text(self._node_config(node, names, folder))
+            (folder / "policies.yaml").write_text(POLICY.format(who="web", identity=_spiffe_id("web")))
+            self._meshes.append(Mesh(node.host, folder))
+        for mesh in self._meshes:
+            _wait_until(mesh.is_ready, f"l4mesh is ready on {mesh.host.name}")
+        self._step("A CA has issued a certificate to each service. On each node the rules are in place and l4mesh runs.")
+        self._say(f"    Services have addresses that no host has: catalog {CATALOG} with three endpoints, redis {REDIS} with one.")
+
+    def _show_the_wire(self) -> None:
+        web, redis = self._pods["web"], self._pods["redis"]
+        places = {"at web": (web, "eth0"), "between the nodes": (self._wire, "node-2"), "at redis": (redis, "eth0")}
+        taps = {place: Tap(host.path, device) for place, (host, device) in places.items()}
+        answer = web.run("redis-cli", "-h", REDIS, "SET", "card", SECRET).strip()
+        self._step(f"web runs `redis-cli -h {REDIS} SET card {SECRET}`: {answer}. A capture of the packets meanwhile:")
+        for place, tap in taps.items():
+            with tap:
+                streams = tap.streams()
+            readable = any(SECRET.encode() in stream for stream in streams.values())
+            tls = any(is_tls13(stream, streams.get(ends[::-1], b"")) for ends, stream in streams.items())
+            kind = "TLS 1.3" if tls else "plaintext"
+            size = show_bytes(sum(map(len, streams.values())))
+            self._say(f"    {place + ':':18} {size:>7} of {kind}; the number can{'' if readable else 'not'} be read")
+            self._expect(len(streams) == 2, f"one connection {place}")
+            self._expect((tls, readable) == ((True, False) if place == "between the nodes" else (False, True)), f"what is read {place}")
+        self._expect(answer == "OK", "Redis takes the value")
+        back = web.run("redis-cli", "-h", REDIS_V6, "GET", "card").strip()
+        self._say(f"    By IPv6, `redis-cli -h {REDIS_V6} GET card` gives it back: {back}.")
+        self._expect(back == SECRET, "Redis gives the value back")
+
+    def _show_identities(self) -> None:
+        self._session = Session(self._pods["web"], REDIS)
+        self._expect(self._session.ask("PING") == "PONG", "Redis answers")
+        self._step("web keeps a connection to redis open. `/connections` on both nodes tells who speaks with whom:")
+        for mesh, side, peer in zip(self._meshes, ("upstream", "downstream"), ("redis", "web"), strict=True):
+            (live,) = mesh.ask("/connections")["connections"]
+            identity, tls = live[f"{side}_identity"], live[f"{side}_tls"]
+            self._say(f"    {mesh.host.name}: {live['source']} → {live['endpoint']}, TLS {tls} with {identity}")
+            self._expect((identity, tls) == (_spiffe_id(peer), "1.3"), f"{mesh.host.name} knows {peer}")
+
+    def _show_refusal(self) -> None:
+        before = self._redis_connections()
+        said = _first_line(self._pods["batch"], "redis-cli", "-h", REDIS, "PING")
+        self._step(f"A policy lets web use redis, and nobody else. batch runs `redis-cli -h {REDIS} PING`: {said}")
+        _wait_until(lambda: self._meshes[1].last_record("denied"), "the refusal is logged")
+        who = self._meshes[1].last_record("denied").get("downstream_identity")
+        reached = self._redis_connections() - before - 1
+        self._say(f"    node-2 logs that it denied {who}. Connections that redis has seen of it: {reached}.")
+        self._expect(said != "PONG" and who == _spiffe_id("batch"), "batch is refused as batch")
+        self._expect(reached == 0, "a refusal costs no connection")
+        plain = _first_line(self._lab.host("outside"), "redis-cli", "-h", self._pods["redis"].v4, "PING")
+        _wait_until(lambda: self._meshes[1].last_record("downstream_tls"), "the plaintext is logged")
+        cause = self._meshes[1].last_record("downstream_tls").get("tls_error")
+        self._say(f"    A host outside of the mesh dials redis by its own address, in plaintext: {plain} (node-2 logs {cause})")
+        self._expect(plain != "PONG" and cause == "not_tls", "plaintext is refused")
+
+    def _show_balancing(self) -> None:
+        web = self._pods["web"]
+        answers = collections.Counter(web.run("curl", "-s", "-m", "5", f"http://{CATALOG}/") for _ in range(30))
+        shown = ", ".join(f"{name} {count}" for name, count in sorted(answers.items()))
+        self._step(f"web runs `curl http://{CATALOG}/` 30 times. Answered by {shown}; catalog-1 is on web's own node.")
+        self._expect(len(answers) == 3 and sum(answers.values()) == 30, "all three servers answer curl")
+
+    def _show_failure(self) -> None:
+        victim = self._pods["catalog-1"]
+        traffic = Traffic(self._pods["web"], self._folder / "stop-failure")
+        traffic.read(60)
+        victim.kill()
+        traffic.read(120)
+        _start_server("catalog-1", victim)
+        _wait_until(lambda: _is_serving("catalog-1", victim), "catalog-1 is back")
+        traffic.read(60)
+        self._step("While curl goes on in web, catalog-1 is killed (kill -9), stays away for 120 requests, and is started again.")
+        self._say(f"    {traffic.stop()}{' It is the one that catalog-1 was answering.' if traffic.failed == 1 else ''}")
+        self._expect(traffic.failed <= 1, "requests go on when a server on the same node dies")
+
+    def _show_rotation(self) -> None:
+        self._traffic = Traffic(self._pods["web"], self._folder / "stop-changes")
+        connection = self._session.ask("CLIENT ID")
+        before = self._shown_serial("redis")
+        self._issue(self._meshes[1].folder, "redis")
+        _wait_until(lambda: self._shown_serial("redis") != before, "the new certificate is shown")
+        after = self._shown_serial("redis")
+        self._step("While curl goes on in web, the files of redis's certificate are replaced. Who dials redis is shown one whose")
+        self._say(f"    serial number ended in {before & 0xFFFFFFFF:08x} before, and ends in {after & 0xFFFFFFFF:08x} now.")
+        still = self._session.ask("CLIENT ID")
+        self._say(f"    The connection of step 4 goes on: redis called it client {connection} before, and calls it client {still} now.")
+        self._expect(connection == still and still.isdigit(), "a live connection outlives a rotation")
+        fresh = self._pods["web"].run("redis-cli", "-h", REDIS, "PING").strip()
+        self._expect(fresh == "PONG", "new connections are made under the new certificate")
+
+    def _show_policy_change(self) -> None:
+        new = self._meshes[1].folder / "policies.new"
+        new.write_text(POLICY.format(who="batch", identity=_spiffe_id("batch")))
+        new.rename(new.with_name("policies.yaml"))
+        _wait_until(lambda: self._session.ask("PING") != "PONG", "web's connection is cut")
+        web = _first_line(self._pods["web"], "redis-cli", "-h", REDIS, "PING")
+        batch = _first_line(self._pods["batch"], "redis-cli", "-h", REDIS, "PING")
+        self._step("The policy of node-2 changes: redis is for batch now. The connection of step 4 is cut off, and PING gets")
+        self._say(f"    in web: {web}")
+        self._say(f"    in batch: {batch}")
+        self._expect(web != "PONG" and batch == "PONG", "the new policy holds")
+        self._say(f"    curl went on through both changes: {self._traffic.stop()}")
+        self._expect(self._traffic.failed == 0, "changes disturb nobody else")
+
+    def _show_account(self) -> None:
+        for mesh in self._meshes:
+            _wait_until(mesh.is_quiet, "all connections have ended")
+        self._step("What went where, as the nodes counted it:")
+        table = make_table("", "node", "cluster", "endpoint", "over", ">connections", ">failed", ">sent", ">received")
+        for mesh in self._meshes:
+            for cluster in mesh.ask("/clusters")["clusters"]:
+                for row in cluster["endpoints"] or [cluster | {"address": ""}]:
+                    if row["opened"]:
+                        table.add_row(
+                            mesh.host.name, cluster["name"], row["address"] or "where it was sent to",
+                            mesh.carried_over(cluster["name"], row["address"]), str(row["opened"]), str(row["connect_failures"]),
+                            show_bytes(row["bytes_to_upstream"]), show_bytes(row["bytes_to_downstream"]),
+                        )  # fmt: skip
+        self._console.print(table)
+        catalog = self._meshes[0].ask("/clusters?name=catalog")["clusters"][0]
+        self._expect(all(row["opened"] for row in catalog["endpoints"]), "every endpoint got connections")
+        self._expect(catalog["connect_failures"] > 0, "the dead server was noticed")
+        self._say("    Each connection has a line in the access log of every node that it passed. The last one of node-2:")
+        self._say(f"    {json.dumps(self._meshes[1].records()[-1])}")
+
+    def _stop(self) -> None:
+        for mesh in self._meshes:
+            self._expect(mesh.stop() == 0, f"l4mesh stops cleanly on {mesh.host.name}")
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def _step(self, text: str) -> None:
+        self._steps += 1
+        self._say(f"{self._steps:>2}. {text}")
 
     def _expect(self, holds: bool, what: str) -> None:
         if not holds:
             self._failures.append(what)
-            self._console.print(f"  NOT AS IT SHOULD BE: {what}")
+            self._say(f"  NOT AS IT SHOULD BE: {what}")
 
-    def run(self) -> int:
-        started = time.monotonic()
-        self._say("1. Five network namespaces: a client, a node that is its gateway, three servers behind the node.")
-        client, node, servers = build_node_lab(self._lab)
-        for server in servers:
-            _start_server(server)
-        self._start_node(node)
-        self._say(f"2. On the node: iptables rules applied, l4mesh running. No host has the addresses {WEB} and {CACHE}.")
-        _wait_until(lambda: all(_is_serving(server) for server in servers), "the servers answer")
-        self._show_balancing(client)
-        self._show_failure(client, servers[1])
-        self._show_account()
-        self._stop_node(node)
-        took = time.monotonic() - started
-        if self._failures:
-            self._say(f"Failed after {took:.0f} s: {'; '.join(self._failures)}")
-            return 1
-        self._say(f"Done in {took:.0f} s; the namespaces, rules and processes are removed.")
-        return 0
+    def _issue(self, folder: Path, service: str) -> None:
+        issued = self._authority.issue(_spiffe_id(service))
+        write_identity(folder / "tls", service, issued.certificates, issued.private_key)
 
-    def _start_node(self, node: Host) -> None:
-        config = self._folder / "l4mesh.yaml"
-        config.write_text(CONFIG.format(folder=self._folder, web=WEB, cache=CACHE))
-        node.run(sys.executable, "-m", "l4mesh", "redirect", "apply", "-c", str(config))
-        with (self._folder / "events.log").open("wb") as events:
-            self._process = node.start(sys.executable, "-m", "l4mesh", "run", "-c", str(config), stderr=events)
-        _wait_until(self._is_ready, "l4mesh is ready")
+    def _node_config(self, node: Node, names: tuple[str, ...], folder: Path) -> str:
+        services = sorted({_service(name) for name in names})
+        workloads = zip(names, node.pods, strict=True)
+        return NODE.format(
+            node=node.host.name, folder=folder, domain=TRUST_DOMAIN, catalog=CATALOG, redis=REDIS, redis_v6=REDIS_V6,
+            networks=json.dumps(node.pod_networks),
+            identities="\n".join(IDENTITY.format(name=name, bundle=self._authority.bundle_path) for name in services),
+            workloads="\n".join(WORKLOAD.format(name=name, service=_service(name), v4=pod.v4, v6=pod.v6) for name, pod in workloads),
+        )  # fmt: skip
 
-    def _is_ready(self) -> bool:
+    def _redis_connections(self) -> int:
+        """That Redis has accepted so far, the one that asks included."""
+        info = self._pods["redis"].run("redis-cli", "INFO", "stats")
+        return int(info.partition("total_connections_received:")[2].split()[0])
+
+    def _shown_serial(self, name: str) -> int:
+        """Serial number of the certificate that the pod's node shows to one who dials it, with web's certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.load_verify_locations(self._authority.bundle_path)
+        tls = self._meshes[0].folder / "tls"
+        context.load_cert_chain(tls / "web.pem", tls / "web.key")
+        host, address = self._lab.host("outside"), (self._pods[name].v4, 6379)
+        plain = run_in_namespace(host.path, lambda: socket.create_connection(address, DEADLINE_S))
+        with plain, context.wrap_socket(plain) as peer:
+            shown = peer.getpeercert(binary_form=True)
+        assert shown
+        return x509.load_der_x509_certificate(shown).serial_number
+
+
+class Mesh:
+    """l4mesh on one node, and what it tells."""
+
+    def __init__(self, host: Host, folder: Path) -> None:
+        self.host = host
+        self.folder = folder
+        host.run(sys.executable, "-m", "l4mesh", "redirect", "apply", "-c", str(folder))
+        with (folder / "events.log").open("wb") as events:
+            self._process = host.start(sys.executable, "-m", "l4mesh", "run", "-c", str(folder), stderr=events)
+
+    def is_ready(self) -> bool:
         if self._process.poll() is not None:
-            raise CommandError(f"l4mesh ended: {(self._folder / 'events.log').read_text().strip()}")
-        return bool(self._ask("/ready").get("ready"))
+            raise CommandError(f"l4mesh ended: {(self.folder / 'events.log').read_text().strip()}")
+        return bool(self.ask("/ready").get("ready"))
 
-    def _ask(self, path: str) -> dict[str, Any]:
-        socket = str(self._folder / "admin.sock")
-        url = urllib.parse.urljoin("http://l4mesh", path)
-        done = subprocess.run(["curl", "-s", "-m", "5", "--unix-socket", socket, url], capture_output=True, check=False)
+    def ask(self, path: str) -> dict[str, Any]:
+        command = ["curl", "-s", "-m", "5", "--unix-socket", str(self.folder / "admin.sock"), f"http://l4mesh{path}"]
+        done = subprocess.run(command, capture_output=True, check=False)
         answer: dict[str, Any] = json.loads(done.stdout or b"{}")
         return answer
 
-    def _show_balancing(self, client: Host) -> None:
-        answers = collections.Counter(client.run("curl", "-s", "-m", "5", f"http://{WEB}/") for _ in range(30))
-        shown = ", ".join(f"{name} {count}" for name, count in sorted(answers.items()))
-        self._say(f"3. The client runs `curl http://{WEB}/` 30 times. Answered by: {shown}.")
-        self._expect(len(answers) == 3 and sum(answers.values()) == 30, "all three servers answer curl")
-        pongs = [client.run("redis-cli", "-h", CACHE, "PING").strip() for _ in range(6)]
-        bench = client.run("redis-benchmark", "-h", CACHE, "-n", "3000", "-c", "30", "-t", "set,get", "-q")
-        rates = " ".join(part.strip() for part in bench.replace("\r", "\n").splitlines() if "requests per second" in part)
-        self._say(f"   redis-cli to {CACHE}: {pongs.count('PONG')} of 6 PONG. redis-benchmark: {rates}")
-        self._expect(pongs == ["PONG"] * 6, "Redis answers through the service address")
+    def is_quiet(self) -> bool:
+        return all(cluster["active"] == 0 for cluster in self.ask("/clusters")["clusters"])
 
-    def _show_failure(self, client: Host, victim: Host) -> None:
-        traffic = client.start("sh", "-c", TRAFFIC, stdout=subprocess.PIPE)
-        output = traffic.stdout
-        assert output is not None
-        lines = [output.readline() for _ in range(60)]
-        victim.kill()
-        self._say(f"4. While curl goes on, every process of {victim.name} is killed (kill -9).")
-        lines += [output.readline() for _ in range(120)]
-        _start_server(victim)
-        _wait_until(lambda: _is_serving(victim), f"{victim.name} is back")
-        self._say(f"   {victim.name} is started again.")
-        lines += output.readlines()
-        traffic.wait()
-        codes = collections.Counter(line.split()[0].decode() for line in lines if line.strip())
-        slowest_ms = max(float(line.split()[1]) for line in lines if line.strip()) * 1000
-        failed = sum(count for code, count in codes.items() if code != "200")
-        self._say(
-            f"   {sum(codes.values())} requests: {codes['200']} succeeded, {failed} failed; the slowest took {show_ms(slowest_ms)}."
-        )
-        self._expect(codes["200"] >= 390, "requests go on when a server dies")
+    def carried_over(self, cluster: str, endpoint: str) -> str:
+        """How the access log has it: "TLS 1.3" or "plaintext"; of connections to the endpoint, or of all to the cluster for ""."""
+        made = [
+            one for one in self.records() if one["cluster"] == cluster and endpoint in ("", one["endpoint"]) and "connect_ms" in one
+        ]
+        return ", ".join(sorted({f"TLS {one['upstream_tls'][:3]}" if "upstream_tls" in one else "plaintext" for one in made}))
 
-    def _show_account(self) -> None:
-        _wait_until(lambda: all(c["active"] == 0 for c in self._ask("/clusters")["clusters"]), "all connections have ended")
-        clusters = self._ask("/clusters")["clusters"]
-        closed = self._ask("/status")["closed"]
-        table = make_table(
-            "What went where", "cluster", "endpoint", ">connections", ">failed dials", ">sent", ">received", ">mean connect"
-        )
-        for cluster in clusters:
-            for endpoint in cluster["endpoints"]:
-                table.add_row(
-                    cluster["name"], endpoint["address"], str(endpoint["opened"]), str(endpoint["connect_failures"]),
-                    show_bytes(endpoint["bytes_to_upstream"]), show_bytes(endpoint["bytes_to_downstream"]),
-                    show_ms(cluster["connect_ms_mean"]),
-                )  # fmt: skip
-                self._expect(endpoint["opened"] > 0, f"{endpoint['address']} got connections")
-        self._console.print(table)
-        self._console.print(reason_table(closed))
-        web = next(cluster for cluster in clusters if cluster["name"] == "web")
-        self._expect(web["connect_failures"] > 0, "the dead server was noticed")
-        lines = (self._folder / "access.log").read_text().splitlines()
-        self._say(f"5. The access log has {len(lines)} lines, one a connection. The last:")
-        self._console.print(f"   {lines[-1]}", soft_wrap=True, markup=False)
+    def records(self) -> list[dict[str, Any]]:
+        """The access log; without a line that is being written."""
+        return [json.loads(line) for line in (self.folder / "access.log").read_text().split("\n")[:-1]]
 
-    def _stop_node(self, node: Host) -> None:
+    def last_record(self, reason: str) -> dict[str, Any]:
+        return next((record for record in reversed(self.records()) if record["reason"] == reason), {})
+
+    def stop(self) -> int:
+        """Its exit code."""
         self._process.terminate()
-        self._expect(self._process.wait() == 0, "l4mesh stops cleanly")
-        node.run(sys.executable, "-m", "l4mesh", "redirect", "remove")
+        code = self._process.wait()
+        self.host.run(sys.executable, "-m", "l4mesh", "redirect", "remove")
+        return code
 
 
-def _start_server(server: Host) -> None:
-    server.start(sys.executable, "-c", SERVER, server.name)
-    server.start("redis-server", "--save", "", "--protected-mode", "no", "--bind", "0.0.0.0", "--dir", "/")
+class Session:
+    """redis-cli on one connection that stays open."""
+
+    def __init__(self, pod: Host, address: str) -> None:
+        self._process = pod.start("redis-cli", "-h", address, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def ask(self, command: str) -> str:
+        """What it prints first, "" when it has ended."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{command}\n".encode())
+            self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], DEADLINE_S)[0]:
+            raise CommandError(f"redis-cli has not answered {command} for {DEADLINE_S:.0f} s")
+        return self._process.stdout.readline().decode().strip()
 
 
-def _is_serving(server: Host) -> bool:
-    probe = "import socket; [socket.create_connection(('127.0.0.1', port), 1).close() for port in (80, 6379)]"
-    return subprocess.run(server.command(sys.executable, "-c", probe), capture_output=True, check=False).returncode == 0
+class Traffic:
+    """curl after curl in a pod until it is told to stop, each a connection of its own."""
+
+    def __init__(self, pod: Host, stop_file: Path) -> None:
+        self._stop_file = stop_file
+        curl = f"curl -s -o /dev/null -m 5 -w '%{{http_code}} %{{time_total}}\\n' http://{CATALOG}/"
+        script = f"while [ ! -e {stop_file} ]; do {curl}; done"
+        self._process = pod.start("sh", "-c", script, stdout=subprocess.PIPE)
+        self._lines: list[bytes] = []
+        self.failed = 0
+
+    def read(self, count: int) -> None:
+        """Waits for so many requests."""
+        assert self._process.stdout
+        for _ in range(count):
+            line = self._process.stdout.readline()
+            if not line:
+                raise CommandError("curl goes on no more")
+            self._lines.append(line)
+
+    def stop(self) -> str:
+        """What came of it, in words."""
+        assert self._process.stdout
+        self._stop_file.touch()
+        self._lines += self._process.stdout.readlines()
+        codes = [line.split()[0] for line in self._lines]
+        slowest_ms = max(float(line.split()[1]) for line in self._lines) * 1000
+        self.failed = len(codes) - codes.count(b"200")
+        return f"{len(codes)} requests, {self.failed} failed; the slowest took {show_ms(slowest_ms)}."
 
 
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
+def _service(pod: str) -> str:
+    return pod.partition("-")[0]
+
+
+def _spiffe_id(service: str) -> str:
+    return f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{service}"
+
+
+def _first_line(host: Host, *command: str) -> str:
+    """What a command says first, whether it succeeds or not."""
+    done = subprocess.run(host.command(*command), capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    return ((done.stdout + done.stderr).strip().splitlines() or ["nothing"])[0]
+
+
+def _start_server(name: str, pod: Host) -> None:
+    if _service(name) == "redis":
+        pod.start("redis-server", "--save", "", "--protected-mode", "no", "--bind", "*", "-::*", "--dir", "/")
+    elif _service(name) == "catalog":
+        pod.start(sys.executable, "-c", SERVER, name)
+
+
+def _is_serving(name: str, pod: Host) -> bool:
+    port = {"redis": 6379, "catalog": 80}.get(_service(name))
+    if port is None:
+        return True
+    try:
+        run_in_namespace(pod.path, lambda: socket.create_connection(("127.0.0.1", port), 1).close())
+    except OSError:
+        return False
+    return True
+
+
+def _wait_until(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         if time.monotonic() > deadline:

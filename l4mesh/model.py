@@ -271,6 +271,7 @@ class CaptureFilter:
 
     ports: tuple[tuple[int, int], ...] = ()
     destinations: tuple[Network, ...] = ()
+    sources: tuple[Network, ...] = ()
     interfaces: tuple[str, ...] = ()
     users: tuple[str, ...] = ()
 

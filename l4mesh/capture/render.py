@@ -8,11 +8,12 @@ from l4mesh.capture.rules import CHAIN_PREFIX, COMMENT, ROUTE_PREFERENCE, ROUTE_
 
 JUMPS: dict[str, str] = {
     f"{CHAIN_PREFIX}OUTPUT": "OUTPUT",
+    f"{CHAIN_PREFIX}FORWARD": "FORWARD",
     f"{CHAIN_PREFIX}PREROUTING": "PREROUTING",
     f"{CHAIN_PREFIX}DIVERT": "PREROUTING",
     f"{CHAIN_PREFIX}RETURN": "PREROUTING",
 }
-"""From our chains to the built-in ones that jump to them. Later ones end up before earlier ones."""
+"""From our chains to the built-in ones that jump to them. Later ones end up before earlier ones. Others are gone to from these."""
 
 
 def jump_arguments(chain: str) -> tuple[str, ...]:
@@ -35,7 +36,7 @@ def render(family: FamilyRules, found_jumps: Sequence[tuple[str, str]] = (), sta
         lines += [f":{chain} - [0:0]" for chain in (*chains, *stale)]
         lines += [line.replace("-A ", "-D ", 1) for owner, line in found_jumps if owner == table]
         lines += [f"-A {rule.chain} {' '.join(rule.arguments)}" for rule in family.rules if rule.table == table]
-        for chain in sorted(chains, key=list(JUMPS).index):
+        for chain in sorted(JUMPS.keys() & chains, key=list(JUMPS).index):
             lines.append(f"-I {JUMPS[chain]} 1 {' '.join(jump_arguments(chain))}")
         lines += [f"-X {chain}" for chain in stale]
         lines.append("COMMIT")

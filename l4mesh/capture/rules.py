@@ -8,12 +8,22 @@ direction capture       traffic
 outbound  redirect      what processes of this host send (nat OUTPUT), and what passes through it on the way to an address that
                         is not its own (nat PREROUTING): pods, or clients that have this host as their gateway
 outbound  tproxy        what passes through only: TPROXY has no hook for a host's own packets
-inbound   redirect,     what arrives for an address of this host, or for ``include.destinations`` (pods behind it)
-          tproxy
+inbound   redirect,     what arrives for an address of this host, or for ``include.destinations`` (pods behind it); what the host
+          tproxy        itself sends to its pods is not captured
 ========= ============= =================================================================================================
 
 Never captured: loopback, and packets with our own mark. ``exclude`` goes before ``include``; users are known for a host's own
 packets only. Where no socket listens, REDIRECT ends in a refusal and TPROXY in a drop: capture fails closed.
+
+Only the first packet of a connection is captured; the rest follows it, by conntrack (REDIRECT) or by its socket (DIVERT). So
+the answers to connections that others make are left alone, and so are connections older than the rules.
+
+A packet from one pod of this host to another is both outbound and inbound. The listeners' turn is: outbound ones that name whose
+traffic they take (``include`` of interfaces or sources), inbound ones, other outbound ones. Whatever an outbound listener leaves out
+is still offered to the inbound ones, and what nobody named is not let past an inbound one.
+
+Pods must be routed by this host. What two of them on one bridge say to each other is not seen here; where bridges call iptables, it is,
+but it loses the socket that TPROXY gives it and would go on to the pod: L4MESH_FORWARD drops it.
 
 ``preserve_source`` has two more needs: answers to an address that is not ours must come back to us. Our marked packets mark
 their flow (connmark), the flow's answers get that mark back, and marked packets are delivered locally (policy routing).
@@ -88,22 +98,47 @@ def _build_family(config: Config, captures: list[tuple[Listener, int]], is_v6: b
         rules += _return_rules(str(config.mark), str(config.return_mark))
     if tproxy:
         rules += _divert_rules(str(config.return_mark))
-    skipped: set[tuple[str, str]] = set()
-    for listener, port in captures:
-        for rule in _capture_rules(config, listener, port, is_v6):
-            chain = (rule.table, rule.chain)
-            if chain not in skipped:
-                # Ours first: a packet with our mark has been decided on already.
-                skipped.add(chain)
-                rules.append(Rule(*chain, ("-m", "mark", "--mark", str(config.mark), "-j", "RETURN")))
-                if rule.chain.endswith("OUTPUT"):
-                    rules.append(Rule(*chain, ("-o", "lo", "-j", "RETURN")))
-                else:
-                    rules.append(Rule(*chain, ("-i", "lo", "-j", "RETURN")))
-            rules.append(rule)
+    captures = sorted(captures, key=lambda capture: _turn(capture[0]))
+    redirects = [capture for capture in captures if capture[0].capture == Capture.REDIRECT]
+    for table, hook, listeners in (
+        ("mangle", "PREROUTING", _up_to_tproxy(captures)),
+        ("nat", "PREROUTING", redirects),
+        ("nat", "OUTPUT", [capture for capture in redirects if capture[0].direction == Direction.OUTBOUND]),
+    ):
+        own = hook == "OUTPUT"
+        takers = [(listener, port) for listener, port in listeners if any(True for _ in _conditions(listener.include, is_v6, own))]
+        if takers:
+            chain = f"{CHAIN_PREFIX}{hook}"
+            rules += [Rule(table, chain, condition) for condition in _never_captured(config, table, hook, tproxy=tproxy)]
+            rules += _capture_rules(config, table, hook, takers, is_v6)
     order = {chain: at for at, chain in enumerate(dict.fromkeys((rule.table, rule.chain) for rule in rules))}
     rules.sort(key=lambda rule: order[rule.table, rule.chain])
     return FamilyRules(is_v6, tuple(rules), str(config.return_mark), routes=preserve or tproxy)
+
+
+def _turn(listener: Listener) -> int:
+    if listener.direction == Direction.INBOUND:
+        return 1
+    return 0 if listener.include.interfaces or listener.include.sources else 2
+
+
+def _up_to_tproxy(captures: list[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
+    """What mangle must know: the TPROXY listeners, and those before them, whose packets it leaves to nat."""
+    kinds = [listener.capture for listener, _ in captures]
+    while kinds and kinds[-1] != Capture.TPROXY:
+        kinds.pop()
+    return captures[: len(kinds)]
+
+
+def _never_captured(config: Config, table: str, hook: str, *, tproxy: bool) -> Iterator[tuple[str, ...]]:
+    # Ours first: a packet with our mark has been decided on already.
+    yield "-m", "mark", "--mark", str(config.mark), "-j", "RETURN"
+    if table == "nat" and hook == "PREROUTING" and tproxy:
+        # A packet that mangle has just given to a listener.
+        yield "-m", "mark", "--mark", str(config.return_mark), "-j", "RETURN"
+    yield "-o" if hook == "OUTPUT" else "-i", "lo", "-j", "RETURN"
+    if table == "mangle":
+        yield "-p", "tcp", "-m", "tcp", "!", "--syn", "-j", "RETURN"
 
 
 def _is_notrackable(listener: Listener) -> bool:
@@ -134,33 +169,40 @@ def _return_rules(mark: str, return_mark: str) -> list[Rule]:
 
 
 def _divert_rules(return_mark: str) -> list[Rule]:
-    """Packets of connections that we have accepted go to their socket without another look at the rules."""
-    established = ("-p", "tcp", "-m", "socket", "--transparent")
+    """Packets of connections that we have accepted go to their socket without another look at the rules.
+
+    Not the first one: it may find the old socket of its addresses in TIME_WAIT, with which TPROXY alone knows what to do.
+    """
+    established = ("-p", "tcp", "-m", "tcp", "!", "--syn", "-m", "socket", "--transparent")
     return [
         Rule("mangle", f"{CHAIN_PREFIX}DIVERT", (*established, "-j", "MARK", "--set-xmark", return_mark)),
         Rule("mangle", f"{CHAIN_PREFIX}DIVERT", (*established, "-j", "ACCEPT")),
+        # Marked packets are delivered here: one that is forwarded all the same, on a bridge, has got past us.
+        Rule("mangle", f"{CHAIN_PREFIX}FORWARD", ("-p", "tcp", "-m", "mark", "--mark", return_mark, "-j", "DROP")),
     ]
 
 
-def _capture_rules(config: Config, listener: Listener, port: int, is_v6: bool) -> Iterator[Rule]:
-    passing = Rule("nat", f"{CHAIN_PREFIX}PREROUTING", ())
-    if listener.capture == Capture.TPROXY:
-        passing = Rule("mangle", f"{CHAIN_PREFIX}PREROUTING", ())
-        target: tuple[str, ...] = ("-j", "TPROXY", "--on-port", str(port), "--tproxy-mark", str(config.return_mark))
-    else:
-        target = ("-j", "REDIRECT", "--to-ports", str(port))
-    yield from _filtered(passing, listener, target, is_v6, own=False)
-    if listener.capture == Capture.REDIRECT and listener.direction == Direction.OUTBOUND:
-        yield from _filtered(Rule("nat", f"{CHAIN_PREFIX}OUTPUT", ()), listener, target, is_v6, own=True)
+def _capture_rules(config: Config, table: str, hook: str, captures: list[tuple[Listener, int]], is_v6: bool) -> Iterator[Rule]:
+    """A chain for each listener: what it leaves out goes on to the next one, what it takes is taken.
 
-
-def _filtered(where: Rule, listener: Listener, target: tuple[str, ...], is_v6: bool, *, own: bool) -> Iterator[Rule]:
-    """A chain's part for one listener: what it leaves out, then what it takes. ``own``: packets of this host."""
-    scope = _scope(listener, own)
-    for condition in _conditions(listener.exclude, is_v6, own, alternatives=True):
-        yield Rule(where.table, where.chain, ("-p", "tcp", *scope, *condition, "-j", "RETURN"))
-    for condition in _conditions(listener.include, is_v6, own, alternatives=False):
-        yield Rule(where.table, where.chain, ("-p", "tcp", *scope, *condition, *target))
+    In mangle a REDIRECT takes by letting the packet pass: nat comes later.
+    """
+    own = hook == "OUTPUT"
+    for number, (listener, port) in enumerate(captures, 1):
+        chain = f"{CHAIN_PREFIX}{hook}" + (f"_{number}" if number > 1 else "")
+        following = ("-g", f"{CHAIN_PREFIX}{hook}_{number + 1}") if number < len(captures) else ("-j", "RETURN")
+        take: tuple[str, ...] = ("-j", "RETURN")
+        if listener.capture == Capture.TPROXY:
+            take = ("-j", "TPROXY", "--on-port", str(port), "--tproxy-mark", str(config.return_mark))
+        elif table == "nat":
+            take = ("-j", "REDIRECT", "--to-ports", str(port))
+        packet = ("-p", "tcp", *_scope(listener, own))
+        for condition in _alternatives(listener.exclude, is_v6, own):
+            yield Rule(table, chain, (*packet, *condition, *following))
+        for condition in _conditions(listener.include, is_v6, own):
+            yield Rule(table, chain, (*packet, *condition, *take))
+        if number < len(captures):
+            yield Rule(table, chain, following)
 
 
 def _scope(listener: Listener, own: bool) -> tuple[str, ...]:
@@ -171,25 +213,33 @@ def _scope(listener: Listener, own: bool) -> tuple[str, ...]:
     return () if listener.include.destinations else ("-m", "addrtype", "--dst-type", "LOCAL")
 
 
-def _conditions(kept: CaptureFilter, is_v6: bool, own: bool, *, alternatives: bool) -> Iterator[tuple[str, ...]]:
-    """The rules' conditions: of an exclusion each by itself, of an inclusion all that are given together."""
-    groups: list[list[tuple[str, ...]]] = [
+def _groups(kept: CaptureFilter, is_v6: bool, own: bool) -> list[list[tuple[str, ...]]]:
+    """A filter as conditions of rules, field by field. ``own``: for packets of this host."""
+    return [
         [("-d", str(network)) for network in kept.destinations if _is_family(network, is_v6)],
+        [("-s", str(network)) for network in kept.sources if _is_family(network, is_v6)],
         [("-o" if own else "-i", interface) for interface in kept.interfaces],
         [("-m", "owner", "--uid-owner", user) for user in kept.users] if own else [],
         [_port_condition(ports) for ports in _port_groups(kept.ports)],
     ]
-    if alternatives:
-        for group in groups:
-            yield from group
+
+
+def _alternatives(excluded: CaptureFilter, is_v6: bool, own: bool) -> Iterator[tuple[str, ...]]:
+    """Each condition by itself leaves a packet out."""
+    for group in _groups(excluded, is_v6, own):
+        yield from group
+
+
+def _conditions(included: CaptureFilter, is_v6: bool, own: bool) -> Iterator[tuple[str, ...]]:
+    """A packet is taken that meets one condition of every field that is given. None: nothing of this family is taken."""
+    destinations, sources, interfaces, users, ports = _groups(included, is_v6, own)
+    if (included.destinations and not destinations) or (included.sources and not sources):
         return
-    if kept.destinations and not groups[0]:
-        return
-    if own and kept.interfaces:
+    if own:
         # Named interfaces are those that clients come in by; a host's own packets have none.
-        groups[1] = []
+        interfaces = []
     combined: list[tuple[str, ...]] = [()]
-    for group in groups:
+    for group in (destinations, sources, interfaces, users, ports):
         if group:
             combined = [(*before, *condition) for before in combined for condition in group]
     yield from combined

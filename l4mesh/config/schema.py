@@ -183,6 +183,7 @@ class RouteSection(Section):
 class FilterSection(Section):
     ports: list[Ports] = []
     destinations: list[Cidr] = []
+    sources: list[Cidr] = []
     interfaces: list[Text] = []
     users: list[Annotated[str, PlainValidator(lambda value: parse_text(str(value)))]] = []
 
@@ -378,7 +379,7 @@ def make_keepalive(section: KeepaliveSection) -> Keepalive:
 
 
 def make_filter(section: FilterSection) -> CaptureFilter:
-    return CaptureFilter(tuple(section.ports), tuple(section.destinations), tuple(section.interfaces), tuple(section.users))
+    return CaptureFilter(**{key: tuple(values) for key, values in section})
 
 
 def make_route(section: RouteSection) -> Route:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import socket
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from l4mesh.errors import CommandError
 from l4mesh.model import Capture, Config, Keepalive, Listener, SocketAddress
+from l4mesh.netns import run_in_namespace
 
 IP_TRANSPARENT = 19
 IPV6_TRANSPARENT = 75
 TCP_USER_TIMEOUT = 18
-CLONE_NEWNET = 0x40000000
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,36 +102,6 @@ def open_sockets(
         return sockets
 
     return run_in_namespace(netns, make) if netns else make()
-
-
-def run_in_namespace(path: str, call: Callable[[], T]) -> T:
-    """Calls ``call`` on a thread of its own that has entered the network namespace at ``path``.
-
-    A socket belongs to the namespace it was made in, whichever thread uses it afterwards. Raises CommandError.
-    """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def enter() -> None:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if ctypes.CDLL(None, use_errno=True).setns(fd, CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            finally:
-                os.close(fd)
-            results.append(call())
-        except CommandError as error:
-            errors.append(error)
-        except OSError as error:
-            errors.append(CommandError(f"can't enter the network namespace {path}: {error.strerror}"))
-
-    thread = threading.Thread(target=enter, name="l4mesh-netns")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def _family(bind: SocketAddress) -> socket.AddressFamily:

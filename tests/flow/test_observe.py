@@ -177,7 +177,7 @@ def test_a_log_that_is_stuck_costs_lines_and_never_traffic(mesh: Factory, tmp_pa
 
 def test_the_commands_show_it(mesh: Factory) -> None:
     with Server(echo) as server:
-        m = mesh(simple(server.address))
+        m = mesh(simple(server.address, {"address": "[fd00::1]:9", "weight": 0}))
         admin = m._settings["admin"]["bind"]
 
         def command(*words: str) -> str:
@@ -190,6 +190,7 @@ def test_the_commands_show_it(mesh: Factory) -> None:
             talk(client)
             shown = command("status")
             assert server.address in shown
+            assert "[fd00::1]:9" in shown
             assert "ready" in shown
             assert f"127.0.0.1:{client.getsockname()[1]}" in command("connections")
             assert json.loads(command("connections", "--json"))[0]["cluster"] == "web"

@@ -14,7 +14,7 @@ import yaml
 from l4mesh.capture.host import apply_rules, check_rules
 from l4mesh.capture.rules import build_rules
 from l4mesh.config.load import parse_config
-from l4mesh.lab import Host, Lab, build_node_lab
+from l4mesh.lab import Host, Lab, build_cluster
 from tests.conftest import Factory
 from tests.support.ca import CaProcess, Node, grant, identity_of
 from tests.support.certificates import WEB, Authority
@@ -44,7 +44,7 @@ for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
 DIAL = """
 import socket, sys
 try:
-    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5) as peer:
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), float(sys.argv[3])) as peer:
         print(peer.makefile().read().strip() or "nothing")
 except OSError as error:
     print(type(error).__name__)
@@ -62,22 +62,25 @@ class Net:
         apply_rules(build_rules(parse_config(yaml.safe_dump(config))), self.node.namespace)
         return self.mesh(config, prefix=tuple(self.node.command()))
 
-    def dial(self, host: str, port: int = 80, by: Host | None = None) -> str:
-        return (by or self.client).run(sys.executable, "-c", DIAL, host, str(port)).strip()
+    def dial(self, host: str, port: int = 80, by: Host | None = None, timeout_s: float = 5) -> str:
+        return (by or self.client).run(sys.executable, "-c", DIAL, host, str(port), str(timeout_s)).strip()
 
 
 @pytest.fixture
 def net(mesh: Factory) -> Iterator[Net]:
     with Lab() as lab:
-        client, node, servers = build_node_lab(lab, 2)
-        for server in servers:
-            server.start(sys.executable, "-c", BANNER, server.name)
+        cluster = build_cluster(lab, nodes=1)
+        client, node, servers = cluster.outside, cluster.nodes[0].host, cluster.nodes[0].pods
+        for number, server in enumerate(servers, 1):
+            server.start(sys.executable, "-c", BANNER, f"server{number}")
         node.start(sys.executable, "-c", BANNER, "node")
         made = Net(client, node, servers, mesh)
-        wait_until(lambda: made.dial("10.91.0.11").startswith("server1"), "the servers answer")
-        wait_until(lambda: made.dial("fd91::12").startswith("server2"), "the servers answer")
-        wait_until(lambda: made.dial("10.90.0.1").startswith("node"), "the node answers")
+        wait_until(lambda: made.dial("10.244.1.11").startswith("server1"), "the servers answer")
+        wait_until(lambda: made.dial("fd00:10:244:1::12").startswith("server2"), "the servers answer")
+        wait_until(lambda: made.dial("192.168.50.1").startswith("node"), "the node answers")
         yield made
+        # While there is a namespace to end in.
+        mesh.stack.close()
 
 
 def outbound(**more: Any) -> dict[str, Any]:
@@ -95,22 +98,22 @@ def inbound(**more: Any) -> dict[str, Any]:
     return {"listeners": [listener | more]}
 
 
-@pytest.mark.parametrize("server", ["10.91.0.11", "fd91::11"])
+@pytest.mark.parametrize("server", ["10.244.1.11", "fd00:10:244:1::11"])
 @pytest.mark.parametrize("capture", ["redirect", "tproxy"])
 def test_traffic_through_the_node_is_captured_with_its_destination(net: Net, capture: str, server: str) -> None:
     m = net.start(outbound(capture=capture, direction="outbound"))
-    node = "fd91::1" if ":" in server else "10.91.0.1"
+    node = "fd00:192:168:50::1" if ":" in server else "192.168.50.1"
     assert net.dial(server) == f"server1 {node}"
     m.wait_closed(upstream_closed=1)
 
 
 def test_service_addresses_that_nobody_has_are_balanced(net: Net) -> None:
     config = outbound(
-        routes=[{"match": {"destinations": ["10.96.0.10", "fd96::10"], "ports": [80]}, "cluster": "web"}], default="reject"
+        routes=[{"match": {"destinations": ["10.96.0.10", "fd00:10:96::10"], "ports": [80]}, "cluster": "web"}], default="reject"
     )
-    config["clusters"] = [{"name": "web", "endpoints": ["10.91.0.11:80", "[fd91::12]:80"], "balance": "round_robin"}]
+    config["clusters"] = [{"name": "web", "endpoints": ["10.244.1.11:80", "[fd00:10:244:1::12]:80"], "balance": "round_robin"}]
     m = net.start(config | {"workers": 1})
-    for address in ("10.96.0.10", "fd96::10"):
+    for address in ("10.96.0.10", "fd00:10:96::10"):
         assert {net.dial(address).split()[0] for _ in range(4)} == {"server1", "server2"}
     assert net.dial("10.96.0.10", 81) == "ConnectionResetError"
     m.wait_closed(no_route=1, upstream_closed=8)
@@ -118,8 +121,8 @@ def test_service_addresses_that_nobody_has_are_balanced(net: Net) -> None:
 
 def test_what_the_host_itself_sends_is_captured_and_what_we_send_is_not(net: Net) -> None:
     m = net.start(outbound())
-    assert net.dial("10.91.0.12", by=net.node) == "server2 10.91.0.1"
-    assert net.dial("fd91::12", by=net.node) == "server2 fd91::1"
+    assert net.dial("10.244.1.12", by=net.node) == "server2 192.168.50.1"
+    assert net.dial("fd00:10:244:1::12", by=net.node) == "server2 fd00:192:168:50::1"
     m.wait_closed(upstream_closed=2)
 
 
@@ -128,41 +131,85 @@ def test_what_the_host_itself_sends_is_captured_and_what_we_send_is_not(net: Net
     [
         ({"exclude": {"ports": [80]}}, {80: False, 81: True}),
         ({"include": {"ports": [80]}}, {80: True, 81: False}),
-        ({"exclude": {"destinations": ["10.91.0.0/24"]}}, {80: False, 81: False}),
-        ({"include": {"destinations": ["10.91.0.11"]}}, {80: True, 81: True}),
-        ({"include": {"interfaces": ["client0"]}}, {80: True, 81: True}),
-        ({"exclude": {"interfaces": ["client0"]}}, {80: False, 81: False}),
+        ({"exclude": {"destinations": ["10.244.1.0/24"]}}, {80: False, 81: False}),
+        ({"include": {"destinations": ["10.244.1.11"]}}, {80: True, 81: True}),
+        ({"include": {"interfaces": ["eth0"]}}, {80: True, 81: True}),
+        ({"exclude": {"interfaces": ["eth0"]}}, {80: False, 81: False}),
     ],
 )
 def test_include_and_exclude(net: Net, rules: dict[str, Any], captured: dict[int, bool]) -> None:
     m = net.start(outbound(**rules))
     for port in captured:
-        assert net.dial("10.91.0.11", port).split()[0] == "server1"
+        assert net.dial("10.244.1.11", port).split()[0] == "server1"
     assert sum(captured.values()) == sum(worker["accepted"] for worker in m.status()["workers"])
 
 
 def test_a_users_own_traffic_can_be_left_out(net: Net) -> None:
     m = net.start(outbound(exclude={"users": ["0"]}))
-    assert net.dial("10.91.0.11", by=net.node) == "server1 10.91.0.1"
+    assert net.dial("10.244.1.11", by=net.node) == "server1 192.168.50.1"
     assert sum(worker["accepted"] for worker in m.status()["workers"]) == 0
 
 
-@pytest.mark.parametrize("server", ["10.91.0.11", "fd91::11"])
+@pytest.mark.parametrize("server", ["10.244.1.11", "fd00:10:244:1::11"])
 @pytest.mark.parametrize("capture", ["redirect", "tproxy"])
 def test_the_server_sees_the_clients_own_address_when_asked(net: Net, capture: str, server: str) -> None:
     m = net.start(outbound(capture=capture, direction="outbound", preserve_source=True))
-    client = "fd90::2" if ":" in server else "10.90.0.2"
+    client = "fd00:192:168:50::100" if ":" in server else "192.168.50.100"
     assert net.dial(server) == f"server1 {client}"
     m.wait_closed(upstream_closed=1)
 
 
 @pytest.mark.parametrize("preserve", [False, True])
-@pytest.mark.parametrize("host", ["10.90.0.1", "fd90::1"])
+@pytest.mark.parametrize("host", ["192.168.50.1", "fd00:192:168:50::1"])
 def test_what_arrives_for_the_host_is_captured(net: Net, host: str, preserve: bool) -> None:
     m = net.start(inbound(include={"ports": [80]}, preserve_source=preserve))
-    seen_as = ("fd90::2" if ":" in host else "10.90.0.2") if preserve else host
+    seen_as = ("fd00:192:168:50::100" if ":" in host else "192.168.50.100") if preserve else host
     assert net.dial(host) == f"node {seen_as}"
     m.wait_closed(upstream_closed=1)
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_answers_to_what_others_have_dialled_are_left_alone(net: Net, family: int) -> None:
+    pods = [server.addresses[family] for server in net.servers]
+    net.client.start(sys.executable, "-c", BANNER, "client")
+    wait_until(lambda: net.dial("::1", by=net.client).startswith("client"), "the client's own server answers")
+    # All that arrives for the host is captured, and all but port 81 that arrives for its pods.
+    config = inbound(name="host", bind=["0.0.0.0:15007", "[::]:15007"])
+    config["listeners"] += inbound(include={"destinations": pods}, exclude={"ports": [81]})["listeners"]
+    m = net.start(config)
+    assert net.dial(pods[0], by=net.node) == f"server1 {net.node.addresses[family]}"
+    assert net.dial(net.client.addresses[family], by=net.node) == f"client {net.node.addresses[family]}"
+    assert net.dial(net.client.addresses[family], by=net.servers[0]) == f"client {pods[0]}"
+    assert net.dial(pods[1], 81, by=net.servers[0]) == f"server2 {pods[0]}"
+    assert sum(worker["accepted"] for worker in m.status()["workers"]) == 0
+
+
+@pytest.mark.parametrize("server", ["10.244.1.11", "fd00:10:244:1::11"])
+def test_what_nobody_named_is_not_let_past_an_inbound_listener(net: Net, server: str) -> None:
+    pods = ["10.244.1.0/24", "fd00:10:244:1::/64"]
+    config = outbound(exclude={"ports": [81]})
+    config["listeners"] += inbound(include={"destinations": pods})["listeners"]
+    m = net.start(config)
+    for port in (80, 81):
+        assert net.dial(server, port).startswith("server1")
+    assert {listener["name"]: listener["opened"] for listener in m.status()["listeners"]} == {"in": 2, "out": 0}
+
+
+def test_a_bridge_that_calls_iptables_is_no_way_past_an_inbound_listener(net: Net) -> None:
+    if not Path("/proc/sys/net/bridge").exists():
+        pytest.skip("needs the module br_netfilter")
+    bridge = [
+        "link add bridge0 type bridge",
+        "link set bridge0 up",
+        *(f"link set pod{number} master bridge0" for number in (1, 2)),
+    ]
+    net.node.ip(*bridge)
+    for server, other in (net.servers, net.servers[::-1]):
+        server.ip(f"route add {other.v4} dev eth0 scope link")
+    net.node.run("sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=1")
+    assert net.dial(net.servers[0].v4, by=net.servers[1]) == f"server1 {net.servers[1].v4}"
+    net.start(inbound(include={"destinations": ["10.244.1.0/24"]}))
+    assert net.dial(net.servers[0].v4, by=net.servers[1], timeout_s=0.5) == "TimeoutError"
 
 
 def test_malicious_calls_end_in_counted_refusals_and_never_in_a_loop(net: Net) -> None:
@@ -172,15 +219,15 @@ def test_malicious_calls_end_in_counted_refusals_and_never_in_a_loop(net: Net) -
         (net.node, "127.0.0.1", 15001),
         (net.node, "127.9.9.9", 15001),
         (net.node, "::1", 15001),
-        (net.node, "10.90.0.1", 15001),
+        (net.node, "192.168.50.1", 15001),
         (net.node, "::ffff:127.0.0.1", 15001),
-        (net.node, "::ffff:10.90.0.1", 15006),
-        (net.node, "10.91.0.1", 15006),
-        (net.client, "10.90.0.1", 15001),
-        (net.client, "10.91.0.1", 15001),
-        (net.client, "10.90.0.1", 15006),
-        (net.client, "fd90::1", 15001),
-        (net.client, "fd91::1", 15006),
+        (net.node, "::ffff:192.168.50.1", 15006),
+        (net.node, "169.254.1.1", 15006),
+        (net.client, "192.168.50.1", 15001),
+        (net.servers[0], "169.254.1.1", 15001),
+        (net.client, "192.168.50.1", 15006),
+        (net.client, "fd00:192:168:50::1", 15001),
+        (net.client, "fd00:192:168:50::1", 15006),
     ]
     for by, host, port in calls:
         assert net.dial(host, port, by) in ("ConnectionResetError", "ConnectionRefusedError"), (host, port)
@@ -192,13 +239,13 @@ def test_malicious_calls_end_in_counted_refusals_and_never_in_a_loop(net: Net) -
 def test_a_crash_fails_closed_and_a_restart_takes_over(net: Net) -> None:
     config = outbound()
     m = net.start(config)
-    assert net.dial("10.91.0.11") == "server1 10.91.0.1"
+    assert net.dial("10.244.1.11") == "server1 192.168.50.1"
     m.kill()
-    assert net.dial("10.91.0.11") == "ConnectionRefusedError"
-    assert net.dial("10.91.0.11", by=net.node) == "ConnectionRefusedError"
+    assert net.dial("10.244.1.11") == "ConnectionRefusedError"
+    assert net.dial("10.244.1.11", by=net.node) == "ConnectionRefusedError"
     assert check_rules(build_rules(parse_config(yaml.safe_dump(config))), net.node.namespace) == []
     m.start()
-    assert net.dial("10.91.0.11") == "server1 10.91.0.1"
+    assert net.dial("10.244.1.11") == "server1 192.168.50.1"
 
 
 def test_the_command_line_does_the_same(net: Net) -> None:
@@ -211,7 +258,7 @@ def test_the_command_line_does_the_same(net: Net) -> None:
     done = subprocess.run([*command, "check", "-c", str(m.file), *where], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "`l4mesh redirect apply` repairs them" in done.stderr
-    assert net.dial("10.91.0.11") == "server1 10.90.0.2"
+    assert net.dial("10.244.1.11") == "server1 192.168.50.100"
     assert json.loads(m.fetch("/ready")[1])["ready"]
 
 

@@ -19,12 +19,13 @@ listeners:
     bind: ["0.0.0.0:15001", "[::]:15001"]
     capture: redirect
     preserve_source: on
+    include: {sources: [10.244.1.0/24, "fd00:10:244:1::/64"]}
     exclude: {ports: [22, "8000-8010"], destinations: [10.9.0.0/16], users: ["0"]}
     default: original_destination
   - name: inbound
     bind: ["0.0.0.0:15006", "[::]:15006"]
     capture: tproxy
-    include: {ports: [80, 443]}
+    include: {ports: [80, 443], destinations: [10.244.1.0/24, "fd00:10:244:1::/64"]}
     default: original_destination
 """
 FOREIGN = """\
@@ -71,6 +72,7 @@ TAMPERING = [
     (("iptables", "-t", "nat", "-D", "L4MESH_OUTPUT", "3"), "IPv4 nat L4MESH_OUTPUT: missing: -A L4MESH_OUTPUT -d 10.9.0.0/16"),
     (("iptables", "-t", "nat", "-A", "L4MESH_OUTPUT", "-j", "ACCEPT"), "IPv4 nat L4MESH_OUTPUT: not ours: -A L4MESH_OUTPUT -j ACCEPT"),
     (("iptables", "-t", "nat", "-F", "L4MESH_PREROUTING"), "IPv4 nat L4MESH_PREROUTING: missing:"),
+    (("iptables", "-t", "mangle", "-F", "L4MESH_PREROUTING_2"), "IPv4 mangle L4MESH_PREROUTING_2: missing: -A L4MESH_PREROUTING_2 -d 10.244.1.0/24"),
     (("iptables", "-t", "nat", "-F"), "IPv4 nat: missing: -A OUTPUT"),
     (("ip6tables", "-t", "mangle", "-F", "PREROUTING"), "IPv6 mangle: missing: -A PREROUTING"),
     (("iptables", "-t", "nat", "-I", "OUTPUT", "-m", "comment", "--comment", "l4mesh", "-j", "L4MESH_OUTPUT"), "IPv4 nat: one too many: -A OUTPUT"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from l4mesh.capture.render import render_all
+from l4mesh.capture.render import JUMPS, render_all
 from l4mesh.capture.rules import build_rules
 from l4mesh.config.load import parse_config
 
@@ -24,7 +24,20 @@ CASES = {
       exclude: {{ports: [22], destinations: [10.9.0.0/16], users: ["1337"]}}""",
     "many_ports": f"bind: {V4}, capture: redirect, include: {{ports: [{', '.join(str(port) for port in range(1, 21))}]}}",
     "only_other_family": f"bind: {V6}, capture: redirect, include: {{destinations: [10.0.0.0/8]}}",
+    "sources": f"bind: {BOTH}, capture: redirect, include: {{sources: [10.244.1.0/24]}}, exclude: {{sources: [10.244.1.13]}}",
+    "second_of_other_family": f"""bind: {BOTH}, capture: redirect, default: original_destination}}
+  - {{name: m, bind: ["0.0.0.0:15006", "[::]:15006"], capture: tproxy, include: {{destinations: [10.244.1.0/24]}}""",
     "none": f"bind: {V4}, cluster: a",
+    # Two listeners: what pods of this host send, and what others send to them.
+    "node": """bind: "0.0.0.0:15006", capture: tproxy, include: {destinations: [10.244.1.0/24]},
+      exclude: {destinations: [10.244.1.13]}, default: original_destination}
+  - {name: m, bind: "0.0.0.0:15001", capture: redirect, include: {sources: [10.244.1.0/24]}, exclude: {sources: [10.244.1.13]}""",
+    # The outbound one does not say whose traffic it takes: the inbound one's turn is before it.
+    "node_unnamed": """bind: "0.0.0.0:15001", capture: redirect, exclude: {ports: [22]}, default: original_destination}
+  - {name: m, bind: "0.0.0.0:15006", capture: tproxy, include: {destinations: [10.244.1.0/24]}""",
+    "two_redirects": f"""bind: {V4}, capture: redirect, include: {{ports: [80]}}, exclude: {{sources: [10.1.0.0/16, 10.2.0.0/16]}},
+      default: original_destination}}
+  - {{name: m, bind: "0.0.0.0:15002", capture: redirect, exclude: {{ports: [22]}}""",
 }
 
 
@@ -56,5 +69,5 @@ def test_marked_packets_are_left_alone_before_anything_else() -> None:
             if line.startswith("-A L4MESH_") and ("REDIRECT" in line or "RETURN" in line or "TPROXY" in line):
                 chains.setdefault(line.split()[1], []).append(line)
         for chain, lines in chains.items():
-            if chain != "L4MESH_RETURN":
+            if chain in JUMPS and chain not in ("L4MESH_RETURN", "L4MESH_FORWARD"):
                 assert "--mark 0x539/0xfff -j RETURN" in lines[0]
