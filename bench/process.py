@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,45 @@ class Place:
         return ["ip", "netns", "exec", self.netns, *pinned] if self.netns else pinned
 
 
-class Process:
+class Programs(ABC):
+    """What is counted as one: a program, or several."""
+
+    @abstractmethod
+    def pids(self) -> list[int]:
+        """Of all processes that count."""
+
+    @abstractmethod
+    def stop(self) -> None: ...
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU that all threads have used so far, those that have ended included, with ns resolution.
+
+        Reads the processes' CPU clocks (clock_getcpuclockid(3): the complement of the pid, and 2 for scheduler time).
+        """
+        return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in self.pids()) / 1e9
+
+    def settled_cpu_s(self) -> float:
+        """As ``cpu_s``, once the programs have come to rest."""
+        used = self.cpu_s()
+        for _ in range(50):
+            time.sleep(0.01)
+            before, used = used, self.cpu_s()
+            if used - before < 0.0002:
+                break
+        return used
+
+    def memory_kib(self) -> dict[str, int]:
+        """User memory by the kernel's account, pages of files left out (other processes come and go with them): KiB."""
+        total = {"Pss_Anon": 0, "Pss_Shmem": 0}
+        for pid in self.pids():
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            for name in total:
+                match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+                total[name] += int(match[1]) if match else 0
+        return total
+
+
+class Process(Programs):
     """A started program with its children."""
 
     def __init__(self, name: str, place: Place, arguments: Sequence[str], log: Path, cwd: Path | None = None) -> None:
@@ -58,33 +97,6 @@ class Process:
                 found += map(int, children.read_text().split())
         return found
 
-    def cpu_s(self) -> float:
-        """Seconds of CPU that all threads have used so far, those that have ended included, with ns resolution.
-
-        Reads the processes' CPU clocks (clock_getcpuclockid(3): the complement of the pid, and 2 for scheduler time).
-        """
-        return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in self.pids()) / 1e9
-
-    def settled_cpu_s(self) -> float:
-        """As ``cpu_s``, once the program has come to rest."""
-        used = self.cpu_s()
-        for _ in range(50):
-            time.sleep(0.01)
-            before, used = used, self.cpu_s()
-            if used - before < 0.0002:
-                break
-        return used
-
-    def memory_kib(self) -> dict[str, int]:
-        """User memory by the kernel's account, pages of files left out (other processes come and go with them): KiB."""
-        total = {"Pss_Anon": 0, "Pss_Shmem": 0}
-        for pid in self.pids():
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            for name in total:
-                match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-                total[name] += int(match[1]) if match else 0
-        return total
-
     def stop(self) -> None:
         self._popen.terminate()
         try:
@@ -92,6 +104,21 @@ class Process:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
+
+
+class Group(Programs):
+    """Several programs that are stopped together, those first that were started last; only ``counted`` counts."""
+
+    def __init__(self, processes: Sequence[Process], counted: Sequence[Process]) -> None:
+        self._processes = processes
+        self._counted = counted
+
+    def pids(self) -> list[int]:
+        return [pid for process in self._counted for pid in process.pids()]
+
+    def stop(self) -> None:
+        for process in reversed(self._processes):
+            process.stop()
 
 
 def _listening_ports(pid: int) -> set[int]:

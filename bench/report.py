@@ -62,6 +62,8 @@ def _limit(limit: dict[str, Any] | None, unit: str, lower: bool) -> str:
     of, met = limit["limit"], limit["met"]
     if of["absolute"] is not None:
         return f"{sign} {of['absolute']} {unit}: {met}"
+    if of.get("of_peer") is not None:
+        return f"{sign} {of['of_peer']} × {_name(of['peer'])}: {met}"
     kind = "direct" if of["of_direct"] is not None else "best peer"
     return f"{sign} {of['of_direct'] or of['of_best']} × {kind}: {met}"
 
