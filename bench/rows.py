@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -112,8 +113,9 @@ def measure_connects(full: int = CONNECTS) -> Measure:
         count = effort.count(full)
         with stage.load(entry, "connects", at_once=CONNECTS_AT_ONCE, size=MESSAGE_BYTES) as load:
             load.run(count=count // 10)
-            stage.check_connections(entry, load)
-            return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+            seen = stage.check_connections(entry, load)
+            sample = stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+        return dataclasses.replace(sample, detail=sample.detail | seen)
 
     return measure
 

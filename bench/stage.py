@@ -135,8 +135,9 @@ class Stage:
     def load(self, entry: str, what: str, *, service: str = "echo", **options: object) -> Load:
         return Load(self.load_place, what, self.target(entry, service), **options)
 
-    def check_connections(self, entry: str, load: Load) -> None:
-        """What else must hold for the connections of a prepared ``connects`` load. Raises Void."""
+    def check_connections(self, entry: str, load: Load) -> dict[str, float]:
+        """What else is to be known of the connections of a prepared ``connects`` load. Raises Void when they are not as they should be."""
+        return {}
 
     def cpu_sample(self, entry: str, work: Callable[[], tuple[float, float]], scale: float) -> Sample:
         """Runs ``work``, which gives (units, seconds), and gives the proxy's CPU a unit, times ``scale``."""
