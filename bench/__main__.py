@@ -60,7 +60,7 @@ def choose(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Two short blocks: shows that it works, proves nothing (4 minutes).")
+@click.option("--quick", is_flag=True, help="Two short blocks: shows that it works, proves nothing (6 minutes).")
 @click.option("--only", callback=choose(NAMES), metavar="ROW,…", help=f"Of {', '.join(NAMES)}.")
 @click.option("--proxies", callback=choose(PROXIES), metavar="NAME,…", help=f"Of {', '.join(PROXIES)}.")
 @click.option("--blocks", type=click.IntRange(2), help=f"Blocks that count; {FULL.blocks} unless told.")
