@@ -1,6 +1,6 @@
 """mTLS: each entry is a chain of two proxies of its kind, with plaintext on both ends and TLS 1.3 between them.
 
-    load → outbound proxy (originates, shows its certificate, verifies) → inbound proxy (terminates, demands one, verifies) → backend
+    load → outbound proxy (originates, shows a certificate, verifies) → inbound proxy (terminates, demands one, verifies) → backend
 
 Both count. Where only the inbound end is measured, nginx originates for all, beside the load.
 """

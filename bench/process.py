@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import shutil
 import socket
@@ -80,14 +82,23 @@ class Process(Programs):
             self._popen = subprocess.Popen(place.command(arguments), stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd)
 
     def wait_until_listening(self, ports: Iterable[int]) -> None:
-        """Returns when every port has a listening socket in the program's network namespace. Raises RuntimeError."""
+        """Returns when the program listens on every port. Raises RuntimeError."""
         wanted = set(ports)
         deadline = time.monotonic() + READY_S
-        while not wanted <= _listening_ports(self._popen.pid):
+        while not wanted <= self._listening_ports():
             if self._popen.poll() is not None or time.monotonic() > deadline:
                 text = self._log.read_text(errors="replace").strip()
                 raise RuntimeError(f"{self.name} does not listen; the end of {self._log}:\n{text[-2000:]}")
             time.sleep(0.02)
+
+    def _listening_ports(self) -> set[int]:
+        """Those of its own: a port may be another program's as well, with SO_REUSEPORT or by mistake."""
+        own = set()
+        for pid in self.pids():
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    own.add(os.readlink(descriptor))
+        return {port for port, inode in _listening_sockets(self._popen.pid) if f"socket:[{inode}]" in own}
 
     def pids(self) -> list[int]:
         """The program and all its descendants."""
@@ -121,18 +132,19 @@ class Group(Programs):
             process.stop()
 
 
-def _listening_ports(pid: int) -> set[int]:
-    ports = set()
+def _listening_sockets(pid: int) -> set[tuple[int, str]]:
+    """(port, inode) of all in the process's network namespace."""
+    found = set()
     for family in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]
         except OSError:
             continue
         for line in lines:
-            _, local, _, state, *_ = line.split()
+            _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
             if state == LISTEN:
-                ports.add(int(local.rpartition(":")[2], 16))
-    return ports
+                found.add((int(local.rpartition(":")[2], 16), inode))
+    return found
 
 
 def missing_programs(names: Iterable[str]) -> list[str]:
@@ -140,10 +152,10 @@ def missing_programs(names: Iterable[str]) -> list[str]:
 
 
 class Ports:
-    """Port numbers that nothing listens on, below those that the kernel gives to clients."""
+    """Port numbers that nothing listens on, below those that the kernel gives to clients, and other ones in each run."""
 
     def __init__(self) -> None:
-        self._next = 20000
+        self._next = random.randrange(20000, 30000)
 
     def take(self) -> int:
         while True:

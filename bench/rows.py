@@ -274,8 +274,10 @@ ROWS = (
         PEERS, lower_is_better=False, must=Limit(of_best=1.4), goal=Limit(of_direct=0.95), mirrored=False,
     ),
     Row(
-        "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB", measure_idle(IDLE_CONNECTIONS), idle_stage(stage_of("echo")),
-        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), mirrored=False, controlled=False, direct=False, most_blocks=MEMORY_BLOCKS,
+        "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB",
+        measure_idle(IDLE_CONNECTIONS), idle_stage(stage_of("echo")),
+        must=Limit(absolute=1.0), goal=Limit(absolute=0.3),
+        mirrored=False, controlled=False, direct=False, most_blocks=MEMORY_BLOCKS,
     ),
     Row(
         "request-captured", "keep-alive request, 64 B, transparent", "µs CPU", measure_requests(), captured_stage,

@@ -136,7 +136,7 @@ class Stage:
         return Load(self.load_place, what, self.target(entry, service), **options)
 
     def check_connections(self, entry: str, load: Load) -> dict[str, float]:
-        """What else is to be known of the connections of a prepared ``connects`` load. Raises Void when they are not as they should be."""
+        """What else is to be known of the connections of a ``connects`` load. Raises Void when they are not as they should be."""
         return {}
 
     def cpu_sample(self, entry: str, work: Callable[[], tuple[float, float]], scale: float) -> Sample:

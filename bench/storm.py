@@ -1,4 +1,4 @@
-"""A storm of TLS connections whose certificate is of another CA, beside good traffic: what that traffic notices, and what refusing costs.
+"""A storm of TLS connections with a certificate of another CA, beside good traffic: what that notices, and what refusing costs.
 
 The good traffic is requests at a fixed rate over mTLS connections that nginx, beside the load, holds to the proxy under test. The
 storm goes to the same port. Every one of its connections must be refused.
