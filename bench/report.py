@@ -143,8 +143,12 @@ def _storm_table(entries: dict[str, dict[str, float]]) -> str:
         [_name(name), *(_number(own[key]) for key in keys), _number(own["refused_rate"]), _number(own["refused_cpu_us"])]
         for name, own in entries.items()
     ]
-    title = f"{GOOD_RATE:,} requests/s over mTLS, without and with a storm of connections that show a wrong certificate:"
-    return f"{title}\n\n{_table(header, lines)}"
+    text = f"{GOOD_RATE:,} requests/s over mTLS, without and with a storm of connections that show a wrong certificate:\n\n"
+    text += _table(header, lines)
+    if {"l4mesh", "envoy"} <= entries.keys():
+        shares = {key: entries["l4mesh"][key] / entries["envoy"][key] for key in keys if key.startswith("storm")}
+        text += f"\n\nUnder the storm l4mesh's are {', '.join(f'{share:.2f}' for share in shares.values())} × Envoy's."
+    return text
 
 
 def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
