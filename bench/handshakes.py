@@ -77,14 +77,14 @@ class HandshakeWatch:
 
 
 def parse_server_hello(data: bytes) -> ServerHello | None:
-    """None: these bytes don't begin with one."""
-    if len(data) < 44 or data[0] != HANDSHAKE or data[5] != SERVER_HELLO:
+    """None: these bytes don't begin with a whole one."""
+    if len(data) < 44 or data[0] != HANDSHAKE or data[5] != SERVER_HELLO or len(data) < 5 + int.from_bytes(data[3:5]):
         return None
     # record header 5, message header 4, version 2, random 32, then the session id
     at = 43 + 1 + data[43]
     cipher = int.from_bytes(data[at : at + 2])
     at += 3
-    end = at + 2 + int.from_bytes(data[at : at + 2])
+    end = min(len(data), at + 2 + int.from_bytes(data[at : at + 2]))
     at += 2
     extensions = {}
     while at + 4 <= end:
