@@ -28,6 +28,7 @@ from bench.report import render, render_comparison
 from bench.results import summarize_growth, summarize_reload, summarize_row
 from bench.rows import ROWS, Effort
 from bench.stage import DIRECT, PEERS, Machine, share_cpus
+from bench.storm import REPEATS, run_storm, summarize_storm
 from l4mesh.errors import CommandError
 from l4mesh.lab import Interrupted, ensure_privileged, raise_interrupted
 
@@ -35,7 +36,8 @@ FULL = Effort(blocks=7, share=1.0, discard_first=True)
 QUICK = Effort(blocks=2, share=0.25, discard_first=False)
 PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD)
+STORM = "storm"
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -58,10 +60,11 @@ def choose(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Two short blocks: shows that it works, proves nothing (4 minutes).")
+@click.option("--quick", is_flag=True, help="Two short blocks: shows that it works, proves nothing (6 minutes).")
 @click.option("--only", callback=choose(NAMES), metavar="ROW,…", help=f"Of {', '.join(NAMES)}.")
 @click.option("--proxies", callback=choose(PROXIES), metavar="NAME,…", help=f"Of {', '.join(PROXIES)}.")
 @click.option("--blocks", type=click.IntRange(2), help=f"Blocks that count; {FULL.blocks} unless told.")
+@click.option("--storm-seconds", type=click.IntRange(1), help="One storm of this length instead of several short ones.")
 @click.option("--seed", type=int, help="Of the order within blocks; random unless told.")
 @click.option("--baseline", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A result to compare with.")
 @click.option("--of", "saved", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show this result; run nothing.")
@@ -71,6 +74,7 @@ def main(
     only: tuple[str, ...],
     proxies: tuple[str, ...],
     blocks: int | None,
+    storm_seconds: int | None,
     seed: int | None,
     baseline: Path | None,
     saved: Path | None,
@@ -82,7 +86,7 @@ def main(
     else:
         effort = QUICK if quick else FULL
         effort = Effort(blocks or effort.blocks, effort.share, effort.discard_first)
-        result = run(only, proxies, effort, seed if seed is not None else random.randrange(1 << 16))
+        result = run(only, proxies, effort, seed if seed is not None else random.randrange(1 << 16), storm_seconds)
         save(result, out)
     print(render(result))
     if baseline:
@@ -91,7 +95,7 @@ def main(
         sys.exit(1)
 
 
-def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int) -> dict[str, Any]:
+def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int, storm_seconds: int | None) -> dict[str, Any]:
     prepare()
     started = time.monotonic()
     result: dict[str, Any] = {
@@ -105,10 +109,11 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "rows": [],
         "growth": [],
         "reload": None,
+        "storm": None,
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
-        measure_all(result, share_cpus(Path(folder)), only, proxies, effort, seed)
+        measure_all(result, share_cpus(Path(folder)), only, proxies, effort, seed, storm_seconds)
     result["minutes"] = (time.monotonic() - started) / 60
     result["why_not"] = why_not(result, only, proxies, effort)
     result["publish"] = not result["why_not"]
@@ -116,7 +121,13 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
 
 
 def measure_all(
-    result: dict[str, Any], machine: Machine, only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int
+    result: dict[str, Any],
+    machine: Machine,
+    only: tuple[str, ...],
+    proxies: tuple[str, ...],
+    effort: Effort,
+    seed: int,
+    storm_seconds: int | None,
 ) -> None:
     """Fills in the result. What fails is named there, and the rest goes on."""
 
@@ -151,6 +162,12 @@ def measure_all(
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
         )
+    attempt(
+        STORM,
+        "connections with a wrong certificate beside good traffic",
+        partial(run_storm, machine, proxies, storm_seconds, REPEATS if effort.discard_first else 1, seed),
+        lambda storms: result.update(storm=summarize_storm(storms)),
+    )
 
 
 def why_not(result: dict[str, Any], only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort) -> str:

@@ -52,13 +52,16 @@ def _apart(machine: Machine, name: str) -> Machine:
     return dataclasses.replace(machine, folder=folder)
 
 
+_connects = measure_connects()
+
+
 def _plain(stage: Stage, entry: str, effort: Effort, point: int) -> Sample:
-    return measure_connects(stage, entry, effort)
+    return _connects(stage, entry, effort)
 
 
 def _beside_idle(stage: Stage, entry: str, effort: Effort, point: int) -> Sample:
     with stage.load(entry, "hold", connections=point):
-        return measure_connects(stage, entry, effort)
+        return _connects(stage, entry, effort)
 
 
 GROWTHS = (

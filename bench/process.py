@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import shutil
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,32 +34,15 @@ class Place:
         return ["ip", "netns", "exec", self.netns, *pinned] if self.netns else pinned
 
 
-class Process:
-    """A started program with its children."""
+class Programs(ABC):
+    """What is counted as one: a program, or several."""
 
-    def __init__(self, name: str, place: Place, arguments: Sequence[str], log: Path, cwd: Path | None = None) -> None:
-        self.name = name
-        self._log = log
-        with log.open("wb") as output:
-            self._popen = subprocess.Popen(place.command(arguments), stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd)
-
-    def wait_until_listening(self, ports: Iterable[int]) -> None:
-        """Returns when every port has a listening socket in the program's network namespace. Raises RuntimeError."""
-        wanted = set(ports)
-        deadline = time.monotonic() + READY_S
-        while not wanted <= _listening_ports(self._popen.pid):
-            if self._popen.poll() is not None or time.monotonic() > deadline:
-                text = self._log.read_text(errors="replace").strip()
-                raise RuntimeError(f"{self.name} does not listen; the end of {self._log}:\n{text[-2000:]}")
-            time.sleep(0.02)
-
+    @abstractmethod
     def pids(self) -> list[int]:
-        """The program and all its descendants."""
-        found = [self._popen.pid]
-        for pid in found:
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                found += map(int, children.read_text().split())
-        return found
+        """Of all processes that count."""
+
+    @abstractmethod
+    def stop(self) -> None: ...
 
     def cpu_s(self) -> float:
         """Seconds of CPU that all threads have used so far, those that have ended included, with ns resolution.
@@ -66,7 +52,7 @@ class Process:
         return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in self.pids()) / 1e9
 
     def settled_cpu_s(self) -> float:
-        """As ``cpu_s``, once the program has come to rest."""
+        """As ``cpu_s``, once the programs have come to rest."""
         used = self.cpu_s()
         for _ in range(50):
             time.sleep(0.01)
@@ -85,6 +71,43 @@ class Process:
                 total[name] += int(match[1]) if match else 0
         return total
 
+
+class Process(Programs):
+    """A started program with its children."""
+
+    def __init__(self, name: str, place: Place, arguments: Sequence[str], log: Path, cwd: Path | None = None) -> None:
+        self.name = name
+        self._log = log
+        with log.open("wb") as output:
+            self._popen = subprocess.Popen(place.command(arguments), stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd)
+
+    def wait_until_listening(self, ports: Iterable[int]) -> None:
+        """Returns when the program listens on every port. Raises RuntimeError."""
+        wanted = set(ports)
+        deadline = time.monotonic() + READY_S
+        while not wanted <= self._listening_ports():
+            if self._popen.poll() is not None or time.monotonic() > deadline:
+                text = self._log.read_text(errors="replace").strip()
+                raise RuntimeError(f"{self.name} does not listen; the end of {self._log}:\n{text[-2000:]}")
+            time.sleep(0.02)
+
+    def _listening_ports(self) -> set[int]:
+        """Those of its own: a port may be another program's as well, with SO_REUSEPORT or by mistake."""
+        own = set()
+        for pid in self.pids():
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    own.add(os.readlink(descriptor))
+        return {port for port, inode in _listening_sockets(self._popen.pid) if f"socket:[{inode}]" in own}
+
+    def pids(self) -> list[int]:
+        """The program and all its descendants."""
+        found = [self._popen.pid]
+        for pid in found:
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                found += map(int, children.read_text().split())
+        return found
+
     def stop(self) -> None:
         self._popen.terminate()
         try:
@@ -94,18 +117,34 @@ class Process:
             self._popen.wait()
 
 
-def _listening_ports(pid: int) -> set[int]:
-    ports = set()
+class Group(Programs):
+    """Several programs that are stopped together, those first that were started last; only ``counted`` counts."""
+
+    def __init__(self, processes: Sequence[Process], counted: Sequence[Process]) -> None:
+        self._processes = processes
+        self._counted = counted
+
+    def pids(self) -> list[int]:
+        return [pid for process in self._counted for pid in process.pids()]
+
+    def stop(self) -> None:
+        for process in reversed(self._processes):
+            process.stop()
+
+
+def _listening_sockets(pid: int) -> set[tuple[int, str]]:
+    """(port, inode) of all in the process's network namespace."""
+    found = set()
     for family in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]
         except OSError:
             continue
         for line in lines:
-            _, local, _, state, *_ = line.split()
+            _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
             if state == LISTEN:
-                ports.add(int(local.rpartition(":")[2], 16))
-    return ports
+                found.add((int(local.rpartition(":")[2], 16), inode))
+    return found
 
 
 def missing_programs(names: Iterable[str]) -> list[str]:
@@ -113,10 +152,10 @@ def missing_programs(names: Iterable[str]) -> list[str]:
 
 
 class Ports:
-    """Port numbers that nothing listens on, below those that the kernel gives to clients."""
+    """Port numbers that nothing listens on, below those that the kernel gives to clients, and other ones in each run."""
 
     def __init__(self) -> None:
-        self._next = 20000
+        self._next = random.randrange(20000, 30000)
 
     def take(self) -> int:
         while True:

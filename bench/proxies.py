@@ -15,12 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.certificates import Credentials
 from bench.generator import ROOT
-from bench.process import Place, Process
+from bench.process import Place, Process, Programs
 
 MAX_CONNECTIONS = 7000
 """More than any load opens, and no more than the descriptors are enough for."""
 FD_LIMIT = 20_000
+CIPHER = "TLS_AES_128_GCM_SHA256"
+CURVE = "X25519"
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Mutual TLS 1.3 on one side of a proxy, plaintext on the other. ``inbound``: with who connects; else with the endpoints.
+
+    The peer must chain to the bundle. l4mesh and Envoy also compare its SPIFFE ID; HAProxy and nginx have nothing that does, and
+    compare a server's DNS name instead, a client's none.
+    """
+
+    inbound: bool
+    own: Credentials
+    peer: Credentials
+    resumption: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +48,15 @@ class Service:
     port: int
     endpoints: tuple[tuple[str, int], ...]
     destination: str = ""
+    tls: Tls | None = None
+
+    @property
+    def inbound_tls(self) -> Tls | None:
+        return self.tls if self.tls and self.tls.inbound else None
+
+    @property
+    def outbound_tls(self) -> Tls | None:
+        return self.tls if self.tls and not self.tls.inbound else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +73,12 @@ class Proxy:
     """One that runs."""
 
     name: str
-    process: Process
+    process: Programs
     services: dict[str, Service]
     folder: Path
 
 
-def start_proxy(kind: Kind, name: str, services: Sequence[Service], place: Place, folder: Path, workers: int = 1) -> Proxy:
+def start_process(kind: Kind, name: str, services: Sequence[Service], place: Place, folder: Path, workers: int = 1) -> Process:
     """Raises RuntimeError when it does not come up."""
     folder.mkdir(parents=True, exist_ok=True)
     command = kind.command(folder, services, workers)
@@ -62,7 +88,7 @@ def start_proxy(kind: Kind, name: str, services: Sequence[Service], place: Place
     except RuntimeError:
         process.stop()
         raise
-    return Proxy(name, process, {service.name: service for service in services}, folder)
+    return process
 
 
 # ---------------------------------------------------------------- l4mesh
@@ -70,6 +96,8 @@ def start_proxy(kind: Kind, name: str, services: Sequence[Service], place: Place
 
 def l4mesh_listener(service: Service) -> dict[str, Any]:
     listener: dict[str, Any] = {"name": service.name, "bind": f"127.0.0.1:{service.port}"}
+    if tls := service.inbound_tls:
+        listener["tls"] = {"mode": "strict", "resumption": _switch(tls.resumption)}
     if not service.destination:
         return listener | {"cluster": service.name}
     destinations = [f"{service.destination}/32"]
@@ -81,16 +109,31 @@ def l4mesh_listener(service: Service) -> dict[str, Any]:
     }
 
 
+def l4mesh_cluster(service: Service) -> dict[str, Any]:
+    cluster: dict[str, Any] = {"name": service.name, "endpoints": [f"{host}:{port}" for host, port in service.endpoints]}
+    if tls := service.outbound_tls:
+        cluster["tls"] = {"mode": "mutual", "peers": [tls.peer.spiffe_id], "resumption": _switch(tls.resumption)}
+    return cluster
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
+
+
 def l4mesh_config(folder: Path, services: Sequence[Service], workers: int = 1) -> dict[str, Any]:
-    return {
+    config: dict[str, Any] = {
         "workers": workers,
         "admin": {"bind": f"unix:{folder}/admin.sock"},
         "access_log": {"path": f"{folder}/access.log", "when": "errors"},
         "listeners": [l4mesh_listener(service) for service in services],
-        "clusters": [
-            {"name": service.name, "endpoints": [f"{host}:{port}" for host, port in service.endpoints]} for service in services
-        ],
+        "clusters": [l4mesh_cluster(service) for service in services],
     }
+    if tls := services[0].tls:
+        files = {"certificate": tls.own.certificate, "private_key": tls.own.private_key, "trust_bundle": tls.own.bundle}
+        config |= {"identities": [{"name": "own", **{key: str(path) for key, path in files.items()}}], "node": {"identity": "own"}}
+        if tls.inbound:
+            config["policies"] = [{"name": "peer", "action": "allow", "from": [{"identities": [tls.peer.spiffe_id]}]}]
+    return config
 
 
 def _l4mesh(folder: Path, services: Sequence[Service], workers: int) -> list[str]:
@@ -110,18 +153,29 @@ def _haproxy(*options: str) -> Callable[[Path, Sequence[Service], int], list[str
         lines += ["defaults", " mode tcp", f" maxconn {MAX_CONNECTIONS}", " balance leastconn", " timeout connect 5s"]
         lines += [" timeout client 1h", " timeout server 1h", *(f" {option}" for option in options)]
         for service in services:
-            lines += [f"frontend {service.name}", f" bind 127.0.0.1:{service.port} backlog 4096"]
+            lines += [f"frontend {service.name}", f" bind 127.0.0.1:{service.port} backlog 4096{_haproxy_tls(service.inbound_tls)}"]
             if service.destination:
                 # Looking at dst asks conntrack for the original destination, as a transparent proxy must.
                 lines += [f" use_backend {service.name} if {{ dst {service.destination} }}"]
             else:
                 lines += [f" default_backend {service.name}"]
             lines += [f"backend {service.name}"]
-            lines += [f" server e{i} {host}:{port}" for i, (host, port) in enumerate(service.endpoints)]
+            secure = _haproxy_tls(service.outbound_tls)
+            lines += [f" server e{i} {host}:{port}{secure}" for i, (host, port) in enumerate(service.endpoints)]
         (folder / "haproxy.cfg").write_text("\n".join(lines) + "\n")
         return ["haproxy", "-db", "-f", str(folder / "haproxy.cfg")]
 
     return command
+
+
+def _haproxy_tls(tls: Tls | None) -> str:
+    """Options of a bind or server line. What it offers as a client starts with X25519, and this version can't say so."""
+    if tls is None:
+        return ""
+    said = f" ssl crt {tls.own.combined} ca-file {tls.own.bundle} verify required ssl-min-ver TLSv1.3 ciphersuites {CIPHER}"
+    if tls.inbound:
+        return f"{said} curves {CURVE}" + ("" if tls.resumption else " no-tls-tickets")
+    return f"{said} verifyhost {tls.peer.dns_name}" + ("" if tls.resumption else " no-ssl-reuse")
 
 
 # ---------------------------------------------------------------- nginx
@@ -143,9 +197,32 @@ def _nginx(folder: Path, services: Sequence[Service], workers: int) -> list[str]
     for service in services:
         lines += [f" upstream {service.name} {{", "  least_conn;"]
         lines += [f"  server {host}:{port};" for host, port in service.endpoints]
-        lines += [" }", f" server {{ listen 127.0.0.1:{service.port} reuseport backlog=4096; proxy_pass {service.name}; }}"]
+        listen = f"listen 127.0.0.1:{service.port}{' ssl' if service.inbound_tls else ''} reuseport backlog=4096;"
+        lines += [" }", " server {", f"  {listen}", f"  proxy_pass {service.name};"]
+        lines += [f"  {setting};" for setting in _nginx_tls(service.tls)]
+        lines += [" }"]
     (folder / "nginx.conf").write_text("\n".join([*lines, "}"]) + "\n")
     return ["nginx", "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
+
+
+def _nginx_tls(tls: Tls | None) -> list[str]:
+    if tls is None:
+        return []
+    prefix = "ssl" if tls.inbound else "proxy_ssl"
+    settings = [
+        f"{prefix}_certificate {tls.own.certificate}",
+        f"{prefix}_certificate_key {tls.own.private_key}",
+        f"{prefix}_protocols TLSv1.3",
+        f"{prefix}_conf_command Ciphersuites {CIPHER}",
+        f"{prefix}_conf_command Groups {CURVE}",
+        f"{prefix}_verify_depth 2",
+    ]
+    if tls.inbound:
+        settings += [f"ssl_client_certificate {tls.own.bundle}", "ssl_verify_client on"]
+        # Without the second, OpenSSL gives tickets that stand for nothing.
+        return settings if tls.resumption else [*settings, "ssl_session_tickets off", "ssl_conf_command NumTickets 0"]
+    settings += ["proxy_ssl on", f"proxy_ssl_trusted_certificate {tls.own.bundle}", "proxy_ssl_verify on"]
+    return [*settings, f"proxy_ssl_name {tls.peer.dns_name}", f"proxy_ssl_session_reuse {_switch(tls.resumption)}"]
 
 
 # ---------------------------------------------------------------- Envoy
@@ -166,12 +243,14 @@ def _envoy(folder: Path, services: Sequence[Service], workers: int) -> list[str]
         if service.destination:
             chain["filter_chain_match"] = {"prefix_ranges": [{"address_prefix": service.destination, "prefix_len": 32}]}
             made["listener_filters"] = [{"name": "envoy.filters.listener.original_dst", "typed_config": {"@type": original}}]
+        if service.inbound_tls:
+            chain["transport_socket"] = _envoy_tls(service.inbound_tls)
         return made
 
     def cluster(service: Service) -> dict[str, Any]:
         endpoints = [{"endpoint": {"address": address(*endpoint)}} for endpoint in service.endpoints]
         limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), 100000)
-        return {
+        made = {
             "name": service.name,
             "type": "STATIC",
             "connect_timeout": "5s",
@@ -179,6 +258,9 @@ def _envoy(folder: Path, services: Sequence[Service], workers: int) -> list[str]
             "circuit_breakers": {"thresholds": [limits]},
             "load_assignment": {"cluster_name": service.name, "endpoints": [{"lb_endpoints": endpoints}]},
         }
+        if service.outbound_tls:
+            made["transport_socket"] = _envoy_tls(service.outbound_tls)
+        return made
 
     config = {
         "static_resources": {"listeners": list(map(listener, services)), "clusters": list(map(cluster, services))},
@@ -187,6 +269,30 @@ def _envoy(folder: Path, services: Sequence[Service], workers: int) -> list[str]
     (folder / "envoy.json").write_text(json.dumps(config))
     quiet = ["--log-level", "error", "--disable-hot-restart"]
     return [_envoy_binary(), "-c", str(folder / "envoy.json"), "--concurrency", str(workers), *quiet]
+
+
+def _envoy_tls(tls: Tls) -> dict[str, Any]:
+    """It can't be told a TLS 1.3 cipher, and takes AES-128-GCM where the CPU has AES."""
+
+    def file(path: Path) -> dict[str, str]:
+        return {"filename": str(path)}
+
+    expected = {"san_type": "URI", "matcher": {"exact": tls.peer.spiffe_id}}
+    common = {
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3", "ecdh_curves": [CURVE]},
+        "tls_certificates": [{"certificate_chain": file(tls.own.certificate), "private_key": file(tls.own.private_key)}],
+        "validation_context": {"trusted_ca": file(tls.own.bundle), "match_typed_subject_alt_names": [expected]},
+    }
+    config: dict[str, Any] = {"common_tls_context": common}
+    if tls.inbound:
+        config["require_client_certificate"] = True
+        config["disable_stateless_session_resumption"] = config["disable_stateful_session_resumption"] = not tls.resumption
+    else:
+        # Each session serves once: its default of one session would make most connections beside others full handshakes.
+        config["max_session_keys"] = 64 if tls.resumption else 0
+    context = "DownstreamTlsContext" if tls.inbound else "UpstreamTlsContext"
+    kind = f"type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{context}"
+    return {"name": "envoy.transport_sockets.tls", "typed_config": {"@type": kind, **config}}
 
 
 def _envoy_binary() -> str:

@@ -10,6 +10,7 @@ from bench.reload import CLUSTERS_A_FILE, ENDPOINTS_A_CLUSTER, FILES, RATE
 from bench.results import LATENCIES
 from bench.rounds import AGAIN
 from bench.stage import DIRECT
+from bench.storm import RATE as GOOD_RATE
 
 COLUMNS = (DIRECT, "haproxy", "haproxy-splice", "nginx", "envoy", "l4mesh")
 NOTHING = "–"
@@ -21,6 +22,8 @@ def render(result: dict[str, Any]) -> str:
     parts += [_growth_table(growth) for growth in result["growth"]]
     if result["reload"]:
         parts.append(_reload_table(result["reload"]["median"]))
+    if result.get("storm"):
+        parts.append(_storm_table(result["storm"]["entries"]))
     if result["errors"]:
         parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {error}" for name, error in result["errors"].items()))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -62,6 +65,8 @@ def _limit(limit: dict[str, Any] | None, unit: str, lower: bool) -> str:
     of, met = limit["limit"], limit["met"]
     if of["absolute"] is not None:
         return f"{sign} {of['absolute']} {unit}: {met}"
+    if of.get("of_peer") is not None:
+        return f"{sign} {of['of_peer']} × {_name(of['peer'])}: {met}"
     kind = "direct" if of["of_direct"] is not None else "best peer"
     return f"{sign} {of['of_direct'] or of['of_best']} × {kind}: {met}"
 
@@ -129,6 +134,21 @@ def _reload_table(reload: dict[str, float]) -> str:
     ]
     header = ["reload", "CPU s", "until in force, s", "p99 of the traffic meanwhile, µs"]
     return f"{size}, {RATE:,} requests/s meanwhile, everything of l4mesh on one CPU:\n\n" + _table(header, lines)
+
+
+def _storm_table(entries: dict[str, dict[str, float]]) -> str:
+    keys = [f"{when}_{key}" for key in ("p50", "p99", "p999") for when in ("calm", "storm")]
+    header = ["µs", *(f"{key}, {when}" for key in LATENCIES for when in ("calm", "storm")), "refused/s", "CPU of a refusal"]
+    lines = [
+        [_name(name), *(_number(own[key]) for key in keys), _number(own["refused_rate"]), _number(own["refused_cpu_us"])]
+        for name, own in entries.items()
+    ]
+    text = f"{GOOD_RATE:,} requests/s over mTLS, without and with a storm of connections that show a wrong certificate:\n\n"
+    text += _table(header, lines)
+    if {"l4mesh", "envoy"} <= entries.keys():
+        shares = {key: entries["l4mesh"][key] / entries["envoy"][key] for key in keys if key.startswith("storm")}
+        text += f"\n\nUnder the storm l4mesh's are {', '.join(f'{share:.2f}' for share in shares.values())} × Envoy's."
+    return text
 
 
 def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:

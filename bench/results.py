@@ -54,6 +54,8 @@ def _met(limit: Limit, row: Row, rounds: Sequence[Round], of_best: Ratio | None)
         value = median_of(rounds, "l4mesh")
         seen = Ratio(value, value, value) if value is not None else None
         bound = limit.absolute
+    elif limit.of_peer is not None:
+        seen, bound = ratio_of(rounds, "l4mesh", limit.peer), limit.of_peer
     elif limit.of_direct is not None:
         seen, bound = ratio_of(rounds, "l4mesh", DIRECT), limit.of_direct
     else:

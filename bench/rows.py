@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,14 +12,19 @@ from dataclasses import dataclass
 
 from bench.capture import captured_stage
 from bench.generator import Void
+from bench.mtls import Chain
 from bench.proxies import SPLICED
 from bench.rounds import AGAIN, Round, Sample, run_rounds
 from bench.stage import DIRECT, PEERS, Machine, Stage, kind_of
 
 MESSAGE_BYTES = 64
+REQUESTS = 50_000
 REQUEST_CONNECTIONS = 16
+CONNECTS = 8000
 CONNECTS_AT_ONCE = 8
 IDLE_CONNECTIONS = 5000
+IDLE_TLS_CONNECTIONS = 1000
+MEMORY_BLOCKS = 3
 PACED_CONNECTIONS = 50
 GIB = 1 << 30
 ON_ITS_WAY_AT_MOST = 64 << 20
@@ -42,11 +48,14 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """``of_best``: share of the best peer's figure; ``of_direct``: of the direct one; ``absolute``: in the row's unit."""
+    """``of_best``: share of the best peer's figure, or of the figure of the ``peer`` named; ``of_direct``: of the direct one;
+    ``absolute``: in the row's unit."""
 
     of_best: float | None = None
     of_direct: float | None = None
     absolute: float | None = None
+    of_peer: float | None = None
+    peer: str = ""
 
 
 Measure = Callable[[Stage, str, Effort], Sample]
@@ -66,11 +75,15 @@ class Row:
     goal: Limit | None = None
     mirrored: bool = True
     controlled: bool = True
-    """Beside direct, and with the second l4mesh."""
+    """With the second l4mesh."""
+    direct: bool = True
+    """Beside the direct one."""
+    most_blocks: int = 1000
+    """Fewer than the run has, where they all come out alike."""
 
     @property
     def entries(self) -> tuple[str, ...]:
-        return (DIRECT, *self.peers, "l4mesh", AGAIN) if self.controlled else (*self.peers, "l4mesh")
+        return (*((DIRECT,) if self.direct else ()), *self.peers, "l4mesh", *((AGAIN,) if self.controlled else ()))
 
     def run(self, machine: Machine, proxies: Sequence[str], effort: Effort, seed: int) -> list[Round]:
         entries = [entry for entry in self.entries if kind_of(entry) in proxies]
@@ -78,7 +91,7 @@ class Row:
             return run_rounds(
                 entries,
                 lambda entry: self.measure(stage, entry, effort),
-                effort.blocks,
+                min(effort.blocks, self.most_blocks),
                 seed,
                 discard_first=effort.discard_first,
                 mirrored=self.mirrored,
@@ -88,46 +101,58 @@ class Row:
 # ---------------------------------------------------------------- our own load
 
 
-def measure_requests(stage: Stage, entry: str, effort: Effort) -> Sample:
-    count = effort.count(50_000)
-    with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
-        load.run(count=count // 10)
-        return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+def measure_requests(full: int = REQUESTS) -> Measure:
+    def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
+        count = effort.count(full)
+        with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
+            load.run(count=count // 10)
+            return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+
+    return measure
 
 
-def measure_connects(stage: Stage, entry: str, effort: Effort) -> Sample:
-    count = effort.count(8_000)
-    with stage.load(entry, "connects", at_once=CONNECTS_AT_ONCE, size=MESSAGE_BYTES) as load:
-        load.run(count=count // 10)
-        return stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+def measure_connects(full: int = CONNECTS) -> Measure:
+    def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
+        count = effort.count(full)
+        with stage.load(entry, "connects", at_once=CONNECTS_AT_ONCE, size=MESSAGE_BYTES) as load:
+            load.run(count=count // 10)
+            seen = stage.check_connections(entry, load)
+            sample = stage.cpu_sample(entry, lambda: (count, load.run(count=count)["seconds"]), 1e6)
+        return dataclasses.replace(sample, detail=sample.detail | seen)
+
+    return measure
 
 
-def measure_latency(rate: int) -> Measure:
+def measure_latency(rate: int, seconds: int = 2) -> Measure:
     def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
         with stage.load(entry, "pace", connections=PACED_CONNECTIONS, size=MESSAGE_BYTES) as load:
             load.run(rate=rate, count=rate // 10)
-            seen = load.run(rate=rate, count=effort.count(2 * rate))
+            seen = load.run(rate=rate, count=effort.count(seconds * rate))
         return Sample(seen["p99"], rate, {name: seen[name] for name in ("p50", "p99", "p99.9", "late_us")})
 
     return measure
 
 
-def measure_idle(stage: Stage, entry: str, effort: Effort) -> Sample:
-    """A proxy that has just been started and has served a few connections, without and with the idle ones."""
-    count = IDLE_CONNECTIONS
-    proxy = stage.start(entry)
-    try:
-        with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
-            load.run(count=2000)
-        proxy.process.settled_cpu_s()
-        before = proxy.process.memory_kib()
-        with stage.load(entry, "hold", connections=count, size=MESSAGE_BYTES):
+def measure_idle(count: int, ends: int = 1) -> Measure:
+    """A proxy that has just been started and has served a few connections, without and with the idle ones; for each of the ``ends``
+    of a connection that are its own."""
+
+    def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
+        proxy = stage.start(entry)
+        try:
+            with stage.load(entry, "requests", connections=REQUEST_CONNECTIONS, size=MESSAGE_BYTES) as load:
+                load.run(count=2000)
             proxy.process.settled_cpu_s()
-            after = proxy.process.memory_kib()
-    finally:
-        stage.proxies.pop(entry).process.stop()
-    grown = {name: (after[name] - before[name]) / count for name in after}
-    return Sample(sum(grown.values()), None, {**grown, "connections": count, "before_kib": before, "after_kib": after})
+            before = proxy.process.memory_kib()
+            with stage.load(entry, "hold", connections=count, size=MESSAGE_BYTES):
+                proxy.process.settled_cpu_s()
+                after = proxy.process.memory_kib()
+        finally:
+            stage.proxies.pop(entry).process.stop()
+        grown = {name: (after[name] - before[name]) / count / ends for name in after}
+        return Sample(sum(grown.values()), None, {**grown, "connections": count, "before_kib": before, "after_kib": after})
+
+    return measure
 
 
 # ---------------------------------------------------------------- other people's load
@@ -187,10 +212,10 @@ def check_bytes(stage: Stage, entry: str) -> None:
         load.run(count=64)
 
 
-def measure_bulk(*options: str) -> Measure:
+def measure_bulk(*options: str, full: int = GIB) -> Measure:
     def measure(stage: Stage, entry: str, effort: Effort) -> Sample:
         check_bytes(stage, entry)
-        size = str(effort.count(GIB))
+        size = str(effort.count(full))
         return stage.cpu_sample(entry, lambda: run_iperf3(stage, entry, "-n", size, *options), 1e9)
 
     return measure
@@ -209,23 +234,31 @@ def stage_of(*services: str, pinned: bool = True) -> MakeStage:
     return lambda machine, entries: Stage(machine, entries, services, pinned=pinned)
 
 
-@contextmanager
-def idle_stage(machine: Machine, entries: Sequence[str]) -> Iterator[Stage]:
+def chain_of(*services: str, resumption: bool = True, inbound_only: bool = False) -> MakeStage:
+    return lambda machine, entries: Chain(machine, entries, services, resumption=resumption, inbound_only=inbound_only)
+
+
+def idle_stage(make: MakeStage) -> MakeStage:
     """Backends only: each measurement starts a proxy of its own."""
-    with Stage(machine, [DIRECT]) as stage:
-        stage.entries = entries
-        yield stage
+
+    @contextmanager
+    def stage(machine: Machine, entries: Sequence[str]) -> Iterator[Stage]:
+        with make(machine, [DIRECT]) as made:
+            made.entries = entries
+            yield made
+
+    return stage
 
 
 AT_MOST_BEST = Limit(of_best=1.0)
 
 ROWS = (
     Row(
-        "request", "keep-alive request, 64 B", "µs CPU", measure_requests, stage_of("echo"),
+        "request", "keep-alive request, 64 B", "µs CPU", measure_requests(), stage_of("echo"),
         must=AT_MOST_BEST, goal=Limit(of_best=0.8),
     ),
     Row(
-        "connect", "connect, request, close", "µs CPU", measure_connects, stage_of("echo"),
+        "connect", "connect, request, close", "µs CPU", measure_connects(), stage_of("echo"),
         must=AT_MOST_BEST, goal=Limit(of_best=0.85),
     ),
     Row(
@@ -241,15 +274,17 @@ ROWS = (
         PEERS, lower_is_better=False, must=Limit(of_best=1.4), goal=Limit(of_direct=0.95), mirrored=False,
     ),
     Row(
-        "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB", measure_idle, idle_stage,
-        must=Limit(absolute=1.0), goal=Limit(absolute=0.3), mirrored=False, controlled=False,
+        "idle", f"idle connection, {IDLE_CONNECTIONS:,} of them: user memory", "KiB",
+        measure_idle(IDLE_CONNECTIONS), idle_stage(stage_of("echo")),
+        must=Limit(absolute=1.0), goal=Limit(absolute=0.3),
+        mirrored=False, controlled=False, direct=False, most_blocks=MEMORY_BLOCKS,
     ),
     Row(
-        "request-captured", "keep-alive request, 64 B, transparent", "µs CPU", measure_requests, captured_stage,
+        "request-captured", "keep-alive request, 64 B, transparent", "µs CPU", measure_requests(), captured_stage,
         must=AT_MOST_BEST, goal=Limit(of_best=0.8),
     ),
     Row(
-        "connect-captured", "connect, request, close, transparent", "µs CPU", measure_connects, captured_stage,
+        "connect-captured", "connect, request, close, transparent", "µs CPU", measure_connects(), captured_stage,
         must=AT_MOST_BEST, goal=Limit(of_best=0.85),
     ),
     Row("wrk", "HTTP request (wrk, nginx behind)", "µs CPU", measure_wrk, stage_of("http"), mirrored=False),
@@ -259,5 +294,42 @@ ROWS = (
     ),
     Row(
         "latency-10k", "p99 at 10,000 requests/s", "µs", measure_latency(10_000), stage_of("echo"), mirrored=False,
+    ),
+    Row(
+        "mtls-request", "mTLS, two proxies: keep-alive request, 64 B", "µs CPU", measure_requests(12_000), chain_of("echo"),
+        direct=False, must=AT_MOST_BEST, goal=Limit(of_best=0.8),
+    ),
+    Row(
+        "mtls-connect-full", "mTLS, two proxies: connect, full handshake, request, close", "µs CPU", measure_connects(400),
+        chain_of("echo", resumption=False), direct=False,
+        must=Limit(of_peer=0.65, peer="haproxy"), goal=Limit(of_peer=0.5, peer="envoy"),
+    ),
+    Row(
+        "mtls-connect-resumed", "mTLS, two proxies: connect, resumed handshake, request, close", "µs CPU", measure_connects(600),
+        chain_of("echo"), direct=False,
+        must=Limit(of_peer=0.65, peer="haproxy"), goal=Limit(of_peer=0.5, peer="envoy"),
+    ),
+    Row(
+        "mtls-bulk-up", "mTLS, two proxies: bulk, 1 stream, to the server", "CPU s/GB", measure_bulk(full=GIB // 4),
+        chain_of("iperf3", "echo"), direct=False, mirrored=False,
+        must=Limit(of_peer=1.0, peer="envoy"), goal=Limit(of_peer=0.7, peer="envoy"),
+    ),
+    Row(
+        "mtls-bulk-down", "mTLS, two proxies: bulk, 1 stream, to the client", "CPU s/GB", measure_bulk("-R", full=GIB // 4),
+        chain_of("iperf3", "echo"), direct=False, mirrored=False,
+        must=Limit(of_peer=1.0, peer="envoy"), goal=Limit(of_peer=0.7, peer="envoy"),
+    ),
+    Row(
+        "mtls-idle", f"mTLS: idle connection, {IDLE_TLS_CONNECTIONS:,} of them: user memory of a TLS end", "KiB",
+        measure_idle(IDLE_TLS_CONNECTIONS, ends=2), idle_stage(chain_of("echo", resumption=False)),
+        must=Limit(absolute=24.0), mirrored=False, controlled=False, direct=False, most_blocks=MEMORY_BLOCKS,
+    ),
+    Row(
+        "handshake", "mTLS, the server's proxy: connect, full handshake, request, close", "µs CPU", measure_connects(400),
+        chain_of("echo", resumption=False, inbound_only=True), direct=False, mirrored=False,
+    ),
+    Row(
+        "mtls-latency-2k", "mTLS, two proxies: p99 at 2,000 requests/s", "µs", measure_latency(2000, 1), chain_of("echo"),
+        direct=False, mirrored=False,
     ),
 )  # fmt: skip

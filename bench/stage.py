@@ -11,7 +11,7 @@ from types import TracebackType
 from bench.backends import Backends
 from bench.generator import Load, Target
 from bench.process import ALL_CPUS, Place, Ports
-from bench.proxies import KINDS, Proxy, Service, start_proxy
+from bench.proxies import KINDS, Proxy, Service, start_process
 from bench.rounds import AGAIN, Sample
 
 DIRECT = "direct"
@@ -88,10 +88,10 @@ class Stage:
         for name in self._service_names:
             self.backends.port(name)
 
-    def start(self, entry: str) -> Proxy:
-        """The entry's proxy. Each has endpoint addresses of its own, so that none uses up another's ports."""
+    def _services(self, entry: str) -> list[Service]:
+        """What the entry's proxy does. Each has endpoint addresses of its own, so that none uses up another's ports."""
         number = self.entries.index(entry)
-        services = [
+        return [
             Service(
                 name,
                 self._machine.ports.take(),
@@ -100,10 +100,20 @@ class Stage:
             )
             for name in self._service_names
         ]
+
+    def start(self, entry: str) -> Proxy:
+        folder = self._fresh_folder(entry)
+        services = self._services(entry)
+        process = start_process(KINDS[kind_of(entry)], entry, services, self._proxy_place, folder, self._workers)
+        return self._add(Proxy(entry, process, {service.name: service for service in services}, folder))
+
+    def _fresh_folder(self, entry: str) -> Path:
         folder = self._machine.folder / entry
         shutil.rmtree(folder, ignore_errors=True)
-        proxy = start_proxy(KINDS[kind_of(entry)], entry, services, self._proxy_place, folder, self._workers)
-        self.proxies[entry] = proxy
+        return folder
+
+    def _add(self, proxy: Proxy) -> Proxy:
+        self.proxies[proxy.name] = proxy
         return proxy
 
     def close(self) -> None:
@@ -124,6 +134,10 @@ class Stage:
 
     def load(self, entry: str, what: str, *, service: str = "echo", **options: object) -> Load:
         return Load(self.load_place, what, self.target(entry, service), **options)
+
+    def check_connections(self, entry: str, load: Load) -> dict[str, float]:
+        """What else is to be known of the connections of a ``connects`` load. Raises Void when they are not as they should be."""
+        return {}
 
     def cpu_sample(self, entry: str, work: Callable[[], tuple[float, float]], scale: float) -> Sample:
         """Runs ``work``, which gives (units, seconds), and gives the proxy's CPU a unit, times ``scale``."""

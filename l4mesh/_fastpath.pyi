@@ -90,6 +90,7 @@ class Plan:
         routes: list[RouteRow],
         tls_mode: int,
         tls_v12: bool,
+        resumption: bool,
         identity: int,
         handshake_ms: int,
         close_expired: bool,

@@ -545,7 +545,7 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
     ):
         conn_refuse(worker, conn, slot, CLOSE_LIMIT_HANDSHAKES)
         return
-    if not tls_open(worker, &conn.side[DOWNSTREAM], context, True, listener.tls_v12, NULL):
+    if not tls_open(worker, &conn.side[DOWNSTREAM], context, True, listener.tls_v12, listener.resumption, NULL):
         conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
         return
     conn.close_expired = listener.close_expired
@@ -902,17 +902,18 @@ cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
     cdef const cluster_t *cluster = conn.phase.dial.cluster
     cdef const tls_context_t *context = plan_context(worker.plan, cluster.settings.tls_identity, conn.source.ip)
     cdef side_t *side = &conn.side[UPSTREAM]
-    cdef SSL_SESSION *session
+    cdef SSL_SESSION *session = NULL
     if context == NULL:
         conn_refuse(worker, conn, slot, CLOSE_NO_IDENTITY)
         return
     side.flags |= SIDE_WRITABLE
-    if not tls_open(worker, side, context, False, cluster.settings.tls_v12, cluster.sni):
+    if not tls_open(worker, side, context, False, cluster.settings.tls_v12, cluster.settings.resumption, cluster.sni):
         conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
         return
     side.tls.cluster = cluster
     side.tls.endpoint = conn.endpoint
-    session = session_find(worker, context.id, &conn.endpoint, unix_seconds())
+    if cluster.settings.resumption:
+        session = session_find(worker, context.id, &conn.endpoint, unix_seconds())
     if session != NULL:
         # A copy: OpenSSL spoils a TLS 1.3 session that it has used. Ours may serve again: what a passive observer could link by it,
         # the addresses tell anyway.
@@ -1768,6 +1769,7 @@ cdef class Cluster:
         compiled.original_destination = settings["original_destination"]
         compiled.tls = settings["tls"]
         compiled.tls_v12 = settings["tls_v12"]
+        compiled.resumption = settings["resumption"]
         compiled.tls_identity = settings["tls_identity"]
         compiled.handshake_ms = settings["handshake_ms"]
         compiled.close_expired = settings["close_expired"]
@@ -2034,8 +2036,8 @@ cdef class Plan:
     def add_listener(
         self, ListenerStat stat not None, list fds not None, bytes ip not None, uint16_t port, *, int flags,
         int32_t default_cluster, int64_t max_connections, list proxy_from not None, uint32_t proxy_timeout_ms,
-        list routes not None, int tls_mode, bint tls_v12, uint32_t identity, uint32_t handshake_ms, bint close_expired,
-        list strict not None, list permissive not None, list plain not None, list server_first not None,
+        list routes not None, int tls_mode, bint tls_v12, bint resumption, uint32_t identity, uint32_t handshake_ms,
+        bint close_expired, list strict not None, list permissive not None, list plain not None, list server_first not None,
     ) -> None:
         """Adds one bound address. ``fds``: a listening socket for each worker, which the caller owns and closes only when
         every worker has seen a later plan. ``routes``: (destinations, ports, sources, names, protocols, targets) in order, with
@@ -2071,6 +2073,7 @@ cdef class Plan:
         listener.proxy_from_end = self.n_prefixes
         listener.tls_mode = tls_mode
         listener.tls_v12 = tls_v12
+        listener.resumption = resumption
         listener.identity = identity
         listener.handshake_ms = handshake_ms
         listener.close_expired = close_expired

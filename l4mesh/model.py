@@ -202,6 +202,7 @@ class ListenerTls:
     identity: str = ""
     """"" is the destination workload's, else the node's."""
     allow_tls12: bool = False
+    resumption: bool = True
     handshake_timeout_ms: int = 10_000
     close_expired: bool = False
     """End connections whose peer certificate has expired."""
@@ -216,6 +217,7 @@ class ClusterTls:
     """"" is the source workload's, else the node's."""
     sni: str = ""
     allow_tls12: bool = False
+    resumption: bool = True
     handshake_timeout_ms: int = 10_000
     close_expired: bool = False
 

@@ -52,6 +52,7 @@ ctypedef struct cluster_settings_t:
     uint8_t original_destination
     uint8_t tls              # 0: plaintext, 1: mutual
     uint8_t tls_v12
+    uint8_t resumption
     uint8_t close_expired
     uint32_t tls_identity    # id of the identity to show; 0: the source workload's
     uint32_t handshake_ms

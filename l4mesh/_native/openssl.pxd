@@ -90,7 +90,7 @@ cdef extern from *:
         SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE, SSL_R_NO_SHARED_CIPHER, SSL_R_UNSUPPORTED_PROTOCOL, SSL_R_VERSION_TOO_LOW
         SSL_R_WRONG_VERSION_NUMBER, SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST
         SSL_R_NO_SUITABLE_KEY_SHARE, SSL_R_NO_SHARED_GROUPS, SSL_R_UNKNOWN_PROTOCOL, SSL_R_NO_PROTOCOLS_AVAILABLE
-    uint64_t SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_COMPRESSION, SSL_OP_CIPHER_SERVER_PREFERENCE
+    uint64_t SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_COMPRESSION, SSL_OP_NO_TICKET, SSL_OP_CIPHER_SERVER_PREFERENCE
 
     const SSL_METHOD *TLS_method() noexcept nogil
     SSL_CTX *SSL_CTX_new(const SSL_METHOD *method) noexcept nogil
@@ -100,6 +100,8 @@ cdef extern from *:
     int SSL_CTX_set_cipher_list(SSL_CTX *ctx, const char *list) noexcept nogil
     int SSL_CTX_set_num_tickets(SSL_CTX *ctx, size_t count) noexcept nogil
     int SSL_set_num_tickets(SSL *ssl, size_t count) noexcept nogil
+    uint64_t SSL_set_options(SSL *ssl, uint64_t options) noexcept nogil
+    uint64_t SSL_get_options(const SSL *ssl) noexcept nogil
     long SSL_CTX_set_timeout(SSL_CTX *ctx, long seconds) noexcept nogil
     void SSL_CTX_set_verify(SSL_CTX *ctx, int mode, int (*callback)(int, X509_STORE_CTX *) noexcept nogil) noexcept nogil
     void SSL_CTX_set_verify_depth(SSL_CTX *ctx, int depth) noexcept nogil

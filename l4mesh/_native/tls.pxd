@@ -227,7 +227,7 @@ cdef inline int tls_new_session(SSL *ssl, SSL_SESSION *session) noexcept nogil:
     # A server gave us a ticket. 1: we keep the reference.
     cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
     cdef worker_t *worker = <worker_t *> tls.worker
-    if tls.flags & TLS_SERVER or tls.peer == NULL or not SSL_SESSION_is_resumable(session):
+    if tls.flags & TLS_SERVER or tls.peer == NULL or SSL_get_options(ssl) & SSL_OP_NO_TICKET or not SSL_SESSION_is_resumable(session):
         return 0
     return session_keep(worker, tls.context_id, &tls.endpoint, session, tls.peer_expires_s)
 
@@ -306,7 +306,7 @@ cdef inline bint context_configure(SSL_CTX *ctx, uint64_t id) noexcept nogil:
 
 
 cdef inline bint tls_open(
-    worker_t *worker, side_t *side, const tls_context_t *context, bint is_server, bint v12, const char *sni
+    worker_t *worker, side_t *side, const tls_context_t *context, bint is_server, bint v12, bint resumption, const char *sni
 ) noexcept nogil:
     # TLS on a side that is plaintext so far. False: no memory.
     cdef tls_t *tls = <tls_t *> calloc(1, sizeof(tls_t))
@@ -328,6 +328,10 @@ cdef inline bint tls_open(
     BIO_up_ref(worker.bio)
     SSL_set_bio(tls.ssl, worker.bio, worker.bio)
     l4_min_version(tls.ssl, TLS1_2_VERSION if v12 else TLS1_3_VERSION)
+    if not resumption:
+        # As a server neither give a ticket nor take one; as a client keep none (tls_new_session).
+        SSL_set_options(tls.ssl, SSL_OP_NO_TICKET)
+        SSL_set_num_tickets(tls.ssl, 0)
     if is_server:
         tls.flags = TLS_SERVER
         SSL_set_accept_state(tls.ssl)

@@ -373,6 +373,7 @@ ctypedef struct listener_t:
     uint32_t identity                        # id; 0: the destination workload's, or the node's
     uint8_t tls_mode
     uint8_t tls_v12
+    uint8_t resumption
     uint8_t close_expired
     uint8_t flags
 

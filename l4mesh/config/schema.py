@@ -211,6 +211,7 @@ class ListenerTlsSection(Section):
     server_first: list[Ports] = []
     identity: Name | None = None
     min_version: Version = "1.3"
+    resumption: Switch = True
     handshake_timeout: Duration = 10_000
     close_expired: Switch = False
 
@@ -221,6 +222,7 @@ class ClusterTlsSection(Section):
     identity: Name | None = None
     sni: Annotated[str | None, PlainValidator(q.parse_server_name)] = None
     min_version: Version = "1.3"
+    resumption: Switch = True
     handshake_timeout: Duration = 10_000
     close_expired: Switch = False
 
@@ -420,6 +422,7 @@ def make_listener_tls(section: ListenerTlsSection) -> ListenerTls:
         server_first=tuple(section.server_first),
         identity=section.identity or "",
         allow_tls12=section.min_version == "1.2",
+        resumption=section.resumption,
         handshake_timeout_ms=section.handshake_timeout,
         close_expired=section.close_expired,
     )
@@ -431,6 +434,7 @@ def make_cluster_tls(section: ClusterTlsSection) -> ClusterTls:
         identity=section.identity or "",
         sni=section.sni or "",
         allow_tls12=section.min_version == "1.2",
+        resumption=section.resumption,
         handshake_timeout_ms=section.handshake_timeout,
         close_expired=section.close_expired,
     )

@@ -51,6 +51,7 @@ class ListenerTlsSettings(TypedDict):
 
     tls_mode: int
     tls_v12: bool
+    resumption: bool
     identity: int
     handshake_ms: int
     close_expired: bool
@@ -68,6 +69,7 @@ class ClusterSettings(TypedDict):
     original_destination: bool
     tls: bool
     tls_v12: bool
+    resumption: bool
     tls_identity: int
     handshake_ms: int
     close_expired: bool
@@ -119,6 +121,7 @@ def compile_listener_tls(listener: Listener, identity: int) -> ListenerTlsSettin
     return ListenerTlsSettings(
         tls_mode=_TLS_MODES[tls.mode],
         tls_v12=tls.allow_tls12,
+        resumption=tls.resumption,
         identity=identity,
         handshake_ms=tls.handshake_timeout_ms,
         close_expired=tls.close_expired,
@@ -135,6 +138,7 @@ def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
     return ClusterSettings(
         tls=tls is not None,
         tls_v12=bool(tls and tls.allow_tls12),
+        resumption=bool(tls and tls.resumption),
         tls_identity=identity,
         handshake_ms=tls.handshake_timeout_ms if tls else 0,
         close_expired=bool(tls and tls.close_expired),

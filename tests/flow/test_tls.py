@@ -286,6 +286,22 @@ def test_a_change_of_trust_ends_resumption(mesh: Factory, ca: Authority, web: Fi
         assert handshakes(near, "downstream") == (2, 1)
 
 
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_resumption_can_be_switched_off_on_either_side(mesh: Factory, web: Files, redis: Files, side: str) -> None:
+    """Also for sessions that were made before: a ticket that the other side still holds is worth nothing."""
+    off = {"resumption": "off"}
+    with Server(echo) as server:
+        near = mesh(inbound(redis, server.address, workers=1))
+        endpoint = f"127.0.0.1:{near.port()}"
+        far = mesh(outbound(web, endpoint, workers=1))
+        ping(far, 2)
+        assert handshakes(near, "downstream") == (1, 1)
+        changed = near if side == "server" else far
+        changed.reload(inbound(redis, server.address, off, workers=1) if side == "server" else outbound(web, endpoint, off, workers=1))
+        ping(far, 3)
+        assert handshakes(near, "downstream") == handshakes(far, "upstream") == (4, 1)
+
+
 def test_a_client_forgets_its_sessions_with_its_certificate(
     mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path
 ) -> None:

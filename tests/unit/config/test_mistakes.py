@@ -58,6 +58,8 @@ CASES = [
     (cluster("connect: 5s"), "4: clusters[0].connect: must be a mapping of keys; got '5s'"),
     (cluster("conect: {}"), "4: clusters[0].conect: is not a known key; did you mean connect?"),
     (cluster("tls: {mode: mutual}"), '4: clusters[0].tls.peers: is missing: name the identities that may answer, or say "*" for any of the trust domain'),
+    (cluster('tls: {peers: ["*"], resumption: once}'), "4: clusters[0].tls.resumption: must be on or off; got 'once'"),
+    (listener("tls: {resumption: never}"), "2: listeners[0].tls.resumption: must be on or off; got 'never'"),
     (cluster("outlier_detection: {}"), "4: clusters[0].outlier_detection: is not a known key; known here: balance, bounded_load, connect, endpoints, keepalive, limits, name, proxy_protocol, slow_start, timeouts, tls, user_timeout, zone_preference"),
     (cluster("timeouts: {idle: never}"), f"4: clusters[0].timeouts.idle: {OPTIONAL}; got 'never'"),
     (cluster("timeouts: {lifetime_jitter: 120%}"), "4: clusters[0].timeouts.lifetime_jitter: must be between 0% and 100%; got '120%'"),
