@@ -5,7 +5,7 @@ PYTEST := $(PY) -m pytest -q
 ASAN := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: help demo test check bench build test-asan test-debug coverage soak clean
+.PHONY: help demo test check bench build test-asan test-debug coverage fuzz soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,10 @@ coverage: ## line counts of the compiled code, without the GIL
 	@L4MESH_BUILD=gcov .ci/bootstrap test
 	@$(PYTEST) tests/native tests/flow
 	@cd build && gcov -r -s .. $$(find . -name '*_fastpath*.gcda') 2>/dev/null | grep -A1 -E "File '.*(_native|_fastpath)" || true
+
+fuzz: ## five minutes of hostile bytes at the parsers of unauthenticated input, under sanitizers
+	@L4MESH_BUILD=asan .ci/bootstrap test
+	@L4MESH_FUZZ_SECONDS=300 $(ASAN) $(PYTEST) -s tests/native/test_fuzz.py
 
 soak: ## ten minutes of hostile traffic with every byte checked
 	@.ci/bootstrap test
