@@ -52,9 +52,9 @@ fuzz: ## five minutes of hostile bytes at the parsers of unauthenticated input, 
 	@L4MESH_BUILD=asan .ci/bootstrap test
 	@L4MESH_FUZZ_SECONDS=300 $(ASAN) $(PYTEST) -s tests/native/test_fuzz.py
 
-soak: ## ten minutes of hostile traffic with every byte checked
+soak: ## ten minutes of hostile traffic with every byte checked, and ten of a storm beside mutual TLS
 	@.ci/bootstrap test
-	@L4MESH_SOAK_SECONDS=600 $(PYTEST) tests/flow/test_soak.py --timeout 1200
+	@L4MESH_SOAK_SECONDS=600 $(PYTEST) tests/flow/test_soak.py tests/flow/test_storm.py --timeout 1200
 
 clean: ## everything that was built
 	rm -rf .venv .cache build l4mesh/*.so l4mesh/_fastpath.c tests/native/*.so tests/native/*.c

@@ -189,10 +189,10 @@ cdef void mutate_once(fuzz_t *f) noexcept nogil:
 
 cdef void mutate(fuzz_t *f) noexcept nogil:
     # The next input, in `work`.
-    cdef uint32_t from_ = below(f, f.n), i
+    cdef uint32_t from_ = below(f, f.n), _i
     memcpy(f.work, f.inputs[from_], f.lengths[from_])
     f.length = f.lengths[from_]
-    for i in range(1 + below(f, 6)):
+    for _i in range(1 + below(f, 6)):
         mutate_once(f)
 
 
@@ -439,10 +439,10 @@ cdef class Fuzzer:
 
     def run(self, uint32_t rounds):
         """Parses so many inputs. Raises AssertionError with the first that breaks a rule."""
-        cdef uint32_t i
+        cdef uint32_t _i
         cdef int fault = SOUND
         with nogil:
-            for i in range(rounds):
+            for _i in range(rounds):
                 mutate(&self.f)
                 fault = check(&self.f)
                 if fault != SOUND:
