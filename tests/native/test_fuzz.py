@@ -17,6 +17,7 @@ import pytest
 
 from tests.native.fuzz import Fuzzer
 from tests.native.probe import write_proxy
+from tests.support.openssl import make_hello, name_extension
 
 SECONDS = float(os.environ.get("L4MESH_FUZZ_SECONDS", "0"))
 ROUNDS = 500_000
@@ -88,3 +89,12 @@ def test_real_hellos_are_found(name: str) -> None:
     assert fuzzer.judge(HELLOS[name]) == ""
     found, by_openssl = fuzzer.outcomes[0], fuzzer.outcomes[4]
     assert found == by_openssl > 0
+
+
+def test_a_name_said_twice_is_no_hello() -> None:
+    """Else the one we route by could be another than the one that the server behind us goes by."""
+    name, protocols = name_extension(b"one.example.org"), (16, b"\0\3\2h2")
+    for extensions, outcome in (([name, protocols], 0), ([name, protocols, name], 3), ([protocols, name, protocols], 3)):
+        fuzzer = Fuzzer("hello", CORPUS["hello"], 1)
+        assert fuzzer.judge(make_hello(*extensions)) == ""
+        assert fuzzer.outcomes[outcome] > 0, extensions
