@@ -227,11 +227,12 @@ cdef inline bint text_lies_in(const text_t *text, const uint8_t *whole, uint32_t
     return lies_in(<const uint8_t *> text.at, text.length, whole, length)
 
 
+cdef inline bint same(const uint8_t *a, uint32_t a_length, const uint8_t *b, uint32_t b_length) noexcept nogil:
+    return a_length == b_length and (a_length == 0 or memcmp(a, b, a_length) == 0)
+
+
 cdef inline bint hello_same(const hello_t *a, const hello_t *b) noexcept nogil:
-    return (
-        a.sni_length == b.sni_length and memcmp(a.sni, b.sni, a.sni_length) == 0
-        and a.alpn_length == b.alpn_length and memcmp(a.alpn, b.alpn, a.alpn_length) == 0
-    )
+    return same(a.sni, a.sni_length, b.sni, b.sni_length) and same(a.alpn, a.alpn_length, b.alpn, b.alpn_length)
 
 
 cdef int hello_as_openssl(fuzz_t *f, const hello_t *hello) noexcept nogil:

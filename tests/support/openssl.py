@@ -14,7 +14,7 @@ from tests.support.peers import DEADLINE_S, connect
 
 _SSL = ctypes.CDLL(ctypes.util.find_library("ssl") or "libssl.so.3", use_errno=True)
 _CRYPTO = ctypes.CDLL(ctypes.util.find_library("crypto") or "libcrypto.so.3")
-for _name in ("TLS_client_method", "SSL_CTX_new", "SSL_new", "SSL_get1_session"):
+for _name in ("TLS_client_method", "SSL_CTX_new", "SSL_new", "SSL_get1_session", "SSL_SESSION_dup"):
     getattr(_SSL, _name).restype = ctypes.c_void_p
 _CRYPTO.ERR_get_error.restype = ctypes.c_ulong
 _CRYPTO.ERR_reason_error_string.restype = ctypes.c_char_p
@@ -46,9 +46,11 @@ class TlsClient:
         _SSL.SSL_set_fd(self._ssl, self.socket.fileno())
         _SSL.SSL_set_connect_state(self._ssl)
         if session:
+            # A copy: one that has been offered is not offered again.
+            copy = ctypes.c_void_p(_SSL.SSL_SESSION_dup(ctypes.c_void_p(session)))
             if early_data:
-                _SSL.SSL_SESSION_set_max_early_data(ctypes.c_void_p(session), early_data)
-            assert _SSL.SSL_set_session(self._ssl, ctypes.c_void_p(session)) == 1
+                _SSL.SSL_SESSION_set_max_early_data(copy, early_data)
+            assert _SSL.SSL_set_session(self._ssl, copy) == 1
 
     def _check(self, result: int) -> int:
         if result > 0:
@@ -74,7 +76,8 @@ class TlsClient:
         data = b""
         buffer = ctypes.create_string_buffer(1 << 16)
         while len(data) < count:
-            data += buffer.raw[: self._check(_SSL.SSL_read(self._ssl, buffer, min(count - len(data), 1 << 16)))]
+            got = self._check(_SSL.SSL_read(self._ssl, buffer, min(count - len(data), 1 << 16)))
+            data += buffer.raw[:got]
         return data
 
     def update_key(self, request: bool) -> None:
@@ -98,13 +101,15 @@ class TlsClient:
         return bool(_SSL.SSL_session_reused(self._ssl))
 
     @property
-    def took_early_data(self) -> bool:
-        return int(_SSL.SSL_get_early_data_status(self._ssl)) == 2
+    def early_data(self) -> str:
+        return ("not sent", "rejected", "accepted")[_SSL.SSL_get_early_data_status(self._ssl)]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Without close_notify, and all the same the session stays good.
+        _SSL.SSL_set_shutdown(self._ssl, 3)
         _SSL.SSL_free(self._ssl)
         _SSL.SSL_CTX_free(self._ctx)
         self.socket.close()
