@@ -64,6 +64,7 @@ cdef enum:
     LEFT_GRACE_MS = 100           # a client that ended without a byte is taken to have left if we still dial after this
     LINGER_MAX_MS = 64            # longest step between two looks at a send queue that must drain before a reset
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
+    EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     RECHECKS = 256                # live connections that are looked at again at one turn
 
 
@@ -582,17 +583,20 @@ cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
     # The peer of this side is known.
     cdef tls_t *tls = conn.side[side].tls
     cdef int64_t left_s
-    cdef uint64_t at_ms
+    cdef uint64_t left_ms, spread_ms
     worker.handshakes[side][1 if tls.flags & TLS_RESUMED else 0] += 1
     if side == DOWNSTREAM and conn.handshake_count != NULL:
         source_give(worker.engine.handshakes, conn.handshake_count)
         conn.handshake_count = NULL
     if conn.close_expired:
-        # Spread over a minute after the end: connections made under one certificate don't all come back together.
+        # Spread after the end, so that connections made under one certificate don't all come back together: over a tenth of what is
+        # left of it now, and over no more than a minute.
         left_s = tls.peer_expires_s - unix_seconds()
-        at_ms = worker.now_ms + (<uint64_t> left_s * 1000 if left_s > 0 else 0) + worker_random(worker) % 60000
-        if conn.expires_at_ms == 0 or at_ms < conn.expires_at_ms:
-            conn.expires_at_ms = at_ms
+        left_ms = <uint64_t> left_s * 1000 if left_s > 0 else 0
+        spread_ms = left_ms // 10 if left_ms < 10 * EXPIRY_SPREAD_MS else EXPIRY_SPREAD_MS
+        left_ms += worker.now_ms + worker_random(worker) % (spread_ms + 1)
+        if conn.expires_at_ms == 0 or left_ms < conn.expires_at_ms:
+            conn.expires_at_ms = left_ms
 
 
 # -- authorize ---------------------------------------------------------------------------------------------------------------
