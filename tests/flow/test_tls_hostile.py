@@ -74,21 +74,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_client_certificate_is_refused_with_its_cause(
-    mesh: Factory,
-    ca: Authority,
-    redis: Files,
-    tmp_path: Path,
-    kind: str,
-) -> None:
-    arguments, cause = BAD[kind]
-    files = hostile(ca, tmp_path, "bad", **arguments) if arguments is not None else None  # type: ignore[arg-type]
+def test_a_bad_client_certificate_is_refused_with_its_cause(mesh: Factory, ca: Authority, redis: Files, tmp_path: Path) -> None:
     with Server(echo) as server:
         m = mesh(inbound(redis, server.address))
-        assert is_turned_away(m, files, redis.bundle)
-        m.wait_closed(downstream_tls=1)
-        assert wait_records(m, 1)[0]["tls_error"] == cause
+        for number, (kind, (arguments, cause)) in enumerate(BAD.items(), 1):
+            files = hostile(ca, tmp_path, "bad", **arguments) if arguments is not None else None  # type: ignore[arg-type]
+            assert is_turned_away(m, files, redis.bundle), kind
+            assert wait_records(m, number)[-1].get("tls_error") == cause, kind
+        m.wait_closed(downstream_tls=len(BAD))
         assert server.accepted == 0
 
 
