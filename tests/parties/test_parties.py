@@ -5,7 +5,7 @@ import os
 import pwd
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,28 +78,34 @@ def test_redis_with_its_client_and_benchmark(mesh: Factory, tmp_path: Path) -> N
         assert run("redis-cli", "-p", ours, "DBSIZE").strip().isdigit()
 
 
-def test_postgresql_with_psql_and_pgbench(mesh: Factory, tmp_path: Path) -> None:
+@contextmanager
+def postgresql(folder: Path, *options: str, files: Iterable[Path] = ()) -> Iterator[tuple[Path, int]]:
+    """A server with its own database: the folder of its tools, and its port. ``files``: must belong to the user that it runs as."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not found or not (found[-1] / "initdb").exists():
         skip_or_fail("needs PostgreSQL")
     tools = found[-1]
     # PostgreSQL refuses to run as root.
     as_user: list[str] = []
-    folder = tmp_path / "data"
-    folder.mkdir()
+    data = folder / "data"
+    data.mkdir()
     if os.geteuid() == 0:
         user = pwd.getpwnam("nobody")
-        for path in (folder, *list(tmp_path.parents)[:3]):
-            if path == folder:
-                os.chown(path, user.pw_uid, user.pw_gid)
-            else:
-                path.chmod(path.stat().st_mode | 0o055)
-        tmp_path.chmod(0o777)
+        for path in (data, *files):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        for path in list(data.parents)[:3]:
+            path.chmod(path.stat().st_mode | 0o055)
+        folder.chmod(0o777)
         as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-    run(*as_user, str(tools / "initdb"), "-D", str(folder), "-A", "trust", "-U", "mesh", "-N", "--locale=C", "-E", "UTF8")
+    run(*as_user, str(tools / "initdb"), "-D", str(data), "-A", "trust", "-U", "mesh", "-N", "--locale=C", "-E", "UTF8")
     port = free_port()
-    server = [*as_user, str(tools / "postgres"), "-D", str(folder), "-p", str(port), "-h", "127.0.0.1", "-k", str(folder), "-F"]
-    with running(server, port, tmp_path):
+    server = [*as_user, str(tools / "postgres"), "-D", str(data), "-p", str(port), "-h", "127.0.0.1", "-k", str(data), "-F", *options]
+    with running(server, port, folder):
+        yield tools, port
+
+
+def test_postgresql_with_psql_and_pgbench(mesh: Factory, tmp_path: Path) -> None:
+    with postgresql(tmp_path) as (tools, port):
         m = mesh(simple(f"127.0.0.1:{port}"))
         where = ["-h", "127.0.0.1", "-p", str(m.port()), "-U", "mesh"]
         psql = [str(tools / "psql"), *where, "-d", "postgres", "-At", "-c"]
