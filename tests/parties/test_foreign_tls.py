@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import shutil
 import socket
 import subprocess
 import threading
@@ -316,12 +315,10 @@ def test_curl_with_a_client_certificate_to_nginx(mesh: Factory, ca: Authority, w
 def test_postgresql_keeps_its_own_tls(mesh: Factory, ca: Authority, tmp_path: Path) -> None:
     """It asks for TLS in its own protocol, after the first bytes: to us it is a stream like any other."""
     files = hostile(ca, tmp_path, "db", uris=[REDIS], dns=["db.example.org"])
-    shutil.copy(files.bundle, tmp_path / "root.pem")
-    options = ["-c", "ssl=on", "-c", f"ssl_cert_file={files.certificate}", "-c", f"ssl_key_file={files.key}"]
-    with postgresql(tmp_path, *options, files=(files.key, files.certificate)) as (tools, port):
+    with postgresql(files) as (tools, port):
         m = mesh(simple(f"127.0.0.1:{port}") | {"access_log": {"when": "always"}})
         where = f"host=db.example.org hostaddr=127.0.0.1 port={m.port()} user=mesh dbname=postgres sslmode=verify-full"
-        psql = [str(tools / "psql"), f"{where} sslrootcert={tmp_path}/root.pem", "-At", "-c"]
+        psql = [str(tools / "psql"), f"{where} sslrootcert={files.bundle}", "-At", "-c"]
         assert run(*psql, "SELECT ssl, version FROM pg_stat_ssl WHERE pid = pg_backend_pid()") == b"t|TLSv1.3\n"
         text = run(*psql, "SELECT string_agg(md5(i::text), '') FROM generate_series(1, 100000) i").strip()
         shown = run(*psql, "SELECT md5(string_agg(md5(i::text), '')) FROM generate_series(1, 100000) i").strip()
