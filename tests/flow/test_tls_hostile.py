@@ -28,8 +28,8 @@ from tests.conftest import Factory
 from tests.flow.test_tls import client_context, handshakes, inbound, outbound, secure, server_context, wait_records
 from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
 from tests.support.mesh import Mesh
-from tests.support.openssl import TLS1_2, TlsClient, TlsError, make_hello
-from tests.support.peers import RST, Server, connect, echo, make_bytes, read_to_end, reset
+from tests.support.openssl import TLS1_2, TlsEnd, TlsError, make_hello
+from tests.support.peers import RST, Server, connect, echo, make_bytes, read_exactly, read_to_end, reset
 from tests.support.waiting import wait_until
 
 HOUR = datetime.timedelta(hours=1)
@@ -416,7 +416,7 @@ def test_key_updates_at_an_ordinary_pace_do_no_harm(mesh: Factory, web: Files, r
     data = make_bytes(3_000_000, 7)
     with Server(echo) as server:
         m = mesh(inbound(redis, server.address))
-        with TlsClient(m.port(), web) as client:
+        with TlsEnd(connect(m.port()), web) as client:
             client.handshake()
             for number, at in enumerate(range(0, len(data), 100_000)):
                 # Every other one asks for new keys in the other direction as well, while its data is on the way.
@@ -434,7 +434,7 @@ def test_a_flood_of_key_updates_ends_the_connection(mesh: Factory, web: Files, r
     seen: list[tuple[bytes, str]] = []
     with Server(lambda peer: seen.append(read_to_end(peer))) as server:
         m = mesh(inbound(redis, server.address))
-        with TlsClient(m.port(), web) as client:
+        with TlsEnd(connect(m.port()), web) as client:
             client.handshake()
             client.write(b"hello")
             with pytest.raises(TlsError):
@@ -446,10 +446,35 @@ def test_a_flood_of_key_updates_ends_the_connection(mesh: Factory, web: Files, r
         wait_until(lambda: seen == [(b"hello", RST)], "the endpoint has what came before, and a reset")
 
 
+def test_an_endpoint_updates_keys_in_moderation_or_not_at_all(mesh: Factory, web: Files, redis: Files) -> None:
+    """The same from the other side: we are the client."""
+
+    def serve(peer: socket.socket) -> None:
+        with TlsEnd(peer, redis, server=True) as end:
+            end.handshake()
+            for number in range(20):
+                end.update_key(request=number % 2 == 0)
+                end.write(end.read(1000))
+            with contextlib.suppress(TlsError):
+                for _ in range(100_000):
+                    end.update_key(request=True)
+
+    with Server(serve) as server:
+        far = mesh(outbound(web, server.address))
+        with connect(far.port()) as client:
+            for number in range(20):
+                part = make_bytes(1000, number)
+                client.sendall(part)
+                assert read_exactly(client, 1000) == part
+            assert read_to_end(client) == (b"", RST)
+        far.wait_closed(upstream_tls=1)
+        assert wait_records(far, 1)[0]["tls_error"] == "key_updates"
+
+
 def test_renegotiation_is_refused(mesh: Factory, web: Files, redis: Files) -> None:
     with Server(echo) as server:
         m = mesh(inbound(redis, server.address, {"min_version": "1.2"}))
-        with TlsClient(m.port(), web, TLS1_2) as client:
+        with TlsEnd(connect(m.port()), web, TLS1_2) as client:
             client.handshake()
             client.write(b"hello")
             assert client.read(5) == b"hello"
@@ -465,12 +490,12 @@ def test_early_data_is_ignored_and_the_connection_works(mesh: Factory, web: File
     """A client that believes it may: what it sends early reaches nobody, now or later."""
     with Server(echo) as server:
         m = mesh(inbound(redis, server.address, workers=1))
-        with TlsClient(m.port(), web) as client:
+        with TlsEnd(connect(m.port()), web) as client:
             client.handshake()
             client.write(b"first")
             assert client.read(5) == b"first"
             session = client.session
-        with TlsClient(m.port(), web, session=session, early_data=16384) as client:
+        with TlsEnd(connect(m.port()), web, session=session, early_data=16384) as client:
             client.write_early(b"EARLY" * 100)
             client.handshake()
             assert client.early_data == "rejected"
@@ -490,7 +515,7 @@ def test_a_ticket_of_another_listener_is_worth_nothing(mesh: Factory, ca: Author
         resumed = []
         session = 0
         for listener in ("web", "two", "web"):
-            with TlsClient(m.port(listener), web, session=session) as client:
+            with TlsEnd(connect(m.port(listener)), web, session=session) as client:
                 client.handshake()
                 client.write(b"hello")
                 assert client.read(5) == b"hello"

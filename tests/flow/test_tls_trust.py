@@ -17,8 +17,8 @@ from tests.flow.test_tls import client_context, handshakes, inbound, outbound, p
 from tests.flow.test_tls_hostile import is_cut, is_turned_away
 from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
 from tests.support.mesh import Mesh
-from tests.support.openssl import TlsClient
-from tests.support.peers import Server, echo
+from tests.support.openssl import TlsEnd
+from tests.support.peers import Server, connect, echo
 from tests.support.waiting import wait_until
 
 HOUR = datetime.timedelta(hours=1)
@@ -64,7 +64,7 @@ def test_what_the_end_of_a_client_certificate_ends(mesh: Factory, ca: Authority,
         sessions = []
         for session in (0, 1):
             # The second one shows that the first one's ticket is good, as long as the certificate is.
-            client = stack.enter_context(TlsClient(keeps, short, session=sessions[0] if session else 0))
+            client = stack.enter_context(TlsEnd(connect(keeps), short, session=sessions[0] if session else 0))
             client.handshake()
             client.write(b"hello")
             assert client.read(5) == b"hello"
@@ -81,7 +81,7 @@ def test_what_the_end_of_a_client_certificate_ends(mesh: Factory, ca: Authority,
         talk(long)
         # The holder of the ticket has a new certificate by now. The ticket is not good for more than the old one was.
         fresh = ca.files(tmp_path, "short", WEB)
-        client = stack.enter_context(TlsClient(keeps, fresh, session=sessions[0]))
+        client = stack.enter_context(TlsEnd(connect(keeps), fresh, session=sessions[0]))
         client.handshake()
         assert not client.resumed
         assert handshakes(m, "downstream") == (len(closed) + 4, 1)

@@ -1,50 +1,54 @@
-"""A TLS client that does what Python's ssl does not: key updates, renegotiation, early data. And hellos made by hand.
+"""An end of TLS that does what Python's ssl does not: key updates, renegotiation, early data. And hellos made by hand.
 
 libssl through ctypes: each call lets go of the GIL, and blocks no longer than the socket's deadline.
 """
 
 import ctypes
 import ctypes.util
+import socket
 import struct
 from collections.abc import Sequence
 from typing import Self
 
 from tests.support.certificates import Files
-from tests.support.peers import DEADLINE_S, connect
+from tests.support.peers import DEADLINE_S
 
 _SSL = ctypes.CDLL(ctypes.util.find_library("ssl") or "libssl.so.3", use_errno=True)
 _CRYPTO = ctypes.CDLL(ctypes.util.find_library("crypto") or "libcrypto.so.3")
-for _name in ("TLS_client_method", "SSL_CTX_new", "SSL_new", "SSL_get1_session", "SSL_SESSION_dup"):
+for _name in ("TLS_method", "SSL_CTX_new", "SSL_new", "SSL_get1_session", "SSL_SESSION_dup"):
     getattr(_SSL, _name).restype = ctypes.c_void_p
 _CRYPTO.ERR_get_error.restype = ctypes.c_ulong
 _CRYPTO.ERR_reason_error_string.restype = ctypes.c_char_p
 SSL_CTRL_SET_MIN_PROTO_VERSION, SSL_CTRL_SET_MAX_PROTO_VERSION = 123, 124
 TLS1_2, TLS1_3 = 0x0303, 0x0304
-SO_TIMEOUT = struct.pack("ll", int(DEADLINE_S), 0)
+SO_RCVTIMEO, SO_SNDTIMEO = 20, 21
 
 
 class TlsError(Exception):
     """OpenSSL's reason, in its own words; "" when the socket ended."""
 
 
-class TlsClient:
-    """``session``: of an earlier client, to resume; with ``early_data`` allowed in it whatever the server said."""
+class TlsEnd:
+    """TLS over a connected socket, which it takes over.
+
+    ``session``: of an earlier client, to resume; with so much ``early_data`` allowed in it, whatever the server said.
+    """
 
     def __init__(
-        self, port: int, files: Files, version: int = TLS1_3, session: int = 0, early_data: int = 0, source: str | None = None
+        self, peer: socket.socket, files: Files, version: int = TLS1_3, *, server: bool = False, session: int = 0, early_data: int = 0
     ) -> None:
-        self.socket = connect(port, source=source)
-        self.socket.setblocking(True)
-        for option in (20, 21):  # SO_RCVTIMEO, SO_SNDTIMEO
-            self.socket.setsockopt(1, option, SO_TIMEOUT)
-        self._ctx = ctypes.c_void_p(_SSL.SSL_CTX_new(ctypes.c_void_p(_SSL.TLS_client_method())))
+        self.socket = peer
+        peer.setblocking(True)
+        for option in (SO_RCVTIMEO, SO_SNDTIMEO):
+            peer.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(DEADLINE_S), 0))
+        self._ctx = ctypes.c_void_p(_SSL.SSL_CTX_new(ctypes.c_void_p(_SSL.TLS_method())))
         for limit in (SSL_CTRL_SET_MIN_PROTO_VERSION, SSL_CTRL_SET_MAX_PROTO_VERSION):
             _SSL.SSL_CTX_ctrl(self._ctx, limit, ctypes.c_long(version), None)
         assert _SSL.SSL_CTX_use_certificate_chain_file(self._ctx, str(files.certificate).encode()) == 1
         assert _SSL.SSL_CTX_use_PrivateKey_file(self._ctx, str(files.key).encode(), 1) == 1
         self._ssl = ctypes.c_void_p(_SSL.SSL_new(self._ctx))
-        _SSL.SSL_set_fd(self._ssl, self.socket.fileno())
-        _SSL.SSL_set_connect_state(self._ssl)
+        _SSL.SSL_set_fd(self._ssl, peer.fileno())
+        (_SSL.SSL_set_accept_state if server else _SSL.SSL_set_connect_state)(self._ssl)
         if session:
             # A copy: one that has been offered is not offered again.
             copy = ctypes.c_void_p(_SSL.SSL_SESSION_dup(ctypes.c_void_p(session)))
