@@ -43,8 +43,8 @@ from l4mesh._native.stats cimport (
     CLOSE_REASONS, CONNECT_BUCKETS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t, listener_stat_t,
 )
 from l4mesh._native.tls cimport (
-    HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes, tls_bio_ctrl, tls_bio_read, tls_bio_write,
-    tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
+    HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes_chain, tls_bio_ctrl, tls_bio_read,
+    tls_bio_write, tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
 )
 from l4mesh._native.types cimport *
 from l4mesh._native.wheel cimport WHEEL_NONE, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove
@@ -644,7 +644,7 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
     cdef int side
     for side in range(2):
         if conn.side[side].tls != NULL and conn.side[side].tls.peer != NULL:
-            if plan_revokes(worker.plan, conn.side[side].tls.peer_key):
+            if plan_revokes_chain(worker.plan, conn.side[side].tls):
                 conn.side[side].tls.cause = TLS_REVOKED
                 reason[0] = CLOSE_PEER_CERTIFICATE
                 return False

@@ -2,11 +2,13 @@
 
 import contextlib
 import datetime
+import socket
 import ssl
 import threading
 import time
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,8 +19,8 @@ from tests.flow.test_tls import client_context, handshakes, inbound, outbound, p
 from tests.flow.test_tls_hostile import is_cut, is_turned_away
 from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
 from tests.support.mesh import Mesh
-from tests.support.openssl import TlsEnd
-from tests.support.peers import Server, connect, echo
+from tests.support.openssl import TlsEnd, TlsError
+from tests.support.peers import RST, Server, connect, echo, read_exactly, read_to_end
 from tests.support.waiting import wait_until
 
 HOUR = datetime.timedelta(hours=1)
@@ -83,6 +85,8 @@ def test_what_the_end_of_a_client_certificate_ends(mesh: Factory, ca: Authority,
         fresh = ca.files(tmp_path, "short", WEB)
         client = stack.enter_context(TlsEnd(connect(keeps), fresh, session=sessions[0]))
         client.handshake()
+        client.write(b"hello")
+        assert client.read(5) == b"hello"
         assert not client.resumed
         assert handshakes(m, "downstream") == (len(closed) + 4, 1)
 
@@ -193,27 +197,73 @@ def revocation_list(
 def test_a_root_revokes_an_intermediate_and_all_below_it(
     mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path
 ) -> None:
+    """New connections and live ones, the resumed among them, whose tickets hold no chain of their own."""
     generation = ca._generations()[-1]
     below, beside = (hostile(ca, tmp_path, name, links=2) for name in ("below", "beside"))
     link = certificates(below)[2]
     crl = tmp_path / "crl.pem"
     crl.write_bytes(revocation_list(generation.root, generation.root_key))
-    with Server(echo) as server:
-        m = mesh(inbound(redis, server.address) | {"identities": [redis.identity("redis", crl=str(crl))]})
-        for files in (below, beside, web):
-            with secure(client_context(files, redis.bundle), m.port()) as client:
-                talk(client)
-                client.unwrap()
+
+    def talk_to(client: TlsEnd) -> None:
+        client.write(b"hello")
+        assert client.read(5) == b"hello"
+
+    with Server(echo) as server, contextlib.ExitStack() as stack:
+        config = inbound(redis, server.address, workers=1) | {"identities": [redis.identity("redis", crl=str(crl))]}
+        m = mesh(config)
+
+        def open_(files: Files, session: int = 0) -> TlsEnd:
+            client = stack.enter_context(TlsEnd(connect(m.port()), files, session=session))
+            client.handshake()
+            talk_to(client)
+            return client
+
+        full = open_(below)
+        resumed = open_(below, full.session)
+        assert (full.resumed, resumed.resumed) == (False, True)
+        others = [open_(files) for files in (beside, web)]
         before = m.status()["generation"]
         crl.write_bytes(revocation_list(generation.root, generation.root_key, link))
         wait_generation(m, before)
+        m.wait_closed(peer_certificate=2)
+        for client in (full, resumed):
+            with pytest.raises(TlsError):
+                client.read(1)
+        for client in others:
+            talk_to(client)
         assert is_turned_away(m, below, redis.bundle)
-        assert wait_records(m, 4)[3]["tls_error"] == "revoked"
-        assert server.accepted == 3
-        for files in (beside, web):
-            with secure(client_context(files, redis.bundle), m.port()) as client:
-                talk(client)
-                client.unwrap()
+        assert wait_records(m, 3)[2]["tls_error"] == "revoked"
+        assert server.accepted == 4
+        # The ticket is worth nothing, and its holder's new certificate is good.
+        assert not open_(beside, full.session).resumed
+
+
+def test_an_endpoint_below_a_revoked_intermediate_is_left(mesh: Factory, ca: Authority, web: Files, tmp_path: Path) -> None:
+    """The same where we are the client."""
+    generation = ca._generations()[-1]
+    below = hostile(ca, tmp_path, "below", uris=[REDIS], links=2)
+    context = server_context(below)
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(revocation_list(generation.root, generation.root_key))
+
+    def serve(peer: socket.socket) -> None:
+        with context.wrap_socket(peer, server_side=True) as secured:
+            while data := secured.recv(100):
+                secured.sendall(data)
+
+    with Server(serve) as server, contextlib.ExitStack() as stack:
+        far = mesh(outbound(web, server.address, workers=1) | {"identities": [web.identity("web", crl=str(crl))]})
+        live = []
+        for _ in range(2):
+            live.append(stack.enter_context(connect(far.port())))
+            live[-1].sendall(b"hello")
+            assert read_exactly(live[-1], 5) == b"hello"
+        assert handshakes(far, "upstream") == (1, 1)
+        before = far.status()["generation"]
+        crl.write_bytes(revocation_list(generation.root, generation.root_key, certificates(below)[2]))
+        wait_generation(far, before)
+        far.wait_closed(peer_certificate=2)
+        assert [read_to_end(client) for client in live] == [(b"", RST)] * 2
 
 
 def test_a_list_that_is_out_of_date_counts_and_is_warned_of_once(
