@@ -1086,22 +1086,29 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
 
 # -- reset -------------------------------------------------------------------------------------------------------------------
 
+cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogil:
+    # Counts what TLS with this side failed of, and makes it the reason. False: nothing of the kind.
+    cdef const tls_t *tls = conn.side[side].tls
+    if tls == NULL or tls.cause == TLS_OK:
+        return False
+    conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
+    worker.tls_failures[side][<int> tls.cause] += 1
+    if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
+        # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
+        conn.cluster_stat.rows[worker.index].connect_failures += 1
+        if conn.endpoint_stat != NULL:
+            add_u(&conn.endpoint_stat.connect_failures, 1)
+    return True
+
+
 cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) noexcept nogil:
     # One side is gone. What it had sent is delivered before the other side learns of it.
     cdef bint lost = conn.errno_seen == ETIMEDOUT or conn.errno_seen == EHOSTUNREACH or conn.errno_seen == ENETUNREACH
-    cdef const tls_t *tls = conn.side[side].tls
-    if tls != NULL and tls.cause != TLS_OK:
-        conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
-        worker.tls_failures[side][<int> tls.cause] += 1
-        if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
-            # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
-            conn.cluster_stat.rows[worker.index].connect_failures += 1
-            if conn.endpoint_stat != NULL:
-                add_u(&conn.endpoint_stat.connect_failures, 1)
-    elif side == DOWNSTREAM:
-        conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
-    else:
-        conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
+    if not conn_blame_tls(worker, conn, side):
+        if side == DOWNSTREAM:
+            conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
+        else:
+            conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
     conn.side[side].flags |= SIDE_RESET | SIDE_READABLE
     half_drop(worker, &conn.phase.half[1 - side])
     conn.state = CONN_RESETTING
@@ -1119,6 +1126,9 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     cdef flow_t flow = FLOW_END
     if not half.flags & (HALF_SHUT | HALF_DROPPED):
         flow = half_step(worker, conn, side)
+    if flow == FLOW_SOURCE_RESET and conn.reset_reason != CLOSE_DOWNSTREAM_TLS and conn.reset_reason != CLOSE_UPSTREAM_TLS:
+        # A peer that refuses us says why, and resets: the write that met the reset came before the read that finds the alert.
+        conn_blame_tls(worker, conn, side)
     if flow == FLOW_MORE:
         ready_push(worker, conn, slot)
     elif flow == FLOW_BLOCKED:

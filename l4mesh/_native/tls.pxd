@@ -474,9 +474,13 @@ cdef inline void tls_begin(worker_t *worker, side_t *side) noexcept nogil:
 cdef inline void tls_fail(worker_t *worker, tls_t *tls) noexcept nogil:
     # Finds the cause of an error that OpenSSL has just reported, unless it is known already.
     cdef int reason = l4_peek_reason()
-    if tls.cause != TLS_OK or worker.bio_side.flags & SIDE_RESET:
+    if tls.cause != TLS_OK:
         return
-    if worker.bio_ended:
+    if worker.bio_side.flags & SIDE_RESET:
+        # What it said before its reset met a write of ours.
+        if tls.alert:
+            tls.cause = TLS_PEER_ALERT
+    elif worker.bio_ended:
         tls.cause = TLS_TRUNCATED
     elif worker.bio_errno:
         return

@@ -6,19 +6,21 @@ The cases of TLS in the fault catalogue, and where each is tested:
 |---|---|---|
 | 17 | certificate expires in mid-connection | test_tls_trust: established goes on, or ends by ``close_expired``; tickets die with it |
 | 18 | trust bundle rotated | test_tls_trust: overlap without an outage; test_tls: tickets end |
-| 19 | garbage, plaintext to TLS and back | what_is_no_handshake, text_is_no_tls, tls_to_a_plaintext_endpoint |
+| 19 | garbage, plaintext to TLS and back | what_is_no_handshake, tls_to_a_plaintext_endpoint |
 | 20 | hello truncated, FIN in a record, record of 65535, 2000 empty records | what_is_no_handshake, a_hello_cut_at_every_byte, a_flight_cut |
 | 21 | TLS 1.0 and 1.1 | what_is_no_handshake (alert 70) |
-| 22 | renegotiation, key updates, heartbeat, compression, early data | renegotiation, key_updates, what_is_no_handshake, early_data |
+| 22 | renegotiation, key updates, heartbeat, compression, early data | renegotiation, key_updates, an_endpoint_updates_keys, early_data, what_is_no_handshake |
 | 23 | certificates: wrong CA, dates, usage, CA flag, names, chain, none | a_bad_client_certificate, another_ca, a_refusal_after_the_handshake |
 | 24 | a ticket under another identity, bundle, policy | a_ticket_of_another_listener; test_tls: a_change_of_trust_ends_resumption |
 """
 
 import contextlib
 import datetime
+import signal
 import socket
 import ssl
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ from tests.flow.test_tls import client_context, handshakes, inbound, outbound, s
 from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
 from tests.support.mesh import Mesh
 from tests.support.openssl import TLS1_2, TlsEnd, TlsError, make_hello
-from tests.support.peers import RST, Server, connect, echo, make_bytes, read_exactly, read_to_end, reset
+from tests.support.peers import DEADLINE_S, RST, Server, connect, echo, is_refused, make_bytes, read_exactly, read_to_end, reset
 from tests.support.waiting import wait_until
 
 HOUR = datetime.timedelta(hours=1)
@@ -71,6 +73,7 @@ BAD = {
     "a trust domain without a path": ({"uris": ["spiffe://example.org"]}, "bad_certificate"),
     "an intermediate that is no CA": ({"links": 1, "link_is_ca": False}, "bad_certificate"),
     "a chain that is too long": ({"links": 7}, "bad_certificate"),
+    "a certificate of 64 KiB": ({"dns": [f"{n}.{'x' * 60}.example.org" for n in range(800)]}, "bad_record"),
 }
 
 
@@ -196,8 +199,7 @@ def test_handshakes_of_one_source_are_limited(mesh: Factory, redis: Files) -> No
         m = mesh(inbound(redis, server.address) | {"limits": {"handshakes_per_source": 2}})
         first, second = connect(m.port()), connect(m.port())
         wait_until(lambda: m.active() == 2, "two handshakes are under way")
-        with connect(m.port()) as third:
-            assert read_to_end(third) == (b"", RST)
+        assert is_refused(m.port())
         m.wait_closed(limit_handshakes=1)
         first.close()
         second.close()
@@ -410,6 +412,44 @@ def test_a_peer_that_never_reads_our_flight_has_the_same_deadline(mesh: Factory,
 
 
 # -- after the handshake --------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_heard_though_a_write_meets_the_reset_first(mesh: Factory, web: Files, redis: Files, tmp_path: Path) -> None:
+    """The endpoint refuses our certificate with an alert and a reset, while the downstream's bytes are on their way to it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(redis.certificate, redis.key)
+    context.load_verify_locations(Authority.new(tmp_path / "elsewhere").bundle_path)
+    context.verify_mode = ssl.CERT_REQUIRED
+    judge, judged = threading.Event(), threading.Event()
+
+    def serve(peer: socket.socket) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        engine = context.wrap_bio(incoming, outgoing, server_side=True)
+        incoming.write(peer.recv(1 << 16))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            engine.do_handshake()
+        peer.sendall(outgoing.read())
+        incoming.write(peer.recv(1 << 16))
+        judge.wait(DEADLINE_S)
+        with contextlib.suppress(ssl.SSLError):
+            engine.do_handshake()
+        peer.sendall(outgoing.read())
+        reset(peer)
+        judged.set()
+
+    with Server(serve) as server:
+        far = mesh(outbound(web, server.address))
+        with connect(far.port()) as client:
+            wait_until(lambda: handshakes(far, "upstream") == (1, 0), "our handshake is over")
+            far.process.send_signal(signal.SIGSTOP)
+            client.sendall(b"hello")
+            judge.set()
+            assert judged.wait(DEADLINE_S)
+            far.process.send_signal(signal.SIGCONT)
+            assert read_to_end(client) == (b"", RST)
+        far.wait_closed(upstream_tls=1)
+        line = wait_records(far, 1)[0]
+        assert (line["tls_error"], line["tls_alert"]) == ("peer_alert", "unknown_ca")
 
 
 def test_key_updates_at_an_ordinary_pace_do_no_harm(mesh: Factory, web: Files, redis: Files) -> None:
