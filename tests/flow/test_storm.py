@@ -216,8 +216,9 @@ def test_a_storm_beside_good_traffic_harms_nobody(mesh: Factory, ca: Authority, 
         # Nobody but the far node's good connections ever cost one upstream.
         assert server.accepted == sum(near.opened("app").values()) == sum(far.opened("far").values())
         closed = near.closed()
-        assert closed["downstream_tls"] >= stormy["no certificate"] + stormy["another CA"] + stormy["expired"] + stormy["TLS 1.2"]
-        assert closed["denied"] == stormy["denied"]
+        # One whose handshake takes too long on a busy machine is not denied any more.
+        assert 0 < closed["denied"] <= stormy["denied"]
+        assert closed["downstream_tls"] + closed["denied"] >= sum(stormy[name] for name in contexts)
         impostors = far.cluster("bad")["closed"]
         assert sum(impostors.values()) == stormy["impostor"]
         assert not set(impostors) & {"downstream_closed", "upstream_closed"}, impostors
