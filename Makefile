@@ -5,7 +5,7 @@ PYTEST := $(PY) -m pytest -q
 ASAN := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: help demo test check bench build test-asan test-debug coverage soak clean
+.PHONY: help demo test check bench build test-asan test-debug coverage fuzz soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,9 +48,13 @@ coverage: ## line counts of the compiled code, without the GIL
 	@$(PYTEST) tests/native tests/flow
 	@cd build && gcov -r -s .. $$(find . -name '*_fastpath*.gcda') 2>/dev/null | grep -A1 -E "File '.*(_native|_fastpath)" || true
 
-soak: ## ten minutes of hostile traffic with every byte checked
+fuzz: ## five minutes of hostile bytes at the parsers of unauthenticated input, under sanitizers
+	@L4MESH_BUILD=asan .ci/bootstrap test
+	@L4MESH_FUZZ_SECONDS=300 $(ASAN) $(PYTEST) -s tests/native/test_fuzz.py
+
+soak: ## ten minutes of hostile traffic with every byte checked, and ten of a storm beside mutual TLS
 	@.ci/bootstrap test
-	@L4MESH_SOAK_SECONDS=600 $(PYTEST) tests/flow/test_soak.py --timeout 1200
+	@L4MESH_SOAK_SECONDS=600 $(PYTEST) tests/flow/test_soak.py tests/flow/test_storm.py --timeout 1200
 
 clean: ## everything that was built
 	rm -rf .venv .cache build l4mesh/*.so l4mesh/_fastpath.c tests/native/*.so tests/native/*.c

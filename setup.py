@@ -2,7 +2,7 @@
 
 ``L4MESH_BUILD`` picks the mode: ``release`` (default), ``debug`` (``L4_BUG`` aborts), ``asan`` (address and
 undefined-behaviour sanitizers), ``gcov`` (line counts without the GIL). ``L4MESH_DEV=1`` also builds the test-only
-probe that lets the native tests call the leaves function by function; it is never in a wheel.
+probe that lets the native tests call the leaves function by function, and the fuzzer; they are never in a wheel.
 """
 
 import os
@@ -26,12 +26,12 @@ if mode not in MODES:
     raise SystemExit(f"L4MESH_BUILD={mode}: must be one of {', '.join(MODES)}")
 
 
-def extension(name: str, source: str) -> Extension:
+def extension(name: str, source: str, *options: str) -> Extension:
     return Extension(
         name,
         [source],
         libraries=["ssl", "crypto"],
-        extra_compile_args=MODES[mode]["compile"] + WARNINGS,
+        extra_compile_args=[*MODES[mode]["compile"], *WARNINGS, *options],
         extra_link_args=MODES[mode]["link"],
     )
 
@@ -39,6 +39,7 @@ def extension(name: str, source: str) -> Extension:
 extensions = [extension("l4mesh._fastpath", "l4mesh/_fastpath.pyx")]
 if os.environ.get("L4MESH_DEV") == "1":
     extensions.append(extension("tests.native.probe", "tests/native/probe.pyx"))
+    extensions.append(extension("tests.native.fuzz", "tests/native/fuzz.pyx", "-fsanitize-coverage=trace-pc"))
 
 setup(
     ext_modules=cythonize(

@@ -43,8 +43,8 @@ from l4mesh._native.stats cimport (
     CLOSE_REASONS, CONNECT_BUCKETS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t, listener_stat_t,
 )
 from l4mesh._native.tls cimport (
-    HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes, tls_bio_ctrl, tls_bio_read, tls_bio_write,
-    tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
+    HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes_chain, tls_bio_ctrl, tls_bio_read,
+    tls_bio_write, tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
 )
 from l4mesh._native.types cimport *
 from l4mesh._native.wheel cimport WHEEL_NONE, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove
@@ -64,6 +64,7 @@ cdef enum:
     LEFT_GRACE_MS = 100           # a client that ended without a byte is taken to have left if we still dial after this
     LINGER_MAX_MS = 64            # longest step between two looks at a send queue that must drain before a reset
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
+    EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     RECHECKS = 256                # live connections that are looked at again at one turn
 
 
@@ -582,17 +583,20 @@ cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
     # The peer of this side is known.
     cdef tls_t *tls = conn.side[side].tls
     cdef int64_t left_s
-    cdef uint64_t at_ms
+    cdef uint64_t left_ms, spread_ms
     worker.handshakes[side][1 if tls.flags & TLS_RESUMED else 0] += 1
     if side == DOWNSTREAM and conn.handshake_count != NULL:
         source_give(worker.engine.handshakes, conn.handshake_count)
         conn.handshake_count = NULL
     if conn.close_expired:
-        # Spread over a minute after the end: connections made under one certificate don't all come back together.
+        # Spread after the end, so that connections made under one certificate don't all come back together: over a tenth of what is
+        # left of it now, and over no more than a minute.
         left_s = tls.peer_expires_s - unix_seconds()
-        at_ms = worker.now_ms + (<uint64_t> left_s * 1000 if left_s > 0 else 0) + worker_random(worker) % 60000
-        if conn.expires_at_ms == 0 or at_ms < conn.expires_at_ms:
-            conn.expires_at_ms = at_ms
+        left_ms = <uint64_t> left_s * 1000 if left_s > 0 else 0
+        spread_ms = left_ms // 10 if left_ms < 10 * EXPIRY_SPREAD_MS else EXPIRY_SPREAD_MS
+        left_ms += worker.now_ms + worker_random(worker) % (spread_ms + 1)
+        if conn.expires_at_ms == 0 or left_ms < conn.expires_at_ms:
+            conn.expires_at_ms = left_ms
 
 
 # -- authorize ---------------------------------------------------------------------------------------------------------------
@@ -640,7 +644,7 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
     cdef int side
     for side in range(2):
         if conn.side[side].tls != NULL and conn.side[side].tls.peer != NULL:
-            if plan_revokes(worker.plan, conn.side[side].tls.peer_key):
+            if plan_revokes_chain(worker.plan, conn.side[side].tls):
                 conn.side[side].tls.cause = TLS_REVOKED
                 reason[0] = CLOSE_PEER_CERTIFICATE
                 return False
@@ -1083,22 +1087,29 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
 
 # -- reset -------------------------------------------------------------------------------------------------------------------
 
+cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogil:
+    # Counts what TLS with this side failed of, and makes it the reason. False: nothing of the kind.
+    cdef const tls_t *tls = conn.side[side].tls
+    if tls == NULL or tls.cause == TLS_OK:
+        return False
+    conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
+    worker.tls_failures[side][<int> tls.cause] += 1
+    if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
+        # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
+        conn.cluster_stat.rows[worker.index].connect_failures += 1
+        if conn.endpoint_stat != NULL:
+            add_u(&conn.endpoint_stat.connect_failures, 1)
+    return True
+
+
 cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) noexcept nogil:
     # One side is gone. What it had sent is delivered before the other side learns of it.
     cdef bint lost = conn.errno_seen == ETIMEDOUT or conn.errno_seen == EHOSTUNREACH or conn.errno_seen == ENETUNREACH
-    cdef const tls_t *tls = conn.side[side].tls
-    if tls != NULL and tls.cause != TLS_OK:
-        conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
-        worker.tls_failures[side][<int> tls.cause] += 1
-        if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
-            # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
-            conn.cluster_stat.rows[worker.index].connect_failures += 1
-            if conn.endpoint_stat != NULL:
-                add_u(&conn.endpoint_stat.connect_failures, 1)
-    elif side == DOWNSTREAM:
-        conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
-    else:
-        conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
+    if not conn_blame_tls(worker, conn, side):
+        if side == DOWNSTREAM:
+            conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
+        else:
+            conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
     conn.side[side].flags |= SIDE_RESET | SIDE_READABLE
     half_drop(worker, &conn.phase.half[1 - side])
     conn.state = CONN_RESETTING
@@ -1116,6 +1127,9 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     cdef flow_t flow = FLOW_END
     if not half.flags & (HALF_SHUT | HALF_DROPPED):
         flow = half_step(worker, conn, side)
+    if flow == FLOW_SOURCE_RESET and conn.reset_reason != CLOSE_DOWNSTREAM_TLS and conn.reset_reason != CLOSE_UPSTREAM_TLS:
+        # A peer that refuses us says why, and resets: the write that met the reset came before the read that finds the alert.
+        conn_blame_tls(worker, conn, side)
     if flow == FLOW_MORE:
         ready_push(worker, conn, slot)
     elif flow == FLOW_BLOCKED:

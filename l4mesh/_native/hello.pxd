@@ -116,9 +116,10 @@ cdef inline int hello_parse(uint8_t *data, uint32_t length, hello_t *hello) noex
         at += 4
         if end - at < size:
             return HELLO_INVALID
-        if kind == 0 and not hello_read_sni(data + at, size, hello):
+        # Said twice (RFC 8446, 4.2, forbids it), a name could be one thing to us and another to the server behind.
+        if kind == 0 and (hello.sni_length or not hello_read_sni(data + at, size, hello)):
             return HELLO_INVALID
-        if kind == 16 and not hello_read_alpn(data + at, size, hello):
+        if kind == 16 and (hello.alpn_length or not hello_read_alpn(data + at, size, hello)):
             return HELLO_INVALID
         at += size
     return HELLO_FOUND

@@ -112,7 +112,8 @@ cdef extern from *:
     X509_STORE *SSL_CTX_get_cert_store(const SSL_CTX *ctx) noexcept nogil
     void SSL_CTX_sess_set_new_cb(SSL_CTX *ctx, int (*callback)(SSL *, SSL_SESSION *) noexcept nogil) noexcept nogil
     int SSL_CTX_set_session_ticket_cb(
-        SSL_CTX *ctx, void *generate, int (*decrypt)(SSL *, SSL_SESSION *, const uint8_t *, size_t, int, void *) noexcept nogil,
+        SSL_CTX *ctx, int (*generate)(SSL *, void *) noexcept nogil,
+        int (*decrypt)(SSL *, SSL_SESSION *, const uint8_t *, size_t, int, void *) noexcept nogil,
         void *arg,
     ) noexcept nogil
     void SSL_CTX_set_msg_callback(
@@ -152,6 +153,9 @@ cdef extern from *:
     void SSL_SESSION_free(SSL_SESSION *session) noexcept nogil
     X509 *SSL_SESSION_get0_peer(SSL_SESSION *session) noexcept nogil
     long SSL_SESSION_get_time(const SSL_SESSION *session) noexcept nogil
+    int SSL_SESSION_set1_ticket_appdata(SSL_SESSION *session, const void *data, size_t length) noexcept nogil
+    int SSL_SESSION_get0_ticket_appdata(SSL_SESSION *session, void **data, size_t *length) noexcept nogil
+    SSL_SESSION *SSL_get_session(const SSL *ssl) noexcept nogil
     int SSL_SESSION_is_resumable(const SSL_SESSION *session) noexcept nogil
 
     void *X509_STORE_CTX_get_ex_data(const X509_STORE_CTX *store, int index) noexcept nogil

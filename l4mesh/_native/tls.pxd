@@ -21,7 +21,7 @@ from l4mesh._native.openssl cimport *
 from l4mesh._native.sessions cimport session_forget, session_keep
 from l4mesh._native.spiffe cimport fnv_add, fnv_start, pattern_matches, spiffe_parse, spiffe_t, text_equal
 from l4mesh._native.types cimport (
-    CIPHER_BYTES, FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, PLAIN_BYTES, SIDE_ERROR,
+    CHAIN_KEYS, CIPHER_BYTES, FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, PLAIN_BYTES, SIDE_ERROR,
     SIDE_FIN_SEEN, SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_ABUSED, TLS_ANSWERED, TLS_BAD_CERTIFICATE,
     TLS_BAD_RECORD, TLS_BROKEN, TLS_EXPIRED, TLS_HEARD, TLS_INTERNAL, TLS_KEY_UPDATES, TLS_NO_CERTIFICATE, TLS_NO_COMMON_PARAMETERS,
     TLS_NOT_TLS, TLS_NOT_YET_VALID, TLS_OK, TLS_PEER_ALERT, TLS_PROTOCOL_VERSION, TLS_READ_BYTES, TLS_READY, TLS_RESUMED, TLS_REVOKED,
@@ -31,7 +31,7 @@ from l4mesh._native.types cimport (
 cdef enum:
     KEY_UPDATES_A_SECOND = 100       # HAProxy's default (tune.ssl.keyupdate-rate-limit)
     TICKET_LIFETIME_S = 3600
-    CHAIN_DEPTH = 4
+    CHAIN_DEPTH = CHAIN_KEYS - 2
     CHAIN_BYTES = 32768
     OUT_MAX = 262144                 # of ciphertext that waits for the socket: a read's worth, and room for what TLS itself says
 
@@ -130,6 +130,15 @@ cdef inline bint plan_revokes(const plan_t *plan, uint64_t key) noexcept nogil:
     return False
 
 
+cdef inline bint plan_revokes_chain(const plan_t *plan, const tls_t *tls) noexcept nogil:
+    # The peer's certificate, or one that it hangs on.
+    cdef uint32_t i
+    for i in range(<uint32_t> CHAIN_KEYS):
+        if tls.chain[i] and plan_revokes(plan, tls.chain[i]):
+            return True
+    return False
+
+
 cdef inline bint cluster_expects(const cluster_t *cluster, const spiffe_t *peer) noexcept nogil:
     cdef uint32_t i
     for i in range(cluster.n_peers):
@@ -167,7 +176,7 @@ cdef inline int tls_check_leaf(worker_t *worker, tls_t *tls, X509 *cert) noexcep
             memcpy(tls.peer, text, <size_t> length)
             tls.peer[length] = 0
             tls.peer_length = <uint32_t> length
-            tls.peer_key = x509_key(worker, cert)
+            tls.chain[0] = x509_key(worker, cert)
             tls.peer_expires_s = l4_expires_s(cert)
     if names != NULL:
         GENERAL_NAMES_free(names)
@@ -194,15 +203,20 @@ cdef inline int tls_verify(int ok, X509_STORE_CTX *store) noexcept nogil:
     cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
     cdef worker_t *worker = <worker_t *> tls.worker
     cdef X509 *cert = X509_STORE_CTX_get_current_cert(store)
+    cdef int depth = X509_STORE_CTX_get_error_depth(store)
+    cdef uint64_t key
     cdef int cause
     if not ok:
         tls.cause = <uint8_t> verify_cause(X509_STORE_CTX_get_error(store))
         return 0
-    if plan_revokes(worker.plan, x509_key(worker, cert)):
+    key = x509_key(worker, cert)
+    if plan_revokes(worker.plan, key):
         tls.cause = TLS_REVOKED
         X509_STORE_CTX_set_error(store, X509_V_ERR_CERT_REVOKED)
         return 0
-    if X509_STORE_CTX_get_error_depth(store) == 0:
+    if 0 <= depth < CHAIN_KEYS:
+        tls.chain[depth] = key
+    if depth == 0:
         cause = tls_check_leaf(worker, tls, cert)
         if cause != TLS_OK:
             tls.cause = <uint8_t> cause
@@ -211,11 +225,27 @@ cdef inline int tls_verify(int ok, X509_STORE_CTX *store) noexcept nogil:
     return 1
 
 
+cdef inline bint session_put_chain(const tls_t *tls, SSL_SESSION *session) noexcept nogil:
+    # A session holds the peer's certificate and not what it hangs on; so we put that into it. On a server it travels in the ticket.
+    return SSL_SESSION_set1_ticket_appdata(session, tls.chain, sizeof(tls.chain)) == 1
+
+
+cdef inline bint session_take_chain(tls_t *tls, SSL_SESSION *session) noexcept nogil:
+    cdef void *data = NULL
+    cdef size_t length = 0
+    if SSL_SESSION_get0_ticket_appdata(session, &data, &length) != 1 or length != sizeof(tls.chain):
+        return False
+    memcpy(tls.chain, data, length)
+    return True
+
+
 cdef inline int tls_check_resumed(worker_t *worker, tls_t *tls) noexcept nogil:
     # A resumed session was verified when it was made; what may have changed since is looked at again. A tls_cause_t.
     cdef X509 *cert = SSL_get0_peer_certificate(tls.ssl)
     if cert == NULL:
         return TLS_NO_CERTIFICATE
+    if not session_take_chain(tls, SSL_get_session(tls.ssl)):
+        return TLS_INTERNAL
     if l4_expires_s(cert) <= unix_seconds():
         return TLS_EXPIRED
     return tls_check_leaf(worker, tls, cert)
@@ -229,7 +259,13 @@ cdef inline int tls_new_session(SSL *ssl, SSL_SESSION *session) noexcept nogil:
     cdef worker_t *worker = <worker_t *> tls.worker
     if tls.flags & TLS_SERVER or tls.peer == NULL or SSL_get_options(ssl) & SSL_OP_NO_TICKET or not SSL_SESSION_is_resumable(session):
         return 0
+    if not session_put_chain(tls, session):
+        return 0
     return session_keep(worker, tls.context_id, &tls.endpoint, session, tls.peer_expires_s)
+
+
+cdef inline int tls_make_ticket(SSL *ssl, void *argument) noexcept nogil:
+    return session_put_chain(<tls_t *> SSL_get_ex_data(ssl, 0), SSL_get_session(ssl))
 
 
 cdef inline int tls_ticket(
@@ -244,7 +280,8 @@ cdef inline int tls_ticket(
         return SSL_TICKET_RETURN_IGNORE_RENEW
     cert = SSL_SESSION_get0_peer(session)
     now_s = unix_seconds()
-    if cert == NULL or l4_expires_s(cert) <= now_s or plan_revokes(worker.plan, x509_key(worker, cert)):
+    if cert == NULL or l4_expires_s(cert) <= now_s or not session_take_chain(tls, session) or plan_revokes_chain(worker.plan, tls):
+        memset(tls.chain, 0, sizeof(tls.chain))
         return SSL_TICKET_RETURN_IGNORE_RENEW
     # A ticket in the first half of its life serves again: the client is spared a new one, and we its making.
     if now_s - SSL_SESSION_get_time(session) < TICKET_LIFETIME_S // 2:
@@ -296,7 +333,7 @@ cdef inline bint context_configure(SSL_CTX *ctx, uint64_t id) noexcept nogil:
     X509_STORE_set_flags(SSL_CTX_get_cert_store(ctx), X509_V_FLAG_PARTIAL_CHAIN)
     return (
         SSL_CTX_set_num_tickets(ctx, 1) == 1
-        and SSL_CTX_set_session_ticket_cb(ctx, NULL, tls_ticket, NULL) == 1
+        and SSL_CTX_set_session_ticket_cb(ctx, tls_make_ticket, tls_ticket, NULL) == 1
         and SSL_CTX_set_session_id_context(ctx, <const uint8_t *> &id, sizeof(id)) == 1
         and SSL_CTX_set_ciphersuites(ctx, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256") == 1
         and SSL_CTX_set_cipher_list(ctx, b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"
@@ -443,9 +480,13 @@ cdef inline void tls_begin(worker_t *worker, side_t *side) noexcept nogil:
 cdef inline void tls_fail(worker_t *worker, tls_t *tls) noexcept nogil:
     # Finds the cause of an error that OpenSSL has just reported, unless it is known already.
     cdef int reason = l4_peek_reason()
-    if tls.cause != TLS_OK or worker.bio_side.flags & SIDE_RESET:
+    if tls.cause != TLS_OK:
         return
-    if worker.bio_ended:
+    if worker.bio_side.flags & SIDE_RESET:
+        # What it said before its reset met a write of ours.
+        if tls.alert:
+            tls.cause = TLS_PEER_ALERT
+    elif worker.bio_ended:
         tls.cause = TLS_TRUNCATED
     elif worker.bio_errno:
         return
@@ -492,7 +533,7 @@ cdef inline handshake_t tls_handshake(worker_t *worker, side_t *side, int32_t *e
     elif tls.peer == NULL:
         # The callback decides; this is for the day on which OpenSSL does not call it (CVE-2024-12797).
         tls.cause = TLS_NO_CERTIFICATE
-    if tls.cause == TLS_OK and plan_revokes(worker.plan, tls.peer_key):
+    if tls.cause == TLS_OK and plan_revokes_chain(worker.plan, tls):
         # Also when the callback has looked: a peer may have kept us waiting since, and the list may have changed meanwhile.
         tls.cause = TLS_REVOKED
     if tls.cause != TLS_OK:

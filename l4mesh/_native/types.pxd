@@ -23,6 +23,7 @@ cdef enum:
     MAX_LISTENERS = 256       # bound addresses
     CONN_CHUNK = 256          # connections that are allocated together
     PIPE_POOL = 64            # empty pipes that a worker keeps
+    CHAIN_KEYS = 6            # a leaf, as many intermediates as a chain may have, and what they end in
     SESSIONS = 1024           # places for TLS sessions to resume, of a worker
     # Per read where TLS is on either side: four full records, so that a send of as many costs one call. A record that was begun before
     # can complete on top of it.
@@ -149,7 +150,7 @@ ctypedef struct tls_t:
     address_t endpoint               # of an upstream: sessions are kept by it
     char *peer             # malloc'd identity, NULL until it is verified
     uint32_t peer_length
-    uint64_t peer_key      # of issuer and serial number, for revocation
+    uint64_t chain[CHAIN_KEYS]       # the peer's, from the leaf up, by issuer and serial number, for revocation; 0: no more
     int64_t peer_expires_s
     uint64_t key_updates_from_ms
     uint16_t key_updates   # since then

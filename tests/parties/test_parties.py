@@ -5,11 +5,13 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import Factory, skip_or_fail
+from tests.support.certificates import Files
 from tests.support.mesh import simple
 from tests.support.peers import make_bytes
 from tests.support.proxies import accepts, free_port
@@ -78,28 +80,37 @@ def test_redis_with_its_client_and_benchmark(mesh: Factory, tmp_path: Path) -> N
         assert run("redis-cli", "-p", ours, "DBSIZE").strip().isdigit()
 
 
-def test_postgresql_with_psql_and_pgbench(mesh: Factory, tmp_path: Path) -> None:
+@contextmanager
+def postgresql(tls: Files | None = None) -> Iterator[tuple[Path, int]]:
+    """A server with a database of its own, which offers TLS if it has the files: the folder of its tools, and its port."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not found or not (found[-1] / "initdb").exists():
         skip_or_fail("needs PostgreSQL")
     tools = found[-1]
-    # PostgreSQL refuses to run as root.
-    as_user: list[str] = []
-    folder = tmp_path / "data"
-    folder.mkdir()
-    if os.geteuid() == 0:
-        user = pwd.getpwnam("nobody")
-        for path in (folder, *list(tmp_path.parents)[:3]):
-            if path == folder:
+    # PostgreSQL refuses to run as root; and what pytest makes for root, nobody else may enter.
+    with tempfile.TemporaryDirectory() as name:
+        folder, data = Path(name), Path(name) / "data"
+        data.mkdir()
+        options = ["-k", name, "-F"]
+        if tls:
+            for setting, file in (("ssl_cert_file", tls.certificate), ("ssl_key_file", tls.key)):
+                options += ["-c", f"{setting}={shutil.copy(file, folder)}"]
+            options += ["-c", "ssl=on"]
+        as_user: list[str] = []
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("nobody")
+            for path in (folder, *folder.iterdir()):
                 os.chown(path, user.pw_uid, user.pw_gid)
-            else:
-                path.chmod(path.stat().st_mode | 0o055)
-        tmp_path.chmod(0o777)
-        as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-    run(*as_user, str(tools / "initdb"), "-D", str(folder), "-A", "trust", "-U", "mesh", "-N", "--locale=C", "-E", "UTF8")
-    port = free_port()
-    server = [*as_user, str(tools / "postgres"), "-D", str(folder), "-p", str(port), "-h", "127.0.0.1", "-k", str(folder), "-F"]
-    with running(server, port, tmp_path):
+            as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        run(*as_user, str(tools / "initdb"), "-D", str(data), "-A", "trust", "-U", "mesh", "-N", "--locale=C", "-E", "UTF8")
+        port = free_port()
+        server = [*as_user, str(tools / "postgres"), "-D", str(data), "-p", str(port), "-h", "127.0.0.1", *options]
+        with running(server, port, folder):
+            yield tools, port
+
+
+def test_postgresql_with_psql_and_pgbench(mesh: Factory) -> None:
+    with postgresql() as (tools, port):
         m = mesh(simple(f"127.0.0.1:{port}"))
         where = ["-h", "127.0.0.1", "-p", str(m.port()), "-U", "mesh"]
         psql = [str(tools / "psql"), *where, "-d", "postgres", "-At", "-c"]
