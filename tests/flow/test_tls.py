@@ -68,15 +68,9 @@ def secure(context: ssl.SSLContext, port: int, session: ssl.SSLSession | None = 
         yield client
 
 
-def records(m: Mesh) -> list[dict[str, object]]:
-    import json
-
-    return [json.loads(line) for line in m.stdout.read_text().splitlines()]
-
-
 def wait_records(m: Mesh, count: int) -> list[dict[str, object]]:
-    wait_until(lambda: len(records(m)) >= count, f"{count} lines in the access log")
-    return records(m)
+    wait_until(lambda: len(m.records()) >= count, f"{count} lines in the access log")
+    return m.records()
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------

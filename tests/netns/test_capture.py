@@ -266,10 +266,10 @@ def test_the_way_to_the_ca_is_never_captured(net: Net, tmp_path: Path) -> None:
     authority = Authority.new(tmp_path / "ca")
     grant(authority, a=[WEB])
     node = Node(tmp_path / "a", authority)
-    with CaProcess(tmp_path, authority, host="10.91.0.11", prefix=net.servers[0].command()) as ca:
+    with CaProcess(tmp_path, authority, host="10.244.1.11", prefix=net.servers[0].command()) as ca:
         m = net.start(outbound(default="reject") | node.config(ca.address, web=WEB))
         wait_until(lambda: identity_of(m, "web")["in_use"], "the certificate is there")
         # Others on the node are captured on the way to the same port.
         port = int(ca.address.rpartition(":")[2])
-        assert net.dial("10.91.0.11", port, by=net.node) in ("nothing", "ConnectionResetError")
+        assert net.dial("10.244.1.11", port, by=net.node) in ("nothing", "ConnectionResetError")
         m.wait_closed(no_route=1)

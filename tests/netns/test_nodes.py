@@ -5,7 +5,6 @@ from capture both ways. ``outside`` is a host without l4mesh.
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -149,7 +148,7 @@ class World:
         return MARKER + str(self.asked).encode()
 
     def records(self, node: int) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.meshes[node - 1].stdout.read_text().split("\n")[:-1]]
+        return self.meshes[node - 1].records()
 
 
 def node_settings(cluster: Cluster, at: int, hosts: dict[str, Host], authority: Authority, folder: Path) -> dict[str, Any]:

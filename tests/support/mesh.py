@@ -40,6 +40,11 @@ def simple(*endpoints: str, listener: Config | None = None, **cluster: Any) -> C
     }
 
 
+def whole_lines(file: Path) -> list[str]:
+    """Of a file that somebody else is writing: its last line may be half of one."""
+    return file.read_text().split("\n")[:-1]
+
+
 class Mesh:
     """``prefix``: put before the command (`ip netns exec …`). ``nofile``: RLIMIT_NOFILE of the process, soft and hard."""
 
@@ -171,7 +176,11 @@ class Mesh:
         self.process.wait()
 
     def events(self) -> list[Any]:
-        return [json.loads(line) for line in self.stderr.read_text().splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in whole_lines(self.stderr) if line.startswith("{")]
+
+    def records(self) -> list[Any]:
+        """The access log."""
+        return [json.loads(line) for line in whole_lines(self.stdout)]
 
     def __enter__(self) -> Self:
         return self
