@@ -1,0 +1,130 @@
+# Part of _fastpath: the counters that workers write and Python reads.
+
+
+cdef void *memory(size_t size) except NULL:
+    # Zeroed and aligned to a cache line, so that counters of different owners never share one.
+    cdef void *block = NULL
+    if posix_memalign(&block, 64, size) != 0:
+        raise MemoryError
+    memset(block, 0, size)
+    return block
+
+
+cdef class EndpointStat:
+    """Counters of one endpoint of one cluster. Keep it while a plan names the endpoint or ``active`` is not 0."""
+
+    cdef endpoint_stat_t *stat
+    cdef readonly uint64_t id
+
+    def __cinit__(self, uint64_t id):
+        self.stat = <endpoint_stat_t *> memory(sizeof(endpoint_stat_t))
+        self.stat.id = id
+        self.id = id
+
+    def __dealloc__(self):
+        # A block that a connection still counts in is left behind rather than pulled from under it.
+        if self.stat != NULL and load(&self.stat.active) == 0:
+            free(self.stat)
+
+    @property
+    def active(self) -> int:
+        return load(&self.stat.active)
+
+    def read(self) -> tuple[int, int, int, int, int]:
+        """Active, opened, connect failures, bytes to upstream, bytes to downstream."""
+        return (
+            load(&self.stat.active), load_u(&self.stat.opened), load_u(&self.stat.connect_failures),
+            load_u(&self.stat.bytes_to_upstream), load_u(&self.stat.bytes_to_downstream),
+        )
+
+
+cdef class ClusterStat:
+    """Counters of one cluster, a row for each worker. Keep it while a plan names the cluster or ``active`` is not 0."""
+
+    cdef cluster_stat_t *stat
+    cdef uint32_t n_workers
+    cdef readonly uint64_t id
+
+    def __cinit__(self, uint64_t id, uint32_t n_workers, list cursors):
+        """``cursors``: where each worker's round robin starts; random, so that many nodes don't start alike."""
+        cdef uint32_t i
+        cdef size_t head = (sizeof(cluster_stat_t) + 63) & ~<size_t> 63
+        self.stat = <cluster_stat_t *> memory(head + n_workers * sizeof(cluster_row_t))
+        self.stat.id = id
+        self.stat.rows = <cluster_row_t *> (<uint8_t *> self.stat + head)
+        self.id = id
+        self.n_workers = n_workers
+        for i in range(n_workers):
+            self.stat.rows[i].cursor = <uint64_t> cursors[i]
+
+    def __dealloc__(self):
+        if self.stat != NULL and load(&self.stat.active) == 0:
+            free(self.stat)
+
+    @property
+    def active(self) -> int:
+        return load(&self.stat.active)
+
+    def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
+        """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets."""
+        cdef uint32_t i
+        cdef int j
+        cdef cluster_row_t *row
+        cdef uint64_t opened = 0, up = 0, down = 0, attempts = 0, failures = 0, ns = 0
+        cdef uint64_t closed[CLOSE_REASONS]
+        cdef uint64_t buckets[CONNECT_BUCKETS]
+        memset(closed, 0, sizeof(closed))
+        memset(buckets, 0, sizeof(buckets))
+        for i in range(self.n_workers):
+            row = &self.stat.rows[i]
+            for j in range(CLOSE_REASONS):
+                closed[j] += load_u(&row.closed[j])
+            opened += load_u(&row.opened)
+            up += load_u(&row.bytes_to_upstream)
+            down += load_u(&row.bytes_to_downstream)
+            attempts += load_u(&row.connect_attempts)
+            failures += load_u(&row.connect_failures)
+            ns += load_u(&row.connect_ns)
+            for j in range(CONNECT_BUCKETS):
+                buckets[j] += load_u(&row.connect_buckets[j])
+        return (
+            load(&self.stat.active), opened, [closed[j] for j in range(CLOSE_REASONS)], up, down, attempts, failures, ns,
+            [buckets[j] for j in range(CONNECT_BUCKETS)],
+        )
+
+
+cdef class ListenerStat:
+    """Counters of one listener, a row for each worker. Keep it while a plan names the listener or ``active`` is not 0."""
+
+    cdef listener_stat_t *stat
+    cdef uint32_t n_workers
+    cdef readonly uint64_t id
+
+    def __cinit__(self, uint64_t id, uint32_t n_workers):
+        cdef size_t head = (sizeof(listener_stat_t) + 63) & ~<size_t> 63
+        self.stat = <listener_stat_t *> memory(head + n_workers * sizeof(listener_row_t))
+        self.stat.id = id
+        self.stat.rows = <listener_row_t *> (<uint8_t *> self.stat + head)
+        self.id = id
+        self.n_workers = n_workers
+
+    def __dealloc__(self):
+        if self.stat != NULL and load(&self.stat.active) == 0:
+            free(self.stat)
+
+    @property
+    def active(self) -> int:
+        return load(&self.stat.active)
+
+    def read(self) -> tuple[int, int, list[int]]:
+        """Active, opened, closed by reason."""
+        cdef uint32_t i
+        cdef int j
+        cdef uint64_t opened = 0
+        cdef uint64_t closed[CLOSE_REASONS]
+        memset(closed, 0, sizeof(closed))
+        for i in range(self.n_workers):
+            opened += load_u(&self.stat.rows[i].opened)
+            for j in range(CLOSE_REASONS):
+                closed[j] += load_u(&self.stat.rows[i].closed[j])
+        return load(&self.stat.active), opened, [closed[j] for j in range(CLOSE_REASONS)]

@@ -1,0 +1,301 @@
+# Part of _fastpath: the workers, as Python starts, feeds and asks them.
+
+
+cdef str address_text(const address_t *address):
+    cdef char text[64]
+    if address.port == 0 and ip_is_unspecified(address):
+        return ""
+    if address_is_v4(address):
+        inet_ntop(AF_INET, &address.ip[12], text, sizeof(text))
+        return f"{text.decode()}:{address.port}"
+    inet_ntop(AF_INET6, address.ip, text, sizeof(text))
+    return f"[{text.decode()}]:{address.port}"
+
+
+cdef str text_or_empty(const char *text):
+    return text.decode("ascii", "replace") if text != NULL else ""
+
+
+cdef class Engine:
+    """The workers and what they share. Owns their memory; the control loop owns the listening sockets."""
+
+    cdef engine_t engine
+    cdef worker_t **workers
+    cdef ClusterStat no_cluster
+    cdef object plan
+    cdef object retired
+    cdef uint32_t max_connections
+    cdef BIO_METHOD *bio_method
+
+    def __cinit__(self, uint32_t n_workers, uint32_t max_connections, list seeds not None, uint32_t ring_records=8192):
+        """``max_connections``: the most that one worker's table can hold. ``seeds``: a random number other than 0 for each
+        worker. ``ring_records``: a power of two. Raises OSError when descriptors run out."""
+        cdef uint32_t i
+        if ring_records & (ring_records - 1) or n_workers == 0:
+            raise ValueError("ring_records must be a power of two and n_workers at least 1")
+        self.no_cluster = ClusterStat(0, n_workers, [0] * n_workers)
+        self.engine.no_cluster = self.no_cluster.stat
+        self.engine.up_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.engine.up_fd < 0:
+            raise OSError(errno, "eventfd")
+        self.engine.sources = <sources_t *> memory(sizeof(sources_t))
+        self.engine.handshakes = <sources_t *> memory(sizeof(sources_t))
+        self.engine.revocation_seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x5bf0a8b1457695b3)
+        self.bio_method = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, b"l4mesh")
+        if self.bio_method == NULL:
+            raise MemoryError
+        BIO_meth_set_read(self.bio_method, tls_bio_read)
+        BIO_meth_set_write(self.bio_method, tls_bio_write)
+        BIO_meth_set_ctrl(self.bio_method, tls_bio_ctrl)
+        self.max_connections = max_connections
+        self.workers = <worker_t **> calloc(n_workers, sizeof(void *))
+        if self.workers == NULL:
+            raise MemoryError
+        for i in range(n_workers):
+            self.workers[i] = <worker_t *> memory(sizeof(worker_t))
+            self.engine.n_workers += 1
+            self.open_worker(self.workers[i], i, <uint64_t> seeds[i], ring_records)
+
+    cdef int open_worker(self, worker_t *worker, uint32_t index, uint64_t seed, uint32_t ring_records) except -1:
+        cdef epoll_event event
+        worker.engine = &self.engine
+        worker.index = index
+        worker.random = seed | 1
+        worker.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        worker.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if worker.epoll_fd < 0 or worker.wake_fd < 0:
+            raise OSError(errno, "epoll_create1 or eventfd")
+        event.events = EPOLLIN
+        event.data.u64 = <uint64_t> TAG_WAKE << 32
+        if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.wake_fd, &event) != 0:
+            raise OSError(errno, "epoll_ctl")
+        worker.scratch = <uint8_t *> memory(SCRATCH_BYTES)
+        worker.plain = <uint8_t *> memory(PLAIN_BYTES)
+        worker.cipher = <uint8_t *> memory(CIPHER_BYTES)
+        worker.bio = BIO_new(self.bio_method)
+        if worker.bio == NULL:
+            raise MemoryError
+        BIO_set_data(worker.bio, worker)
+        BIO_set_init(worker.bio, 1)
+        worker.free_slot = WHEEL_NONE
+        worker.ready_head = WHEEL_NONE
+        worker.ready_tail = WHEEL_NONE
+        worker.max_chunks = (self.max_connections + CONN_CHUNK - 1) // CONN_CHUNK
+        worker.chunks = <conn_t **> memory(worker.max_chunks * sizeof(void *))
+        worker.ring.records = <record_t *> memory(ring_records * sizeof(record_t))
+        worker.ring.mask = ring_records - 1
+        worker.ring.parked = 1
+        return 0
+
+    def __dealloc__(self):
+        cdef uint32_t i, j
+        cdef worker_t *worker
+        if self.workers != NULL:
+            for i in range(self.engine.n_workers):
+                worker = self.workers[i]
+                for j in range(worker.n_chunks):
+                    free(worker.chunks[j])
+                free(worker.chunks)
+                free(worker.scratch)
+                free(worker.plain)
+                free(worker.cipher)
+                free(worker.sessions)
+                BIO_free(worker.bio)
+                free(worker.ring.records)
+                free(worker.page.views)
+                if worker.epoll_fd > 0:
+                    close(worker.epoll_fd)
+                if worker.wake_fd > 0:
+                    close(worker.wake_fd)
+                free(worker)
+            free(self.workers)
+        free(self.engine.sources)
+        free(self.engine.handshakes)
+        BIO_meth_free(self.bio_method)
+        if self.engine.up_fd > 0:
+            close(self.engine.up_fd)
+
+    def fileno(self) -> int:
+        """An eventfd that becomes readable when records or a page wait. Read it, then drain."""
+        return self.engine.up_fd
+
+    def run(self, uint32_t index) -> None:
+        """Is worker ``index`` until ``stop()``: call it on a thread of its own, with signals blocked."""
+        cdef worker_t *worker = self.workers[index]
+        with nogil:
+            worker_run(worker)
+
+    cdef void wake(self) noexcept:
+        cdef uint64_t one = 1
+        cdef uint32_t i
+        for i in range(self.engine.n_workers):
+            write(self.workers[i].wake_fd, &one, sizeof(one))
+
+    def publish(self, Plan plan not None) -> None:
+        """Makes ``plan`` the one that new connections see. Raises RuntimeError while an older plan waits to be collected: no
+        more than two are ever alive."""
+        if self.retired is not None:
+            raise RuntimeError("the plan before is still in use: collect() first")
+        if plan.n_workers != self.engine.n_workers:
+            raise ValueError("the plan is made for another number of workers")
+        self.retired = self.plan
+        self.plan = plan
+        store_pointer(<void **> &self.engine.plan, plan.plan)
+        self.wake()
+
+    def collect(self) -> bool:
+        """Frees the plan before when no worker can see it any more; true when there is none left."""
+        cdef uint32_t i
+        if self.plan is not None:
+            for i in range(self.engine.n_workers):
+                if load_acquire(&self.workers[i].seen_generation) < (<Plan> self.plan).plan.generation:
+                    return False
+        self.retired = None
+        return True
+
+    @property
+    def plans_alive(self) -> int:
+        return (self.plan is not None) + (self.retired is not None)
+
+    @property
+    def revocation_seed(self) -> int:
+        """For ``Plan.set_revoked``."""
+        return self.engine.revocation_seed
+
+    def read_tls(self, uint32_t index) -> tuple[list[list[int]], list[list[int]], int]:
+        """Of one worker: handshakes as [side][resumed], failures as [side][cause], dry-run denials; side 0 is downstream."""
+        cdef worker_t *worker = self.workers[index]
+        cdef int i, j
+        return (
+            [[load_u(&worker.handshakes[i][j]) for j in range(2)] for i in range(2)],
+            [[load_u(&worker.tls_failures[i][j]) for j in range(<int> TLS_CAUSES)] for i in range(2)],
+            load_u(&worker.dry_denied),
+        )
+
+    def stop(self) -> None:
+        """Makes every ``run()`` end its connections and return."""
+        store(&self.engine.stopping, 1)
+        self.wake()
+
+    @property
+    def active(self) -> int:
+        return load(&self.engine.active)
+
+    def read_no_cluster(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
+        """The counters of connections that ended before a cluster was known, as ``ClusterStat.read``."""
+        return self.no_cluster.read()
+
+    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int]:
+        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced."""
+        cdef worker_t *worker = self.workers[index]
+        return (
+            load(&worker.active), load_u(&worker.accepted), load_u(&worker.accept_pauses),
+            load_u(&worker.accept_paused_until_ms) != 0, load_u(&worker.ring.dropped), load_u(&worker.pipes),
+            load_u(&worker.turns), load_u(&worker.bytes_copied), load_u(&worker.bytes_spliced),
+        )
+
+    def take_records(self, uint32_t index, int limit) -> list[tuple[object, ...]]:
+        """Up to ``limit`` records of one worker, oldest first: (unix ms, listener id, cluster id, endpoint, source, destination,
+        reason, attempts, errno, connect us, first byte us, total us, bytes to upstream, to downstream, downstream rtt us,
+        retransmits, upstream rtt us, retransmits, downstream identity, TLS 1.x, resumed, upstream identity, TLS 1.x, resumed,
+        TLS cause, alert, policy id, dry-run policy id)."""
+        cdef ring_t *ring = &self.workers[index].ring
+        cdef record_t *r
+        cdef list records = []
+        while limit > 0:
+            r = ring_peek(ring)
+            if r == NULL:
+                break
+            records.append((
+                r.ended_unix_ms, r.listener_id, r.cluster_id, address_text(&r.endpoint), address_text(&r.source),
+                address_text(&r.destination), r.reason, r.attempts, r.errno_seen, r.connect_us, r.first_byte_us, r.total_us,
+                r.bytes_to_upstream, r.bytes_to_downstream, r.downstream_rtt_us, r.downstream_retransmits,
+                r.upstream_rtt_us, r.upstream_retransmits, text_or_empty(r.peers[0]), r.versions[0], bool(r.resumed[0]),
+                text_or_empty(r.peers[1]), r.versions[1], bool(r.resumed[1]), r.cause, r.alert, r.policy, r.dry_policy,
+            ))
+            free(r.peers[0])
+            free(r.peers[1])
+            ring_pop(ring)
+            limit -= 1
+        return records
+
+    def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
+        """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""
+        cdef worker_t *worker = self.workers[index]
+        cdef uint64_t one = 1
+        if load(&worker.page.state) != 0:
+            raise RuntimeError("the page before was not taken")
+        free(worker.page.views)
+        worker.page.views = <view_t *> malloc(limit * sizeof(view_t))
+        if worker.page.views == NULL:
+            raise MemoryError
+        worker.page.start = start
+        worker.page.limit = limit
+        store_release(<uint64_t *> &worker.page.state, 1)
+        write(worker.wake_fd, &one, sizeof(one))
+
+    def take_page(self, uint32_t index) -> tuple[list[tuple[object, ...]], int] | None:
+        """None until the worker has answered; then (slot, generation, state, spliced, listener id, cluster id, source,
+        destination, endpoint, age ms, idle ms, bytes to upstream, to downstream, downstream identity, TLS 1.x, upstream identity,
+        TLS 1.x) for each, and the next slot or 0."""
+        cdef page_t *page = &self.workers[index].page
+        cdef view_t *v
+        cdef uint32_t i
+        cdef list views = []
+        if load_acquire(<uint64_t *> &page.state) != 2:
+            return None
+        for i in range(page.count):
+            v = &page.views[i]
+            views.append((
+                v.slot, v.generation, v.state, bool(v.spliced), v.listener_id, v.cluster_id, address_text(&v.source),
+                address_text(&v.destination), address_text(&v.endpoint), v.age_ms, v.idle_ms, v.bytes_to_upstream,
+                v.bytes_to_downstream, text_or_empty(v.peers[0]), v.versions[0], text_or_empty(v.peers[1]), v.versions[1],
+            ))
+            free(v.peers[0])
+            free(v.peers[1])
+        free(page.views)
+        page.views = NULL
+        store(&page.state, 0)
+        return views, page.next
+
+
+def connection_size() -> int:
+    """User memory of an idle connection, bytes."""
+    return sizeof(conn_t)
+
+
+def close_reasons() -> dict[str, int]:
+    """The numbers that the compiled code uses for ``errors.CloseReason``."""
+    return {
+        "DOWNSTREAM_CLOSED": CLOSE_DOWNSTREAM_CLOSED, "UPSTREAM_CLOSED": CLOSE_UPSTREAM_CLOSED,
+        "DOWNSTREAM_RESET": CLOSE_DOWNSTREAM_RESET, "UPSTREAM_RESET": CLOSE_UPSTREAM_RESET,
+        "DOWNSTREAM_LOST": CLOSE_DOWNSTREAM_LOST, "UPSTREAM_LOST": CLOSE_UPSTREAM_LOST,
+        "DOWNSTREAM_LEFT": CLOSE_DOWNSTREAM_LEFT, "IDLE_TIMEOUT": CLOSE_IDLE_TIMEOUT,
+        "HALF_CLOSED_TIMEOUT": CLOSE_HALF_CLOSED_TIMEOUT, "LIFETIME": CLOSE_LIFETIME,
+        "CONNECT_REFUSED": CLOSE_CONNECT_REFUSED, "CONNECT_TIMEOUT": CLOSE_CONNECT_TIMEOUT,
+        "CONNECT_UNREACHABLE": CLOSE_CONNECT_UNREACHABLE, "CONNECT_FAILED": CLOSE_CONNECT_FAILED,
+        "NO_ROUTE": CLOSE_NO_ROUTE, "NO_ENDPOINT": CLOSE_NO_ENDPOINT,
+        "NO_ORIGINAL_DESTINATION": CLOSE_NO_ORIGINAL_DESTINATION, "SELF_CALL": CLOSE_SELF_CALL,
+        "LIMIT_LISTENER": CLOSE_LIMIT_LISTENER, "LIMIT_CLUSTER": CLOSE_LIMIT_CLUSTER,
+        "LIMIT_ENDPOINT": CLOSE_LIMIT_ENDPOINT, "LIMIT_SOURCE": CLOSE_LIMIT_SOURCE,
+        "PROXY_PROTOCOL_INVALID": CLOSE_PROXY_PROTOCOL_INVALID, "PROXY_PROTOCOL_TIMEOUT": CLOSE_PROXY_PROTOCOL_TIMEOUT,
+        "LOCAL_EXHAUSTED": CLOSE_LOCAL_EXHAUSTED, "SHUTDOWN": CLOSE_SHUTDOWN, "DOWNSTREAM_TLS": CLOSE_DOWNSTREAM_TLS,
+        "UPSTREAM_TLS": CLOSE_UPSTREAM_TLS, "DENIED": CLOSE_DENIED, "NO_IDENTITY": CLOSE_NO_IDENTITY,
+        "PEER_CERTIFICATE": CLOSE_PEER_CERTIFICATE, "LIMIT_HANDSHAKES": CLOSE_LIMIT_HANDSHAKES,
+    }
+
+
+def tls_causes() -> dict[str, int]:
+    """The numbers that the compiled code uses for ``errors.TlsCause``."""
+    return {
+        "OK": TLS_OK, "NO_CERTIFICATE": TLS_NO_CERTIFICATE, "UNKNOWN_CA": TLS_UNKNOWN_CA, "EXPIRED": TLS_EXPIRED,
+        "NOT_YET_VALID": TLS_NOT_YET_VALID, "REVOKED": TLS_REVOKED, "WRONG_IDENTITY": TLS_WRONG_IDENTITY,
+        "BAD_CERTIFICATE": TLS_BAD_CERTIFICATE, "NOT_TLS": TLS_NOT_TLS, "PROTOCOL_VERSION": TLS_PROTOCOL_VERSION,
+        "NO_COMMON_PARAMETERS": TLS_NO_COMMON_PARAMETERS, "BAD_RECORD": TLS_BAD_RECORD, "TRUNCATED": TLS_TRUNCATED,
+        "TIMEOUT": TLS_TIMEOUT, "PEER_ALERT": TLS_PEER_ALERT, "KEY_UPDATES": TLS_KEY_UPDATES, "INTERNAL": TLS_INTERNAL,
+    }
+
+
+def openssl_version() -> str:
+    """The library in use, as it names itself."""
+    return (<const char *> OpenSSL_version(0)).decode()
