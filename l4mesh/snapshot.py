@@ -33,6 +33,8 @@ class WorkerSnapshot:
     """Turns of the event loop."""
     bytes_copied: int
     bytes_spliced: int
+    holds: int
+    """Times that a stream was left for a moment to gather more bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,14 +72,15 @@ cdef class Engine:
         worker.scratch = <uint8_t *> memory(SCRATCH_BYTES)
         worker.plain = <uint8_t *> memory(PLAIN_BYTES)
         worker.cipher = <uint8_t *> memory(CIPHER_BYTES)
+        worker.feed = <uint8_t *> memory(TLS_LARGE_BYTES)
         worker.bio = BIO_new(self.bio_method)
         if worker.bio == NULL:
             raise MemoryError
         BIO_set_data(worker.bio, worker)
         BIO_set_init(worker.bio, 1)
         worker.free_slot = WHEEL_NONE
-        worker.ready_head = WHEEL_NONE
-        worker.ready_tail = WHEEL_NONE
+        worker.ready.head = worker.ready.tail = WHEEL_NONE
+        worker.held.head = worker.held.tail = WHEEL_NONE
         worker.max_chunks = (self.max_connections + CONN_CHUNK - 1) // CONN_CHUNK
         worker.chunks = <conn_t **> memory(worker.max_chunks * sizeof(void *))
         worker.ring.records = <record_t *> memory(ring_records * sizeof(record_t))
@@ -99,7 +100,9 @@ cdef class Engine:
                 free(worker.scratch)
                 free(worker.plain)
                 free(worker.cipher)
+                free(worker.feed)
                 free(worker.sessions)
+                free(worker.chains)
                 BIO_free(worker.bio)
                 free(worker.ring.records)
                 free(worker.page.views)
@@ -185,13 +188,14 @@ cdef class Engine:
         """The counters of connections that ended before a cluster was known, as ``ClusterStat.read``."""
         return self.no_cluster.read()
 
-    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int]:
-        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced."""
+    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int, int]:
+        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced, holds."""
         cdef worker_t *worker = self.workers[index]
         return (
             load(&worker.active), load_u(&worker.accepted), load_u(&worker.accept_pauses),
             load_u(&worker.accept_paused_until_ms) != 0, load_u(&worker.ring.dropped), load_u(&worker.pipes),
             load_u(&worker.turns), load_u(&worker.bytes_copied), load_u(&worker.bytes_spliced),
+            load_u(&worker.holds),
         )
 
     def take_records(self, uint32_t index, int limit) -> list[tuple[object, ...]]:

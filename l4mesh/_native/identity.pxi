@@ -1,6 +1,83 @@
 # Part of _fastpath: an identity as the handshakes need it, and what of OpenSSL they are made with.
 
 
+# OpenSSL 3.0 builds its list of decoders anew for each public key of each certificate that a peer sends, and asks every algorithm it
+# has whether it wants to be on it: twice as much work as all of a handshake's cryptography. So we use a library context of our own,
+# whose one provider is the default one with only those kinds of keys that a certificate of a mesh can have.
+cdef OSSL_PROVIDER *default_provider = NULL
+cdef OSSL_LIB_CTX *own_library = NULL
+cdef OSSL_ALGORITHM own_keys[16]
+cdef OSSL_ALGORITHM own_decoders[16]
+cdef OSSL_DISPATCH own_dispatch[3]
+
+
+cdef void choose_algorithms(OSSL_ALGORITHM *chosen, int operation, tuple names, bytes properties):
+    cdef int no_cache = 0
+    cdef const OSSL_ALGORITHM *offered = OSSL_PROVIDER_query_operation(default_provider, operation, &no_cache)
+    cdef int n = 0
+    while offered != NULL and offered.algorithm_names != NULL and n < 15:
+        if offered.algorithm_names.split(b":")[0] in names and properties in offered.property_definition:
+            chosen[n] = offered[0]
+            n += 1
+        offered += 1
+    chosen[n].algorithm_names = NULL
+
+
+cdef const OSSL_ALGORITHM *provider_query(void *context, int operation, int *no_cache) noexcept nogil:
+    no_cache[0] = 0
+    if operation == OSSL_OP_KEYMGMT:
+        return own_keys
+    if operation == OSSL_OP_DECODER:
+        return own_decoders
+    return OSSL_PROVIDER_query_operation(default_provider, operation, no_cache)
+
+
+cdef int provider_capabilities(
+    void *context, const char *capability, int (*callback)(const void *, void *) noexcept nogil, void *argument
+) noexcept nogil:
+    return OSSL_PROVIDER_get_capabilities(default_provider, capability, callback, argument)
+
+
+cdef int provider_init(
+    const OSSL_CORE_HANDLE *core, const OSSL_DISPATCH *offered, const OSSL_DISPATCH **ours, void **context
+) noexcept nogil:
+    ours[0] = own_dispatch
+    context[0] = OSSL_PROVIDER_get0_provider_ctx(default_provider)
+    return 1
+
+
+cdef OSSL_LIB_CTX *tls_library():
+    # NULL is the default library context: where the system is set up for FIPS it decides which provider serves.
+    global default_provider, own_library
+    if own_library != NULL or EVP_default_properties_is_fips_enabled(NULL):
+        return own_library
+    default_provider = OSSL_PROVIDER_load(NULL, b"default")
+    if default_provider == NULL:
+        return NULL
+    choose_algorithms(own_keys, OSSL_OP_KEYMGMT, (b"RSA", b"RSA-PSS", b"EC", b"X25519", b"ED25519", b"HMAC"), b"")
+    choose_algorithms(own_decoders, OSSL_OP_DECODER, (b"RSA", b"RSA-PSS", b"EC", b"ED25519", b"DER"), b"structure=SubjectPublicKeyInfo")
+    own_dispatch[0].function_id = OSSL_FUNC_PROVIDER_QUERY_OPERATION
+    own_dispatch[0].function = <void (*)() noexcept nogil> provider_query
+    own_dispatch[1].function_id = OSSL_FUNC_PROVIDER_GET_CAPABILITIES
+    own_dispatch[1].function = <void (*)() noexcept nogil> provider_capabilities
+    own_library = OSSL_LIB_CTX_new()
+    if own_library != NULL and (
+        OSSL_PROVIDER_add_builtin(own_library, b"l4mesh", provider_init) != 1 or OSSL_PROVIDER_load(own_library, b"l4mesh") == NULL
+    ):
+        OSSL_LIB_CTX_free(own_library)
+        own_library = NULL
+    return own_library
+
+
+cdef X509 *read_certificate(BIO *bio):
+    # The next one in PEM, or NULL.
+    cdef X509 *cert = X509_new_ex(tls_library(), NULL)
+    cdef X509 *read = PEM_read_bio_X509(bio, &cert, NULL, NULL) if cert != NULL else NULL
+    if read == NULL:
+        X509_free(cert)
+    return read
+
+
 cdef class TlsContext:
     """One identity, ready for handshakes in both roles: certificate, key and the bundle that its peers must chain to."""
 
@@ -17,12 +94,13 @@ cdef class TlsContext:
             raise ValueError(f"{identity} is not a SPIFFE ID")
         self.context.id = id
         self.context.identity = strdup(text)
-        self.context.ctx = SSL_CTX_new(TLS_method())
+        self.context.ctx = SSL_CTX_new_ex(tls_library(), NULL, TLS_method())
         if self.context.identity == NULL or self.context.ctx == NULL:
             raise MemoryError
         self.context.identity_length = parsed.whole.length
-        self.context.trust_domain = self.context.identity + len("spiffe://")
-        self.context.trust_domain_length = parsed.trust_domain.length
+        self.context.trust.domain_length = parsed.trust_domain.length
+        memcpy(self.context.trust.domain, parsed.trust_domain.at, parsed.trust_domain.length)
+        EVP_Digest(<const uint8_t *> bundle, len(bundle), self.context.trust.bundle, NULL, EVP_sha256(), NULL)
         ERR_clear_error()
         if not context_configure(self.context.ctx, id):
             raise ValueError("this OpenSSL lacks a cipher or a group that is needed")
@@ -41,7 +119,7 @@ cdef class TlsContext:
         cdef int ok = 1
         try:
             while ok:
-                cert = PEM_read_bio_X509(bio, NULL, NULL, NULL)
+                cert = read_certificate(bio)
                 if cert == NULL:
                     break
                 ok = SSL_CTX_use_certificate(self.context.ctx, cert) if n == 0 else l4_add_chain(self.context.ctx, cert)
@@ -72,7 +150,7 @@ cdef class TlsContext:
         cdef X509 *cert
         cdef int n = 0
         while True:
-            cert = PEM_read_bio_X509(bio, NULL, NULL, NULL)
+            cert = read_certificate(bio)
             if cert == NULL:
                 break
             n += X509_STORE_add_cert(trusted, cert)

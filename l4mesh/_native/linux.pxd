@@ -13,6 +13,7 @@ cdef extern from *:
     #include <sys/ioctl.h>
     #include <linux/sockios.h>
     #include <sys/socket.h>
+    #include <sys/syscall.h>
     #include <time.h>
     #include <unistd.h>
     #ifndef IP_BIND_ADDRESS_NO_PORT
@@ -21,17 +22,22 @@ cdef extern from *:
     #ifndef IPV6_TRANSPARENT
     #define IPV6_TRANSPARENT 75
     #endif
+    #ifndef SYS_epoll_pwait2
+    #define SYS_epoll_pwait2 441
+    #endif
+    /* By its number: the call is younger than many a C library (glibc 2.35). */
+    #define l4_epoll_pwait2(fd, events, max, left) ((int) syscall(SYS_epoll_pwait2, fd, events, max, left, NULL, 8))
     #define L4_SO_ORIGINAL_DST 80  /* <linux/netfilter_ipv4.h>, and IP6T_SO_ORIGINAL_DST alike */
     """
     int errno
     enum:
         EAGAIN, EINTR, EINPROGRESS, EINVAL, EMFILE, ENFILE, ENOBUFS, ENOMEM, ECONNABORTED, ECONNREFUSED, ECONNRESET
         EPIPE, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH, EADDRNOTAVAIL, EADDRINUSE, EACCES, EPERM, EPROTO, ENOPROTOOPT
-        EHOSTDOWN, ENONET, EOPNOTSUPP, ENETDOWN
+        EHOSTDOWN, ENONET, EOPNOTSUPP, ENETDOWN, ENOSYS
         AF_INET, AF_INET6, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
-        SOL_SOCKET, SO_LINGER, SO_ERROR, SO_KEEPALIVE, SO_MARK, SO_OOBINLINE, SOL_IP, SOL_IPV6, IP_TRANSPARENT
+        SOL_SOCKET, SO_LINGER, SO_ERROR, SO_KEEPALIVE, SO_MARK, SO_OOBINLINE, SO_RCVLOWAT, SO_MEMINFO, SOL_IP, SOL_IPV6, IP_TRANSPARENT
         IPV6_TRANSPARENT, IP_BIND_ADDRESS_NO_PORT, L4_SO_ORIGINAL_DST
-        IPPROTO_TCP, TCP_NODELAY, TCP_INFO, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT
+        IPPROTO_TCP, TCP_NODELAY, TCP_INFO, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT, TCP_CONGESTION
         MSG_NOSIGNAL, MSG_DONTWAIT, MSG_PEEK, SHUT_WR, SIOCOUTQ
         EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLPRI, EPOLLET, EPOLL_CLOEXEC
         EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
@@ -88,6 +94,7 @@ cdef extern from *:
     int epoll_create1(int flags) noexcept nogil
     int epoll_ctl(int epoll_fd, int operation, int fd, epoll_event *event) noexcept nogil
     int epoll_wait(int epoll_fd, epoll_event *events, int max_events, int timeout_ms) noexcept nogil
+    int l4_epoll_pwait2(int epoll_fd, epoll_event *events, int max_events, const timespec *timeout) noexcept nogil
     int eventfd(unsigned int initial, int flags) noexcept nogil
     ssize_t read(int fd, void *buffer, size_t length) noexcept nogil
     ssize_t write(int fd, const void *buffer, size_t length) noexcept nogil

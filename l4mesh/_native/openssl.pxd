@@ -5,8 +5,11 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 cdef extern from *:
     """
     #include <openssl/bio.h>
+    #include <openssl/core_dispatch.h>
+    #include <openssl/core_names.h>
     #include <openssl/err.h>
     #include <openssl/pem.h>
+    #include <openssl/provider.h>
     #include <openssl/ssl.h>
     #include <openssl/x509.h>
     #include <openssl/x509v3.h>
@@ -24,12 +27,17 @@ cdef extern from *:
     static inline void l4_bio_no_retry(BIO *bio) { BIO_clear_retry_flags(bio); }
     static inline int l4_add_chain(SSL_CTX *ctx, X509 *cert) { return (int) SSL_CTX_add1_chain_cert(ctx, cert); }
     static inline int l4_peek_reason(void) { return ERR_GET_REASON(ERR_peek_last_error()); }
-    static inline int64_t l4_expires_s(const X509 *cert)
+    static inline int64_t l4_unix_s(const ASN1_TIME *time)
     {
         struct tm tm;
-        if (!ASN1_TIME_to_tm(X509_get0_notAfter(cert), &tm)) return 0;
+        if (!ASN1_TIME_to_tm(time, &tm)) return 0;
         return (int64_t) timegm(&tm);
     }
+    static inline int64_t l4_expires_s(const X509 *cert) { return l4_unix_s(X509_get0_notAfter(cert)); }
+    static inline int64_t l4_begins_s(const X509 *cert) { return l4_unix_s(X509_get0_notBefore(cert)); }
+    static inline int l4_chain_length(const STACK_OF(X509) *chain) { return sk_X509_num(chain); }
+    static inline X509 *l4_chain_at(const STACK_OF(X509) *chain, int i) { return sk_X509_value(chain, i); }
+    typedef STACK_OF(X509) l4_chain_t;
     /* The URI names of a certificate: their number, and the first. General names are a stack, which only macros can walk. */
     static inline int l4_uri_names(X509 *cert, GENERAL_NAMES **owner, const unsigned char **text, int *length)
     {
@@ -70,6 +78,22 @@ cdef extern from *:
         pass
     ctypedef struct ASN1_INTEGER:
         pass
+    ctypedef struct l4_chain_t:
+        pass
+    ctypedef struct EVP_MD:
+        pass
+    ctypedef struct OSSL_LIB_CTX:
+        pass
+    ctypedef struct OSSL_PROVIDER:
+        pass
+    ctypedef struct OSSL_CORE_HANDLE:
+        pass
+    ctypedef struct OSSL_DISPATCH:
+        int function_id
+        void (*function)() noexcept nogil
+    ctypedef struct OSSL_ALGORITHM:
+        const char *algorithm_names
+        const char *property_definition
     ctypedef struct GENERAL_NAMES:
         pass
     ctypedef struct EVP_PKEY:
@@ -85,6 +109,7 @@ cdef extern from *:
         X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
         X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN, X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
         X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE, X509_V_ERR_CERT_SIGNATURE_FAILURE, X509_V_FLAG_PARTIAL_CHAIN
+        OSSL_OP_KEYMGMT, OSSL_OP_DECODER, OSSL_FUNC_PROVIDER_QUERY_OPERATION, OSSL_FUNC_PROVIDER_GET_CAPABILITIES
         EXFLAG_CA, KU_KEY_CERT_SIGN, KU_CRL_SIGN, BIO_CTRL_FLUSH, BIO_TYPE_SOURCE_SINK, SSL3_RT_HANDSHAKE
         SSL3_MT_KEY_UPDATE, SSL_CB_READ_ALERT
         SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE, SSL_R_NO_SHARED_CIPHER, SSL_R_UNSUPPORTED_PROTOCOL, SSL_R_VERSION_TOO_LOW
@@ -93,7 +118,10 @@ cdef extern from *:
     uint64_t SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_COMPRESSION, SSL_OP_NO_TICKET, SSL_OP_CIPHER_SERVER_PREFERENCE
 
     const SSL_METHOD *TLS_method() noexcept nogil
-    SSL_CTX *SSL_CTX_new(const SSL_METHOD *method) noexcept nogil
+    SSL_CTX *SSL_CTX_new_ex(OSSL_LIB_CTX *library, const char *properties, const SSL_METHOD *method) noexcept nogil
+    void SSL_CTX_set_cert_verify_callback(
+        SSL_CTX *ctx, int (*callback)(X509_STORE_CTX *, void *) noexcept nogil, void *argument
+    ) noexcept nogil
     void SSL_CTX_free(SSL_CTX *ctx) noexcept nogil
     uint64_t SSL_CTX_set_options(SSL_CTX *ctx, uint64_t options) noexcept nogil
     int SSL_CTX_set_ciphersuites(SSL_CTX *ctx, const char *list) noexcept nogil
@@ -157,6 +185,31 @@ cdef extern from *:
     int SSL_SESSION_get0_ticket_appdata(SSL_SESSION *session, void **data, size_t *length) noexcept nogil
     SSL_SESSION *SSL_get_session(const SSL *ssl) noexcept nogil
     int SSL_SESSION_is_resumable(const SSL_SESSION *session) noexcept nogil
+
+    int X509_verify_cert(X509_STORE_CTX *store) noexcept nogil
+    X509 *X509_STORE_CTX_get0_cert(const X509_STORE_CTX *store) noexcept nogil
+    l4_chain_t *X509_STORE_CTX_get0_untrusted(const X509_STORE_CTX *store) noexcept nogil
+    l4_chain_t *X509_STORE_CTX_get0_chain(const X509_STORE_CTX *store) noexcept nogil
+    int l4_chain_length(const l4_chain_t *chain) noexcept nogil
+    X509 *l4_chain_at(const l4_chain_t *chain, int i) noexcept nogil
+    int64_t l4_begins_s(const X509 *cert) noexcept nogil
+    int i2d_X509(X509 *cert, uint8_t **out) noexcept nogil
+    const EVP_MD *EVP_sha256() noexcept nogil
+    int EVP_Digest(const void *data, size_t length, uint8_t *out, unsigned int *size, const EVP_MD *kind, void *engine) noexcept nogil
+    int EVP_default_properties_is_fips_enabled(OSSL_LIB_CTX *library) noexcept nogil
+    X509 *X509_new_ex(OSSL_LIB_CTX *library, const char *properties) noexcept nogil
+    OSSL_LIB_CTX *OSSL_LIB_CTX_new() noexcept nogil
+    void OSSL_LIB_CTX_free(OSSL_LIB_CTX *library) noexcept nogil
+    int OSSL_PROVIDER_add_builtin(
+        OSSL_LIB_CTX *library, const char *name,
+        int (*init)(const OSSL_CORE_HANDLE *, const OSSL_DISPATCH *, const OSSL_DISPATCH **, void **) noexcept nogil
+    ) noexcept nogil
+    OSSL_PROVIDER *OSSL_PROVIDER_load(OSSL_LIB_CTX *library, const char *name) noexcept nogil
+    void *OSSL_PROVIDER_get0_provider_ctx(const OSSL_PROVIDER *provider) noexcept nogil
+    const OSSL_ALGORITHM *OSSL_PROVIDER_query_operation(const OSSL_PROVIDER *provider, int operation, int *no_cache) noexcept nogil
+    int OSSL_PROVIDER_get_capabilities(
+        const OSSL_PROVIDER *provider, const char *capability, int (*callback)(const void *, void *) noexcept nogil, void *argument
+    ) noexcept nogil
 
     void *X509_STORE_CTX_get_ex_data(const X509_STORE_CTX *store, int index) noexcept nogil
     int X509_STORE_CTX_get_error(const X509_STORE_CTX *store) noexcept nogil

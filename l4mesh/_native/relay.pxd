@@ -11,21 +11,22 @@
 # Where TLS is on either side the copy path reads and writes through it (tls.pxd) and moves up to PLAIN_BYTES at a time; then what
 # the destination did not take is kept as the bytes of its wire, ciphertext included.
 
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from l4mesh._native.linux cimport (
-    EAGAIN, EINTR, EINVAL, ENOBUFS, ENOMEM, F_SETPIPE_SZ, IPPROTO_TCP, MSG_NOSIGNAL, O_CLOEXEC, O_NONBLOCK,
-    SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, pipe2, recv, send, setsockopt, splice,
+    EAGAIN, EINTR, EINVAL, ENOBUFS, ENOMEM, F_SETPIPE_SZ, IPPROTO_TCP, MSG_NOSIGNAL, O_CLOEXEC, O_NONBLOCK, SOL_SOCKET, SO_MEMINFO,
+    SO_RCVLOWAT, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, getsockopt, pipe2, recv, send, setsockopt,
+    socklen_t, splice,
 )
 from l4mesh._native.stats cimport cluster_row_t
 from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
 from l4mesh._native.types cimport (
-    FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_END, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET,
-    HALF_DROPPED, HALF_ENDED, HALF_SPLICE, PIPE_POOL, SCRATCH_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_NODELAY, SIDE_PENDING,
-    SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_READ_BYTES, TLS_SHUT, UPSTREAM, conn_t, flow_t, half_t, pipe_t,
-    side_t, worker_t,
+    FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_END, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, HALF_DROPPED, HALF_ENDED,
+    HALF_PACED, HALF_SPLICE, HALF_WAITS, PIPE_POOL, PLAIN_BYTES, SCRATCH_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_NODELAY,
+    SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_LARGE_BYTES, TLS_READ_BYTES, TLS_SHUT, UPSTREAM,
+    conn_t, flow_t, half_t, pipe_t, side_t, worker_t,
 )
 
 cdef enum:
@@ -34,6 +35,10 @@ cdef enum:
     PROMOTE_READS = 2
     DEMOTE_FILLS = 8
     SMALL_FILL = 16384            # splicing less than this costs more than copying it
+    PACE_BYTES = 262144           # of a stream that the kernel gathers before it wakes us
+    PACE_NS = 200000              # and how long less than that is left lying
+    PACE_LARGE = 32768            # a step of a stream; less is the end of a burst, or a conversation
+    PACE_AFTER = 8                # such steps in a row
     NAGLE_SAFE = 536              # smallest MSS: one segment, sent at once while nothing is in flight
 
 
@@ -260,26 +265,39 @@ cdef inline flow_t half_encrypt(worker_t *worker, conn_t *conn, int h, const uin
     return flow
 
 
+cdef inline bint side_has_room(const side_t *sink) noexcept nogil:
+    # Whether the socket would take a large step at once, with what the kernel adds to it for its own account: what it did not take we
+    # would have to keep.
+    cdef uint32_t memory[9]          # SK_MEMINFO_VARS
+    cdef socklen_t size = sizeof(memory)
+    if getsockopt(sink.fd, SOL_SOCKET, SO_MEMINFO, memory, &size) != 0 or memory[5] > memory[3]:
+        return False
+    return memory[3] - memory[5] >= 2 * PLAIN_BYTES
+
+
 cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
     # One read where TLS is on either side, or on both.
     cdef half_t *half = &conn.phase.half[h]
     cdef side_t *source = &conn.side[h]
     cdef size_t length = 0
     cdef bint ended = False
+    cdef bint large = half.full_reads and side_has_room(&conn.side[1 - h])
+    cdef size_t most = TLS_LARGE_BYTES if large else TLS_READ_BYTES
     cdef ssize_t n
     cdef flow_t flow = FLOW_MORE, sent
     if source.tls != NULL:
-        flow = tls_read(worker, source, &length, &ended, &conn.errno_seen)
+        flow = tls_read(worker, source, large, &length, &ended, &conn.errno_seen)
         if ended:
             half.flags |= HALF_ENDED
     else:
-        n = recv(source.fd, worker.plain, TLS_READ_BYTES, 0)
+        n = recv(source.fd, worker.plain, most, 0)
         if n < 0:
             return source_failed(conn, source)
         if n == 0:
             return half_end(half, source)
         length = <size_t> n
-        side_took(source, n < TLS_READ_BYTES, half)
+        side_took(source, length < most, half)
+    half.full_reads = length >= TLS_READ_BYTES
     if length == 0:
         return flow
     moved[0] += <uint32_t> length
@@ -324,6 +342,46 @@ cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *
     else:
         half.small_fills = 0
     return half_flush_pipe(worker, conn, h)
+
+
+cdef inline void half_set_pace(half_t *half, side_t *source, int bytes) noexcept nogil:
+    # `bytes` of 1 ends the pace: then the source is looked at once more, for what came below the mark.
+    half.large_steps = 0
+    if bytes == 1:
+        half.flags &= ~<uint8_t> HALF_PACED
+        source.flags |= SIDE_READABLE
+    else:
+        half.flags |= HALF_PACED
+    setsockopt(source.fd, SOL_SOCKET, SO_RCVLOWAT, &bytes, sizeof(bytes))
+
+
+cdef inline bint half_pace(conn_t *conn, int h, uint64_t moved, uint64_t answered, bint expired) noexcept nogil:
+    # Reads a stream in larger steps than the kernel offers by itself: each step costs a wake-up of ours, one of the destination and
+    # an acknowledgement, whatever it carries. What network cards do with interrupts (coalescing), done by SO_RCVLOWAT and a hold.
+    # Only while nothing goes the other way, so that nobody who waits for the end of an answer pays for it. `expired`: the hold was
+    # over before PACE_BYTES had come. True: the source must be looked at again.
+    cdef half_t *half = &conn.phase.half[h]
+    cdef side_t *source = &conn.side[h]
+    cdef bint fresh = half.flags & HALF_WAITS != 0
+    if source.flags & SIDE_READABLE:
+        half.flags &= ~<uint8_t> HALF_WAITS
+    else:
+        half.flags |= HALF_WAITS
+    if half.flags & (HALF_ENDED | HALF_DROPPED):
+        half.flags &= ~<uint8_t> HALF_PACED
+    elif half.flags & HALF_PACED:
+        if answered or (expired and moved < PACE_LARGE):
+            half_set_pace(half, source, 1)
+            # A stream that paused is soon one again.
+            half.large_steps = 0 if answered else PACE_AFTER - 1
+            return True
+    elif answered:
+        half.large_steps = 0
+    elif moved and fresh:
+        half.large_steps = half.large_steps + 1 if moved >= PACE_LARGE else 0
+        if half.large_steps == PACE_AFTER:
+            half_set_pace(half, source, PACE_BYTES)
+    return False
 
 
 cdef inline flow_t half_step(worker_t *worker, conn_t *conn, int h) noexcept nogil:

@@ -32,7 +32,7 @@ cdef inline bint slab_grow(worker_t *worker) noexcept nogil:
     worker.chunks[worker.n_chunks] = chunk
     worker.n_chunks += 1
     for i in range(CONN_CHUNK):
-        chunk[i].ready_next = worker.free_slot if i + 1 == CONN_CHUNK else first + i + 1
+        chunk[i].queue_next = worker.free_slot if i + 1 == CONN_CHUNK else first + i + 1
     worker.free_slot = first
     return True
 
@@ -45,7 +45,7 @@ cdef inline conn_t *slab_take(worker_t *worker, uint32_t *slot) noexcept nogil:
         return NULL
     slot[0] = worker.free_slot
     conn = conn_at(worker, slot[0])
-    worker.free_slot = conn.ready_next
+    worker.free_slot = conn.queue_next
     generation = (conn.generation + 1) & 0xffffff
     memset(conn, 0, sizeof(conn_t))
     conn.generation = generation
@@ -54,5 +54,5 @@ cdef inline conn_t *slab_take(worker_t *worker, uint32_t *slot) noexcept nogil:
 
 cdef inline void slab_give(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
     conn.state = CONN_FREE
-    conn.ready_next = worker.free_slot
+    conn.queue_next = worker.free_slot
     worker.free_slot = slot

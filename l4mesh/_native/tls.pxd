@@ -11,7 +11,7 @@
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 from l4mesh._native.address cimport mix64
 from l4mesh._native.balance cimport cluster_t
@@ -21,11 +21,12 @@ from l4mesh._native.openssl cimport *
 from l4mesh._native.sessions cimport session_forget, session_keep
 from l4mesh._native.spiffe cimport fnv_add, fnv_start, pattern_matches, spiffe_parse, spiffe_t, text_equal
 from l4mesh._native.types cimport (
-    CHAIN_KEYS, CIPHER_BYTES, FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, PLAIN_BYTES, SIDE_ERROR,
-    SIDE_FIN_SEEN, SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_ABUSED, TLS_ANSWERED, TLS_BAD_CERTIFICATE,
-    TLS_BAD_RECORD, TLS_BROKEN, TLS_EXPIRED, TLS_HEARD, TLS_INTERNAL, TLS_KEY_UPDATES, TLS_NO_CERTIFICATE, TLS_NO_COMMON_PARAMETERS,
-    TLS_NOT_TLS, TLS_NOT_YET_VALID, TLS_OK, TLS_PEER_ALERT, TLS_PROTOCOL_VERSION, TLS_READ_BYTES, TLS_READY, TLS_RESUMED, TLS_REVOKED,
-    TLS_SERVER, TLS_SHUT, TLS_TRUNCATED, TLS_UNKNOWN_CA, TLS_WRONG_IDENTITY, flow_t, plan_t, side_t, tls_context_t, tls_t, worker_t,
+    CHAINS, CHAIN_KEYS, CIPHER_BYTES, FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET,
+    PLAIN_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_ABUSED,
+    TLS_ANSWERED, TLS_BAD_CERTIFICATE, TLS_BAD_RECORD, TLS_BROKEN, TLS_EXPIRED, TLS_HEARD, TLS_INTERNAL, TLS_KEY_UPDATES,
+    TLS_LARGE_BYTES, TLS_NOT_TLS, TLS_NOT_YET_VALID, TLS_NO_CERTIFICATE, TLS_NO_COMMON_PARAMETERS, TLS_OK, TLS_PEER_ALERT,
+    TLS_PROTOCOL_VERSION, TLS_READY, TLS_READ_BYTES, TLS_RESUMED, TLS_REVOKED, TLS_SERVER, TLS_SHUT, TLS_STEP_BYTES, TLS_TRUNCATED,
+    TLS_UNKNOWN_CA, TLS_WRONG_IDENTITY, chain_t, flow_t, plan_t, side_t, tls_context_t, tls_t, trust_t, worker_t,
 )
 
 cdef enum:
@@ -33,7 +34,7 @@ cdef enum:
     TICKET_LIFETIME_S = 3600
     CHAIN_DEPTH = CHAIN_KEYS - 2
     CHAIN_BYTES = 32768
-    OUT_MAX = 262144                 # of ciphertext that waits for the socket: a read's worth, and room for what TLS itself says
+    OUT_MAX = 524288                 # of ciphertext that waits for the socket: a read's worth, and room for what TLS itself says
 
 cdef enum handshake_t:
     HANDSHAKE_WAITS = 0
@@ -43,23 +44,42 @@ cdef enum handshake_t:
 
 # -- the worker's BIO --------------------------------------------------------------------------------------------------------
 
+cdef inline int bio_feed(worker_t *worker, char *buffer, uint32_t size) noexcept nogil:
+    # From what a large read has left.
+    if size > worker.feed_length:
+        size = worker.feed_length
+    memcpy(buffer, worker.feed + worker.feed_offset, size)
+    worker.feed_offset += size
+    worker.feed_length -= size
+    return <int> size
+
+
 cdef inline int tls_bio_read(BIO *bio, char *buffer, int size) noexcept nogil:
     cdef worker_t *worker = <worker_t *> BIO_get_data(bio)
     cdef side_t *side = worker.bio_side
+    cdef size_t most = <size_t> size
     cdef ssize_t n
-    if not side.flags & SIDE_READABLE:
+    if worker.feed_length:
+        return bio_feed(worker, buffer, <uint32_t> size)
+    if not side.flags & SIDE_READABLE or worker.feed_offset:
         l4_bio_retry_read(bio)
         return -1
     l4_bio_no_retry(bio)
+    if worker.feed_most:
+        most = worker.feed_most
     while True:
-        n = recv(side.fd, buffer, <size_t> size, 0)
+        n = recv(side.fd, worker.feed if worker.feed_most else <uint8_t *> buffer, most, 0)
         if n >= 0 or errno != EINTR:
             break
     if n > 0:
         side.tls.flags |= TLS_HEARD
         # A short read empties the queue, as on the copy path; then the call that would only say so is spared.
-        if n < size and not side.flags & (SIDE_FIN_SEEN | SIDE_ERROR | SIDE_URGENT | SIDE_RESET):
+        if <size_t> n < most and not side.flags & (SIDE_FIN_SEEN | SIDE_ERROR | SIDE_URGENT | SIDE_RESET):
             side.flags &= ~<uint32_t> SIDE_READABLE
+        if worker.feed_most:
+            worker.feed_offset = 0
+            worker.feed_length = <uint32_t> n
+            return bio_feed(worker, buffer, <uint32_t> size)
         return <int> n
     if n == 0:
         worker.bio_ended = 1
@@ -163,7 +183,7 @@ cdef inline int tls_check_leaf(worker_t *worker, tls_t *tls, X509 *cert) noexcep
     found = l4_uri_names(cert, &names, &text, &length)
     if found != 1 or not spiffe_parse(<const char *> text, <uint32_t> length, &peer):
         cause = TLS_BAD_CERTIFICATE
-    elif not text_equal(&peer.trust_domain, tls.trust_domain, tls.trust_domain_length):
+    elif not text_equal(&peer.trust_domain, tls.trust.domain, tls.trust.domain_length):
         cause = TLS_WRONG_IDENTITY
     elif tls.cluster != NULL and not cluster_expects(tls.cluster, &peer):
         cause = TLS_WRONG_IDENTITY
@@ -251,6 +271,85 @@ cdef inline int tls_check_resumed(worker_t *worker, tls_t *tls) noexcept nogil:
     return tls_check_leaf(worker, tls, cert)
 
 
+# -- chains that were verified before ------------------------------------------------------------------------------------------
+
+cdef inline bint chain_digest(worker_t *worker, const tls_t *tls, X509_STORE_CTX *store, uint8_t *key) noexcept nogil:
+    # Names what X509_verify_cert would judge: the bundle, our role, and every certificate that the peer sent. False: can't be told.
+    cdef l4_chain_t *sent = X509_STORE_CTX_get0_untrusted(store)
+    cdef uint8_t *end = worker.plain
+    cdef X509 *cert
+    cdef int i, length
+    memcpy(end, tls.trust.bundle, 32)
+    end[32] = tls.flags & TLS_SERVER
+    end += 33
+    for i in range(-1, l4_chain_length(sent)):
+        cert = X509_STORE_CTX_get0_cert(store) if i < 0 else l4_chain_at(sent, i)
+        length = i2d_X509(cert, NULL)
+        if length <= 0 or length > PLAIN_BYTES - (end - worker.plain):
+            return False
+        i2d_X509(cert, &end)
+    return EVP_Digest(worker.plain, <size_t> (end - worker.plain), key, NULL, EVP_sha256(), NULL) == 1
+
+
+cdef inline chain_t *chain_place(worker_t *worker, const uint8_t *key) noexcept nogil:
+    # NULL: no memory.
+    cdef uint32_t hash
+    if worker.chains == NULL:
+        worker.chains = <chain_t *> calloc(CHAINS, sizeof(chain_t))
+        if worker.chains == NULL:
+            return NULL
+    memcpy(&hash, key, sizeof(hash))
+    return &worker.chains[hash & (CHAINS - 1)]
+
+
+cdef inline void chain_keep(const tls_t *tls, chain_t *place, const uint8_t *key, const l4_chain_t *chain) noexcept nogil:
+    cdef int n = l4_chain_length(chain)
+    cdef int i
+    cdef int64_t begins_s, expires_s
+    place.expires_s = 0
+    if n > CHAIN_KEYS:
+        return
+    memcpy(place.key, key, 32)
+    memcpy(place.keys, tls.chain, sizeof(place.keys))
+    for i in range(n):
+        begins_s = l4_begins_s(l4_chain_at(chain, i))
+        expires_s = l4_expires_s(l4_chain_at(chain, i))
+        if i == 0 or begins_s > place.begins_s:
+            place.begins_s = begins_s
+        if i == 0 or expires_s < place.expires_s:
+            place.expires_s = expires_s
+
+
+cdef inline int tls_verify_chain(X509_STORE_CTX *store, void *argument) noexcept nogil:
+    # In the place of X509_verify_cert: the same chain under the same bundle has the same answer as long as all of it is valid, and a
+    # mesh sees the same few chains over and over. Two signatures are spared; that the peer has the key, it proves anew each time, and
+    # who it is, who is expected and what is revoked are looked at here as there.
+    cdef SSL *ssl = <SSL *> X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx())
+    cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
+    cdef worker_t *worker = <worker_t *> tls.worker
+    cdef uint8_t key[32]
+    cdef chain_t *place = NULL
+    cdef int64_t now_s = unix_seconds()
+    cdef int answer, cause = TLS_OK
+    if chain_digest(worker, tls, store, key):
+        place = chain_place(worker, key)
+    if place == NULL or place.expires_s <= now_s or place.begins_s > now_s or memcmp(place.key, key, 32) != 0:
+        answer = X509_verify_cert(store)
+        if answer == 1 and place != NULL:
+            chain_keep(tls, place, key, X509_STORE_CTX_get0_chain(store))
+        return answer
+    memcpy(tls.chain, place.keys, sizeof(tls.chain))
+    if plan_revokes_chain(worker.plan, tls):
+        cause = TLS_REVOKED
+    if cause == TLS_OK:
+        cause = tls_check_leaf(worker, tls, X509_STORE_CTX_get0_cert(store))
+    if cause == TLS_OK:
+        return 1
+    tls.cause = <uint8_t> cause
+    X509_STORE_CTX_set_error(store, X509_V_ERR_CERT_REVOKED if cause == TLS_REVOKED else X509_V_ERR_CERT_REJECTED)
+    return 0
+
+
 # -- sessions ------------------------------------------------------------------------------------------------------------------
 
 cdef inline int tls_new_session(SSL *ssl, SSL_SESSION *session) noexcept nogil:
@@ -325,6 +424,7 @@ cdef inline bint context_configure(SSL_CTX *ctx, uint64_t id) noexcept nogil:
     l4_max_cert_list(ctx, CHAIN_BYTES)
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, tls_verify)
     SSL_CTX_set_verify_depth(ctx, CHAIN_DEPTH)
+    SSL_CTX_set_cert_verify_callback(ctx, tls_verify_chain, NULL)
     SSL_CTX_set_timeout(ctx, TICKET_LIFETIME_S)
     SSL_CTX_sess_set_new_cb(ctx, tls_new_session)
     SSL_CTX_set_msg_callback(ctx, tls_message)
@@ -351,16 +451,15 @@ cdef inline bint tls_open(
         return False
     tls.ssl = SSL_new(context.ctx)
     # A copy: the context may be replaced while the handshake goes on.
-    tls.trust_domain = <char *> malloc(context.trust_domain_length + 1)
-    if tls.ssl == NULL or tls.trust_domain == NULL:
+    tls.trust = <trust_t *> malloc(sizeof(trust_t))
+    if tls.ssl == NULL or tls.trust == NULL:
         SSL_free(tls.ssl)
-        free(tls.trust_domain)
+        free(tls.trust)
         free(tls)
         return False
-    memcpy(tls.trust_domain, context.trust_domain, context.trust_domain_length)
+    tls.trust[0] = context.trust
     tls.worker = worker
     tls.context_id = context.id
-    tls.trust_domain_length = context.trust_domain_length
     SSL_set_ex_data(tls.ssl, 0, tls)
     BIO_up_ref(worker.bio)
     SSL_set_bio(tls.ssl, worker.bio, worker.bio)
@@ -386,7 +485,7 @@ cdef inline void tls_free(side_t *side) noexcept nogil:
     SSL_free(side.tls.ssl)
     free(side.tls.out)
     free(side.tls.peer)
-    free(side.tls.trust_domain)
+    free(side.tls.trust)
     free(side.tls)
     side.tls = NULL
 
@@ -474,6 +573,9 @@ cdef inline void tls_begin(worker_t *worker, side_t *side) noexcept nogil:
     worker.bio_errno = 0
     worker.bio_ended = 0
     worker.cipher_length = 0
+    worker.feed_offset = 0
+    worker.feed_length = 0
+    worker.feed_most = 0
     ERR_clear_error()
 
 
@@ -542,17 +644,20 @@ cdef inline handshake_t tls_handshake(worker_t *worker, side_t *side, int32_t *e
         return HANDSHAKE_FAILED
     tls.flags |= TLS_READY
     tls.cluster = NULL
-    free(tls.trust_domain)
-    tls.trust_domain = NULL
+    free(tls.trust)
+    tls.trust = NULL
     if SSL_has_pending(tls.ssl):
         side.flags |= SIDE_PENDING
     return HANDSHAKE_DONE
 
 
-cdef inline flow_t tls_read(worker_t *worker, side_t *side, size_t *length, bint *ended, int32_t *error) noexcept nogil:
-    # Up to PLAIN_BYTES into worker.plain. FLOW_SOURCE_RESET: the peer broke off or broke the rules; `length` bytes before that are
-    # good. `ended`: the peer's close_notify.
+cdef inline flow_t tls_read(
+    worker_t *worker, side_t *side, bint large, size_t *length, bint *ended, int32_t *error
+) noexcept nogil:
+    # Into worker.plain: what OpenSSL has, and what comes of one large read; or up to TLS_STEP_BYTES. FLOW_SOURCE_RESET: the peer broke
+    # off or broke the rules; `length` bytes before that are good. `ended`: the peer's close_notify.
     cdef tls_t *tls = side.tls
+    cdef size_t room = PLAIN_BYTES if large else TLS_STEP_BYTES
     cdef size_t n
     cdef int rc, why
     cdef flow_t flow = FLOW_BLOCKED
@@ -560,12 +665,15 @@ cdef inline flow_t tls_read(worker_t *worker, side_t *side, size_t *length, bint
     if tls.flags & TLS_BROKEN:
         return FLOW_SOURCE_RESET
     tls_begin(worker, side)
+    if large:
+        worker.feed_most = TLS_LARGE_BYTES
     while True:
-        if length[0] == PLAIN_BYTES:
+        if length[0] == room:
+            L4_BUG(worker.feed_length != 0, "a large read is larger than its step")
             side.flags |= SIDE_PENDING
             flow = FLOW_MORE
             break
-        rc = SSL_read_ex(tls.ssl, worker.plain + length[0], PLAIN_BYTES - length[0], &n)
+        rc = SSL_read_ex(tls.ssl, worker.plain + length[0], room - length[0], &n)
         if rc == 1:
             length[0] += n
             continue
@@ -579,6 +687,8 @@ cdef inline flow_t tls_read(worker_t *worker, side_t *side, size_t *length, bint
             if worker.bio_errno:
                 error[0] = worker.bio_errno
             flow = FLOW_SOURCE_RESET
+        elif side.flags & SIDE_READABLE:
+            flow = FLOW_MORE
         break
     if length[0]:
         tls.flags |= TLS_ANSWERED

@@ -24,12 +24,16 @@ cdef enum:
     CONN_CHUNK = 256          # connections that are allocated together
     PIPE_POOL = 64            # empty pipes that a worker keeps
     CHAIN_KEYS = 6            # a leaf, as many intermediates as a chain may have, and what they end in
+    CHAINS = 512              # chains of certificates that a worker remembers to have verified
     SESSIONS = 1024           # places for TLS sessions to resume, of a worker
     # Per read where TLS is on either side: four full records, so that a send of as many costs one call. A record that was begun before
     # can complete on top of it.
     TLS_READ_BYTES = 65536
-    PLAIN_BYTES = 81920
-    CIPHER_BYTES = 98304      # what PLAIN_BYTES become at most, with the alerts and key updates before them
+    TLS_STEP_BYTES = 81920
+    # The same of a stream whose destination has room for all of it: fewer acknowledgements and wake-ups for as many bytes.
+    TLS_LARGE_BYTES = 262144
+    PLAIN_BYTES = 344064      # of one step: a large read on top of what OpenSSL had read before
+    CIPHER_BYTES = 360448     # what PLAIN_BYTES become at most, with the alerts and key updates before them
 
 # errors.CloseReason has the same numbers; a test compares them.
 cdef enum close_reason_t:
@@ -105,6 +109,7 @@ cdef enum:
     SIDE_URGENT = 16       # a short read may end at the urgent mark, so that it proves nothing
     SIDE_NODELAY = 32
     SIDE_RESET = 64        # the peer is gone: drain what it sent, send it nothing
+    SIDE_TUNED = 256       # conn_tune has looked at it
     SIDE_PENDING = 128     # TLS holds bytes that were read from the socket and not yet from it
 
 cdef enum:
@@ -113,6 +118,12 @@ cdef enum:
     HALF_SHUT = 2          # and passed on, after everything before it
     HALF_SPLICE = 4
     HALF_DROPPED = 8       # the destination is gone
+    HALF_PACED = 16        # a stream that is read in large steps: its source tells only of PACE_BYTES
+    HALF_WAITS = 32        # the source had nothing more when it was last read
+
+cdef enum:
+    QUEUED_READY = 1       # used up its budget: goes on at the next turn
+    QUEUED_HELD = 2        # waits for more of a stream, until its time
 
 cdef enum flow_t:
     FLOW_BLOCKED           # waits for an event
@@ -137,6 +148,18 @@ cdef enum:
     TLS_HEARD = 64         # the peer has sent something
     TLS_BROKEN = 128       # no read will succeed any more
 
+ctypedef struct trust_t:
+    # Whom an identity trusts.
+    uint8_t bundle[32]               # digest of the CAs
+    uint32_t domain_length
+    char domain[256]
+
+ctypedef struct chain_t:
+    # A chain of certificates that led to a CA of a bundle.
+    uint8_t key[32]                  # digest of the bundle, our role and the chain as the peer sent it
+    int64_t begins_s, expires_s      # of the shortest-lived of them; expires_s 0: empty
+    uint64_t keys[CHAIN_KEYS]        # as tls_t.chain
+
 ctypedef struct tls_t:
     # The TLS of one side. Owner: the connection.
     SSL *ssl
@@ -144,8 +167,7 @@ ctypedef struct tls_t:
     uint8_t *out           # malloc'd ciphertext that the socket did not take; it goes before anything else
     uint32_t out_offset, out_length
     const cluster_t *cluster         # whose peers are expected, during an upstream handshake; else NULL
-    char *trust_domain     # malloc'd: ours, during a handshake
-    uint32_t trust_domain_length
+    trust_t *trust         # malloc'd: a copy, during a handshake
     uint64_t context_id
     address_t endpoint               # of an upstream: sessions are kept by it
     char *peer             # malloc'd identity, NULL until it is verified
@@ -164,8 +186,7 @@ ctypedef struct tls_context_t:
     uint64_t id            # of this build: a session of another is never resumed
     char *identity
     uint32_t identity_length
-    const char *trust_domain         # within it
-    uint32_t trust_domain_length
+    trust_t trust
 
 ctypedef struct session_t:
     # A session to resume, by the context that made it and the endpoint that gave it.
@@ -190,6 +211,7 @@ ctypedef struct half_t:
     uint8_t flags
     uint8_t full_reads     # in a row: promotes to splice
     uint8_t small_fills    # in a row: demotes to copy
+    uint8_t large_steps    # in a row: what makes it PACED
 
 ctypedef struct dial_t:
     # Owns one reference to the cluster.
@@ -225,6 +247,7 @@ ctypedef struct conn_t:
     uint64_t accepted_ns
     uint64_t active_ms               # the last byte either way
     uint64_t lifetime_at_ms          # 0: none
+    uint64_t held_until_ns           # while it is held
     uint64_t expires_at_ms           # when a peer's certificate has expired and that ends the connection; 0: it doesn't
     uint32_t connected_us            # since accept, TLS included; 0: not yet
     uint32_t policy                  # id of the policy that decided; 0: none
@@ -243,7 +266,7 @@ ctypedef struct conn_t:
     uint8_t first_end                # side whose FIN came first
     uint8_t reset_reason             # RESETTING: what the connection will end with
     uint8_t linger_ms                # RESETTING: step between two looks at the send queue
-    uint8_t queued                   # on the ready list
+    uint8_t queued                   # QUEUED_*: the list that it is on, if any
     uint8_t proxy_protocol           # version to send, 0: none
     uint8_t watched                  # downstream is in the epoll
     uint8_t tls_mode                 # TLS_MODE_* of the downstream
@@ -252,8 +275,8 @@ ctypedef struct conn_t:
     uint8_t routed                   # owns a reference to the dial's cluster: from the route to the relay
     uint8_t close_expired
     uint8_t local                    # the endpoint is a workload of this node: its policies apply, and no TLS
-    uint32_t ready_next              # also links free slots
-    uint32_t ready_prev
+    uint32_t queue_next              # also links free slots
+    uint32_t queue_prev
     uint32_t generation              # of the slot: events and handles of earlier connections don't match
     int32_t errno_seen
     address_t source
@@ -499,6 +522,10 @@ ctypedef struct sources_t:
     int64_t locks[256]
     source_t *heads[65536]
 
+ctypedef struct queue_t:
+    # Connections of a worker, linked through their slots.
+    uint32_t head, tail
+
 ctypedef struct engine_t:
     # What the workers share. Owner: the Engine object.
     plan_t *plan                     # published; workers load it once a turn
@@ -522,7 +549,8 @@ ctypedef struct worker_t:
     conn_t **chunks
     uint32_t n_chunks, max_chunks
     uint32_t free_slot               # head of the list of free slots
-    uint32_t ready_head, ready_tail  # connections that used up their budget
+    queue_t ready                    # connections that used up their budget
+    queue_t held                     # connections whose streams are read in large steps, by the time until which they may be left
     wheel_t wheel
     uint64_t now_ns
     uint64_t now_ms
@@ -541,18 +569,23 @@ ctypedef struct worker_t:
     uint64_t pipes
     uint64_t bytes_copied
     uint64_t bytes_spliced
+    uint64_t holds
     uint64_t bytes_encrypted         # and decrypted
     uint64_t handshakes[2][2]        # by side; full and resumed
     uint64_t tls_failures[2][TLS_CAUSES]
     uint64_t dry_denied
     uint8_t *plain                   # PLAIN_BYTES: of a read where TLS is on either side
     uint8_t *cipher                  # CIPHER_BYTES: records on their way to one send
+    uint8_t *feed                    # TLS_LARGE_BYTES: of a large read, on their way into OpenSSL
+    uint32_t feed_offset, feed_length
+    uint32_t feed_most               # what the next read may take: 0 is as much as OpenSSL asks for
     uint32_t cipher_length
     BIO *bio                         # one for all connections: it reads and writes what the next two say
     side_t *bio_side
     int bio_errno                    # of its last read; 0: none
     uint8_t bio_ended                # its last read was the end of the stream
     session_t *sessions
+    chain_t *chains
     uint32_t recheck_slot            # the next connection to look at after a change of trust
     uint32_t recheck_end             # 0: none are left
     epoll_event events[MAX_EVENTS]

@@ -176,6 +176,7 @@ def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         (CounterMetricFamily, "worker_turns", "Turns of the event loop.", "turns"),
         (CounterMetricFamily, "bytes_copied", "Bytes moved through user memory.", "bytes_copied"),
         (CounterMetricFamily, "bytes_spliced", "Bytes moved inside the kernel.", "bytes_spliced"),
+        (CounterMetricFamily, "stream_holds", "Times that a stream was left for a moment to gather more bytes.", "holds"),
     ]
     for kind, name, text, field in figures:
         family = kind(f"l4mesh_{name}", text, labels=["worker"])

@@ -209,3 +209,25 @@ def test_a_cluster_without_endpoints_refuses_and_says_so(mesh: Factory) -> None:
     m = mesh(simple())
     assert is_refused(m.port())
     m.wait_closed(no_endpoint=1)
+
+
+def test_two_resets_end_a_connection_that_both_sides_had_blocked(mesh: Factory) -> None:
+    # The client is gone with bytes of the server's unacknowledged in our socket, and nobody could say so: the half that would have
+    # noticed waits for the server to read. Then the server resets, and what the client never acknowledged must not be waited for.
+    stage = Stage()
+    with Server(stage.serve) as server:
+        m = mesh(simple(server.address))
+        client = connect(m.port(), rcvbuf=4096)
+        client.sendall(b"x")
+        peer = stage.peer()
+        peer.sendall(b"y" * 150_000)
+        wait_until(lambda: m.cluster()["bytes_to_downstream"] == 150_000, "all of it is in our socket to the client")
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client.send(b"z" * 1_000_000)
+        reset(client)
+        m.get("/connections")
+        reset(peer)
+        stage.done.set()
+        wait_until(lambda: m.active() == 0, "the connection has ended")

@@ -1,6 +1,7 @@
 """Bytes: in order and complete, whatever their sizes and the peers' pace. Invariants 1, 2 and 4 of the design."""
 
 import os
+import queue
 import random
 import socket
 import threading
@@ -79,6 +80,50 @@ def test_one_byte_segments_in_a_bulk_stream_neither_hang_nor_lose(mesh: Factory)
             client.sendall(b"x")
             assert read_to_end(client) == ((bulk + tail) * 3, "FIN")
         assert m.total("l4mesh_bytes_spliced_total") > 0
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["to the server", "to the client"])
+@pytest.mark.parametrize("on", [True, False], ids=["splice", "copy"])
+def test_nothing_of_a_stream_is_left_lying(mesh: Factory, on: bool, up: bool) -> None:
+    # A stream is read in large steps, and the kernel is told not to wake us for less. The end of a burst, a byte that comes alone after a
+    # pause and an answer must come through all the same; nothing here ends the connection.
+    accepted: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+    done = threading.Event()
+
+    def serve(peer: socket.socket) -> None:
+        accepted.put(peer)
+        done.wait(60)
+
+    with Server(serve) as server:
+        m = mesh(simple(server.address) | splice(on))
+        with connect(m.port()) as client:
+            client.sendall(b"x")
+            peer = accepted.get(timeout=15)
+            assert read_exactly(peer, 1) == b"x"
+            writer, reader = (client, peer) if up else (peer, client)
+
+            def pass_on(count: int) -> None:
+                data = make_bytes(count, count)
+                sender = threading.Thread(target=writer.sendall, args=(data,))
+                sender.start()
+                assert digest(read_exactly(reader, count)) == digest(data)
+                sender.join()
+
+            for _ in range(8 if on else 3):
+                # Of one segment each, so that each is a step.
+                rounds = 0
+                held = m.total("l4mesh_stream_holds_total")
+                while m.total("l4mesh_stream_holds_total") < held + 5:
+                    rounds += 1
+                    assert rounds < 200, "no stream was held"
+                    for _ in range(10):
+                        pass_on(60_000)
+                for count in (1, 262_143, 60_000, 262_145, 100, 3 * MB + 1, 60_000, 2):
+                    pass_on(count)
+                reader.sendall(b"answer")
+                assert read_exactly(writer, 6) == b"answer"
+            done.set()
+            client.shutdown(socket.SHUT_WR)
 
 
 def test_a_stream_that_becomes_a_conversation_is_copied_again(mesh: Factory) -> None:

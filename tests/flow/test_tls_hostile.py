@@ -227,6 +227,14 @@ def test_a_server_that_is_somebody_else_gets_no_byte(mesh: Factory, web: Files) 
         assert "got" not in errors[0]
 
 
+def test_without_an_identity_to_show_nothing_is_dialled(mesh: Factory, web: Files) -> None:
+    with Server(echo) as server:
+        m = mesh(outbound(web, server.address, node={"name": "nobody"}))
+        assert is_refused(m.port())
+        m.wait_closed(no_identity=1)
+        assert server.accepted == 0
+
+
 def test_a_policy_decides_and_its_change_ends_what_it_no_longer_allows(
     mesh: Factory,
     web: Files,
