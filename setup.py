@@ -6,6 +6,8 @@ probe that lets the native tests call the leaves function by function, and the f
 """
 
 import os
+import platform
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -26,11 +28,19 @@ if mode not in MODES:
     raise SystemExit(f"L4MESH_BUILD={mode}: must be one of {', '.join(MODES)}")
 
 
+# For gcm.pxi; 1.3, the first that tests itself, or later.
+ipsec_mb_header = Path("/usr/include/intel-ipsec-mb.h")
+ipsec_mb = (
+    platform.machine() == "x86_64" and ipsec_mb_header.exists() and "IMB_FEATURE_SELF_TEST_PASS" in ipsec_mb_header.read_text("utf-8")
+)
+
+
 def extension(name: str, source: str, *options: str) -> Extension:
     return Extension(
         name,
         [source],
-        libraries=["ssl", "crypto"],
+        libraries=["ssl", "crypto", *(["IPSec_MB"] if ipsec_mb else [])],
+        define_macros=[("L4_IPSEC_MB", "1")] if ipsec_mb else [],
         extra_compile_args=[*MODES[mode]["compile"], *WARNINGS, *options],
         extra_link_args=MODES[mode]["link"],
     )

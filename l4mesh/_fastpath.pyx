@@ -16,7 +16,7 @@ that calls these. The leaves in ``_native/`` hold what has a name of its own: ``
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset, strdup
+from libc.string cimport memcmp, memcpy, memset, strcmp, strdup
 from posix.stdlib cimport posix_memalign
 
 from l4mesh._native.address cimport address_hash_ip, address_is_v4, address_t, mix64
@@ -1543,6 +1543,7 @@ cdef int worker_run(worker_t *worker) noexcept nogil:
 # -- the Python face ---------------------------------------------------------------------------------------------------------
 
 include "_native/counters.pxi"
+include "_native/gcm.pxi"
 include "_native/identity.pxi"
 include "_native/plan.pxi"
 include "_native/engine.pxi"

@@ -301,5 +301,14 @@ def tls_causes() -> dict[str, int]:
 
 
 def openssl_version() -> str:
-    """The library in use, as it names itself."""
-    return (<const char *> OpenSSL_version(0)).decode()
+    """The library in use, as it names itself, and whose AES-GCM where that is not its own."""
+    cdef str version = (<const char *> OpenSSL_version(0)).decode()
+    tls_library()
+    if gcm_manager != NULL:
+        version += f", AES-GCM of ipsec-mb {(<const char *> imb_get_version_str()).decode()}"
+    return version
+
+
+def tls_library_address() -> int:
+    """Where the OSSL_LIB_CTX of handshakes and records is, 0 for the default one: for tests, which call it through ctypes."""
+    return <size_t> tls_library()

@@ -8,6 +8,7 @@ cdef OSSL_PROVIDER *default_provider = NULL
 cdef OSSL_LIB_CTX *own_library = NULL
 cdef OSSL_ALGORITHM own_keys[16]
 cdef OSSL_ALGORITHM own_decoders[16]
+cdef OSSL_ALGORITHM own_ciphers[256]
 cdef OSSL_DISPATCH own_dispatch[3]
 
 
@@ -23,12 +24,32 @@ cdef void choose_algorithms(OSSL_ALGORITHM *chosen, int operation, tuple names, 
     chosen[n].algorithm_names = NULL
 
 
+cdef void choose_ciphers():
+    # All of the default provider's; AES-GCM by our functions.
+    cdef int no_cache = 0
+    cdef const OSSL_ALGORITHM *offered = OSSL_PROVIDER_query_operation(default_provider, OSSL_OP_CIPHER, &no_cache)
+    cdef void *provider = OSSL_PROVIDER_get0_provider_ctx(default_provider)
+    cdef int n = 0
+    if not gcm_open():
+        return
+    while offered != NULL and offered.algorithm_names != NULL and n < 255:
+        own_ciphers[n] = offered[0]
+        if offered.algorithm_names.split(b":")[0] == b"AES-128-GCM":
+            gcm_take_over(&own_ciphers[n], &gcm_kinds[0], <cipher_function_t> gcm_new_128, provider)
+        elif offered.algorithm_names.split(b":")[0] == b"AES-256-GCM":
+            gcm_take_over(&own_ciphers[n], &gcm_kinds[1], <cipher_function_t> gcm_new_256, provider)
+        offered += 1
+        n += 1
+
+
 cdef const OSSL_ALGORITHM *provider_query(void *context, int operation, int *no_cache) noexcept nogil:
     no_cache[0] = 0
     if operation == OSSL_OP_KEYMGMT:
         return own_keys
     if operation == OSSL_OP_DECODER:
         return own_decoders
+    if operation == OSSL_OP_CIPHER and own_ciphers[0].algorithm_names != NULL:
+        return own_ciphers
     return OSSL_PROVIDER_query_operation(default_provider, operation, no_cache)
 
 
@@ -56,6 +77,7 @@ cdef OSSL_LIB_CTX *tls_library():
         return NULL
     choose_algorithms(own_keys, OSSL_OP_KEYMGMT, (b"RSA", b"RSA-PSS", b"EC", b"X25519", b"ED25519", b"HMAC"), b"")
     choose_algorithms(own_decoders, OSSL_OP_DECODER, (b"RSA", b"RSA-PSS", b"EC", b"ED25519", b"DER"), b"structure=SubjectPublicKeyInfo")
+    choose_ciphers()
     own_dispatch[0].function_id = OSSL_FUNC_PROVIDER_QUERY_OPERATION
     own_dispatch[0].function = <void (*)() noexcept nogil> provider_query
     own_dispatch[1].function_id = OSSL_FUNC_PROVIDER_GET_CAPABILITIES

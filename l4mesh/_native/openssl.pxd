@@ -7,7 +7,9 @@ cdef extern from *:
     #include <openssl/bio.h>
     #include <openssl/core_dispatch.h>
     #include <openssl/core_names.h>
+    #include <openssl/crypto.h>
     #include <openssl/err.h>
+    #include <openssl/params.h>
     #include <openssl/pem.h>
     #include <openssl/provider.h>
     #include <openssl/ssl.h>
@@ -94,6 +96,12 @@ cdef extern from *:
     ctypedef struct OSSL_ALGORITHM:
         const char *algorithm_names
         const char *property_definition
+        const OSSL_DISPATCH *implementation
+    ctypedef struct OSSL_PARAM:
+        const char *key
+        unsigned int data_type
+        void *data
+        size_t data_size
     ctypedef struct GENERAL_NAMES:
         pass
     ctypedef struct EVP_PKEY:
@@ -109,12 +117,23 @@ cdef extern from *:
         X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
         X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN, X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
         X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE, X509_V_ERR_CERT_SIGNATURE_FAILURE, X509_V_FLAG_PARTIAL_CHAIN
-        OSSL_OP_KEYMGMT, OSSL_OP_DECODER, OSSL_FUNC_PROVIDER_QUERY_OPERATION, OSSL_FUNC_PROVIDER_GET_CAPABILITIES
+        OSSL_OP_KEYMGMT, OSSL_OP_DECODER, OSSL_OP_CIPHER, OSSL_PARAM_OCTET_STRING
+        OSSL_FUNC_CIPHER_NEWCTX, OSSL_FUNC_CIPHER_FREECTX, OSSL_FUNC_CIPHER_ENCRYPT_INIT, OSSL_FUNC_CIPHER_DECRYPT_INIT
+        OSSL_FUNC_CIPHER_UPDATE, OSSL_FUNC_CIPHER_FINAL, OSSL_FUNC_CIPHER_GET_PARAMS, OSSL_FUNC_CIPHER_GETTABLE_PARAMS
+        OSSL_FUNC_CIPHER_GET_CTX_PARAMS, OSSL_FUNC_CIPHER_GETTABLE_CTX_PARAMS, OSSL_FUNC_CIPHER_SET_CTX_PARAMS
+        OSSL_FUNC_CIPHER_SETTABLE_CTX_PARAMS
+        OSSL_FUNC_PROVIDER_QUERY_OPERATION, OSSL_FUNC_PROVIDER_GET_CAPABILITIES
         EXFLAG_CA, KU_KEY_CERT_SIGN, KU_CRL_SIGN, BIO_CTRL_FLUSH, BIO_TYPE_SOURCE_SINK, SSL3_RT_HANDSHAKE
         SSL3_MT_KEY_UPDATE, SSL_CB_READ_ALERT
         SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE, SSL_R_NO_SHARED_CIPHER, SSL_R_UNSUPPORTED_PROTOCOL, SSL_R_VERSION_TOO_LOW
         SSL_R_WRONG_VERSION_NUMBER, SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST
         SSL_R_NO_SUITABLE_KEY_SHARE, SSL_R_NO_SHARED_GROUPS, SSL_R_UNKNOWN_PROTOCOL, SSL_R_NO_PROTOCOLS_AVAILABLE
+    const char *OSSL_CIPHER_PARAM_AEAD_TAG
+    const char *OSSL_CIPHER_PARAM_AEAD_TAGLEN
+    const char *OSSL_CIPHER_PARAM_KEYLEN
+    const char *OSSL_CIPHER_PARAM_IVLEN
+    const char *OSSL_CIPHER_PARAM_IV
+    const char *OSSL_CIPHER_PARAM_UPDATED_IV
     uint64_t SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_COMPRESSION, SSL_OP_NO_TICKET, SSL_OP_CIPHER_SERVER_PREFERENCE
 
     const SSL_METHOD *TLS_method() noexcept nogil
@@ -250,3 +269,9 @@ cdef extern from *:
     void ERR_clear_error() noexcept nogil
     int l4_peek_reason() noexcept nogil
     const char *OpenSSL_version(int what) noexcept nogil
+    unsigned long OpenSSL_version_num() noexcept nogil
+    void OPENSSL_cleanse(void *memory, size_t size) noexcept nogil
+    int CRYPTO_memcmp(const void *one, const void *other, size_t size) noexcept nogil
+    int OSSL_PARAM_get_size_t(const OSSL_PARAM *param, size_t *value) noexcept nogil
+    int OSSL_PARAM_set_size_t(OSSL_PARAM *param, size_t value) noexcept nogil
+    int OSSL_PARAM_set_octet_string(OSSL_PARAM *param, const void *value, size_t size) noexcept nogil
