@@ -370,10 +370,11 @@ cdef inline bint half_pace(conn_t *conn, int h, uint64_t moved, uint64_t answere
     if half.flags & (HALF_ENDED | HALF_DROPPED):
         half.flags &= ~<uint8_t> HALF_PACED
     elif half.flags & HALF_PACED:
-        if answered or (expired and moved < PACE_LARGE):
+        if answered or (expired and moved < PACE_BYTES // 2):
             half_set_pace(half, source, 1)
-            # A stream that paused is soon one again.
-            half.large_steps = 0 if answered else PACE_AFTER - 1
+            # A stream that paused is soon one again; one that is slower than this gains nothing, as when many share the processor.
+            if not answered and moved < PACE_LARGE:
+                half.large_steps = PACE_AFTER - 1
             return True
     elif answered:
         half.large_steps = 0
