@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 import resource
@@ -116,6 +117,9 @@ class App:
                 self._admin_address = await admin.start(config.admin)
             self._renewer.configure(config)
             tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
+            # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
+            # waiting (40 ms for 5,000 clusters).
+            gc.freeze()
             self._ready = True
             log.info(
                 "ready",
