@@ -103,6 +103,22 @@ class CloseReason(IntEnum):
     """The certificate of a live connection's peer was revoked, or has expired where that ends connections."""
     LIMIT_HANDSHAKES = 31
     """The source has too many handshakes under way."""
+    LIMIT_RATE = 32
+    """More new connections a second than the listener, the source, the workload or the identity may make."""
+    QUEUE_TIMEOUT = 33
+    """The connection waited for a place in its cluster for as long as the queue allows."""
+    OVERLOAD = 34
+    """Shed: the process is short of descriptors, memory or CPU."""
+    ENDPOINT_REMOVED = 35
+    """The endpoint has left its cluster, and its connections are closed gradually."""
+    ENDPOINT_UNHEALTHY = 36
+    """The endpoint fails its health checks or was ejected, and its connections are closed gradually."""
+    REBALANCED = 37
+    """Closed so that endpoints which joined get their share."""
+    HANDED_OVER = 38
+    """The connection goes on in the process that takes over from this one."""
+    FAULT = 39
+    """An injected fault."""
 
     @property
     def label(self) -> str:
@@ -200,5 +216,8 @@ _ORDINARY = frozenset(
         CloseReason.IDLE_TIMEOUT,
         CloseReason.LIFETIME,
         CloseReason.SHUTDOWN,
+        CloseReason.ENDPOINT_REMOVED,
+        CloseReason.REBALANCED,
+        CloseReason.HANDED_OVER,
     }
 )

@@ -6,7 +6,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 cdef enum:
-    CLOSE_REASONS = 32
+    CLOSE_REASONS = 40
     CONNECT_BUCKETS = 17
 
 ctypedef struct endpoint_stat_t:

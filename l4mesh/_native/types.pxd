@@ -69,6 +69,14 @@ cdef enum close_reason_t:
     CLOSE_NO_IDENTITY = 29
     CLOSE_PEER_CERTIFICATE = 30
     CLOSE_LIMIT_HANDSHAKES = 31
+    CLOSE_LIMIT_RATE = 32
+    CLOSE_QUEUE_TIMEOUT = 33
+    CLOSE_OVERLOAD = 34
+    CLOSE_ENDPOINT_REMOVED = 35
+    CLOSE_ENDPOINT_UNHEALTHY = 36
+    CLOSE_REBALANCED = 37
+    CLOSE_HANDED_OVER = 38
+    CLOSE_FAULT = 39
 
 # errors.TlsCause has the same numbers; a test compares them.
 cdef enum tls_cause_t:
