@@ -26,6 +26,7 @@ from l4mesh._native.balance cimport (
     PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
 )
 from l4mesh._native.debug cimport L4_BUG
+from l4mesh._native.handover cimport passage_pack, passage_unpack
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
@@ -67,6 +68,7 @@ cdef enum:
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
     EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     TUNE_BYTES = 1048576          # what makes a half a stream, whose socket is worth a look
+    LEAVE_SLOTS = 4096            # looked at in one turn for connections to hand over
     RECHECKS = 256                # live connections that are looked at again at one turn
 
 
@@ -217,6 +219,8 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
     cdef epoll_event event
     cdef uint32_t i
     worker.accept_paused_until_ms = 0
+    if worker.accept_off:
+        return
     for i in range(worker.n_armed):
         event.events = EPOLLIN
         event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
@@ -1202,6 +1206,9 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
 
 cdef bint conn_is_logged(worker_t *worker, int reason) noexcept nogil:
     cdef const plan_t *plan = worker.plan
+    if reason == CLOSE_HANDED_OVER:
+        # The process that has it records its end.
+        return False
     if plan.log_when == LOG_NEVER or (plan.log_when == LOG_ERRORS and (plan.error_reasons >> reason) & 1 == 0):
         return False
     return plan.log_sample == <uint64_t> -1 or worker_random(worker) <= plan.log_sample
@@ -1261,6 +1268,157 @@ cdef void conn_record(worker_t *worker, conn_t *conn, int reason) noexcept nogil
             record.versions[side] = 2 if SSL_version(tls.ssl) == TLS1_2_VERSION else 3
             record.resumed[side] = tls.flags & TLS_RESUMED != 0
     ring_push(&worker.ring, worker.engine.up_fd)
+
+
+# -- hand over to another process --------------------------------------------------------------------------------------------
+
+cdef void conn_leave(worker_t *worker, conn_t *conn, uint32_t slot, passage_t *passage) noexcept nogil:
+    # Out of everything that could move it. The other process holds the same sockets, so that closing ours would not take them out of
+    # the epoll.
+    cdef epoll_event event
+    cdef int side
+    queue_remove(worker, conn)
+    wheel_remove(&worker.wheel, &conn.timer)
+    for side in range(2):
+        epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, conn.side[side].fd, &event)
+    conn.state = CONN_LEAVING
+    passage_pack(passage, conn, slot)
+
+
+cdef void conn_go_on(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # LEAVING after all not, or COMING: relays. What its sockets are ready for is found out by trying.
+    cdef uint64_t at
+    cdef int side
+    conn.state = CONN_RELAYING
+    for side in range(2):
+        conn.side[side].flags |= SIDE_READABLE | SIDE_WRITABLE
+        if not conn_watch(worker, conn, slot, side):
+            conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+            return
+    at = conn_deadline(worker, conn)
+    if at:
+        conn_arm(worker, conn, slot, at)
+    conn_relay(worker, conn, slot)
+
+
+cdef void conn_forget(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # LEAVING: the other process has it. Its bytes are counted for the endpoint where it ends.
+    conn.state = CONN_RELAYING
+    conn.phase.half[DOWNSTREAM].bytes = 0
+    conn.phase.half[UPSTREAM].bytes = 0
+    conn_finish(worker, conn, slot, CLOSE_HANDED_OVER, False)
+
+
+cdef void conn_turn_away(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # COMING after all not: the process that it came from goes on with it.
+    cdef int h
+    for h in range(2):
+        free(conn.phase.half[h].parked)
+        half_release_pipe(worker, &conn.phase.half[h])
+        close(conn.side[h].fd)
+    slab_give(worker, conn, slot)
+
+
+cdef void conn_arrive(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # COMING: counted as live, but as opened only where it was accepted. Limits hold for what comes after it, and it may stay only if
+    # it would be let in here.
+    cdef int reason
+    worker.active += 1
+    add(&worker.engine.active, 1)
+    add(&conn.listener_stat.active, 1)
+    add(&conn.cluster_stat.active, 1)
+    if conn.endpoint_stat != NULL:
+        add(&conn.endpoint_stat.active, 1)
+    if worker.plan.max_connections_per_source:
+        source_take(worker.engine.sources, &conn.source, <int64_t> (<uint64_t> -1 >> 1), &conn.source_count)
+    conn.state = CONN_RELAYING
+    if conn_still_trusted(worker, conn, &reason):
+        conn_go_on(worker, conn, slot)
+    else:
+        conn_finish(worker, conn, slot, reason, True)
+
+
+cdef void worker_leave(worker_t *worker) noexcept nogil:
+    # Takes out what fits into one batch: plaintext only, because the keys of TLS stay in their process.
+    cdef handover_t *handover = &worker.handover
+    cdef uint32_t slot = handover.start
+    cdef uint32_t end = worker.n_chunks * CONN_CHUNK
+    cdef uint32_t last = slot + LEAVE_SLOTS if slot + LEAVE_SLOTS < end else end
+    cdef conn_t *conn
+    handover.count = 0
+    while slot < last and handover.count < PASSAGES:
+        conn = conn_at(worker, slot)
+        if conn.state == CONN_RELAYING and conn.side[DOWNSTREAM].tls == NULL and conn.side[UPSTREAM].tls == NULL:
+            conn_leave(worker, conn, slot, &handover.passages[handover.count])
+            handover.count += 1
+        slot += 1
+    handover.next = slot if slot < end else 0
+
+
+cdef void worker_come(worker_t *worker) noexcept nogil:
+    # Gives each of the batch a slot, or none of them any.
+    cdef handover_t *handover = &worker.handover
+    cdef conn_t *conn
+    cdef uint32_t slots[PASSAGES]
+    cdef uint32_t i, taken = 0
+    while taken < handover.count and slab_take(worker, &slots[taken]) != NULL:
+        taken += 1
+    handover.flag = taken == handover.count
+    for i in range(taken):
+        conn = conn_at(worker, slots[i])
+        if handover.flag:
+            passage_unpack(worker, &handover.passages[i], conn, slots[i])
+        else:
+            slab_give(worker, conn, slots[i])
+
+
+cdef void worker_settle(worker_t *worker) noexcept nogil:
+    cdef handover_t *handover = &worker.handover
+    cdef conn_t *conn
+    cdef uint32_t i, slot
+    for i in range(handover.count):
+        slot = handover.passages[i].slot
+        conn = conn_at(worker, slot)
+        if conn.state == CONN_LEAVING and handover.flag:
+            conn_go_on(worker, conn, slot)
+        elif conn.state == CONN_LEAVING:
+            conn_forget(worker, conn, slot)
+        elif conn.state == CONN_COMING and handover.flag:
+            conn_arrive(worker, conn, slot)
+        elif conn.state == CONN_COMING:
+            conn_turn_away(worker, conn, slot)
+    handover.count = 0
+
+
+cdef void worker_leave_accepting(worker_t *worker, bint accept) noexcept nogil:
+    # What waits in the queues of the listening sockets waits for the other process as well, which has the same sockets.
+    cdef epoll_event event
+    cdef uint32_t i
+    if accept and worker.accept_off:
+        worker.accept_off = 0
+        accept_resume(worker)
+    elif not accept and not worker.accept_off:
+        worker.accept_off = 1
+        for i in range(worker.n_armed):
+            epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
+
+
+cdef void worker_handover(worker_t *worker) noexcept nogil:
+    # Does what the control loop asks, after the events of the turn: none of those that left are dispatched any more.
+    cdef handover_t *handover = &worker.handover
+    cdef uint64_t asked = handover.asked
+    cdef uint64_t one = 1
+    cdef int done_fd = handover.done_fd
+    if asked == HANDOVER_ACCEPT:
+        worker_leave_accepting(worker, handover.flag)
+    elif asked == HANDOVER_LEAVE:
+        worker_leave(worker)
+    elif asked == HANDOVER_COME:
+        worker_come(worker)
+    elif asked == HANDOVER_SETTLE:
+        worker_settle(worker)
+    store_release(&handover.asked, 0)
+    write(done_fd, &one, sizeof(one))
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------
@@ -1404,9 +1562,9 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
     while slot < end and page.count < page.limit:
         conn = conn_at(worker, slot)
         slot += 1
-        if conn.state == CONN_FREE:
+        if conn.state == CONN_FREE or conn.state == CONN_COMING:
             continue
-        relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING
+        relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING or conn.state == CONN_LEAVING
         view = &page.views[page.count]
         page.count += 1
         view.slot = slot - 1
@@ -1514,6 +1672,8 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         worker_recheck(worker)
     if load_acquire(<uint64_t *> &worker.page.state) == 1:
         worker_show_page(worker)
+    if load_acquire(&worker.handover.asked):
+        worker_handover(worker)
 
 
 cdef void worker_end(worker_t *worker) noexcept nogil:
@@ -1522,7 +1682,11 @@ cdef void worker_end(worker_t *worker) noexcept nogil:
     cdef conn_t *conn
     for slot in range(worker.n_chunks * CONN_CHUNK):
         conn = conn_at(worker, slot)
-        if conn.state != CONN_FREE:
+        if conn.state == CONN_COMING:
+            conn_turn_away(worker, conn, slot)
+        elif conn.state == CONN_LEAVING:
+            conn_forget(worker, conn, slot)
+        elif conn.state != CONN_FREE:
             conn_finish(worker, conn, slot, CLOSE_SHUTDOWN, True)
     while worker.n_pool:
         worker.n_pool -= 1
@@ -1547,3 +1711,4 @@ include "_native/gcm.pxi"
 include "_native/identity.pxi"
 include "_native/plan.pxi"
 include "_native/engine.pxi"
+include "_native/handover.pxi"

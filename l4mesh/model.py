@@ -346,6 +346,8 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    upgrade_socket: str = ""
+    """Path of the unix socket at which a new process takes over from a running one, or ""."""
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

@@ -23,6 +23,8 @@ cdef enum:
     MAX_LISTENERS = 256       # bound addresses
     CONN_CHUNK = 256          # connections that are allocated together
     PIPE_POOL = 64            # empty pipes that a worker keeps
+    PASSAGES = 40             # connections that are handed over together: one message has room for 253 descriptors
+    CARRIED_FDS = 6
     CHAIN_KEYS = 6            # a leaf, as many intermediates as a chain may have, and what they end in
     CHAINS = 512              # chains of certificates that a worker remembers to have verified
     SESSIONS = 1024           # places for TLS sessions to resume, of a worker
@@ -107,6 +109,15 @@ cdef enum conn_state_t:
     CONN_DIALLING
     CONN_RELAYING
     CONN_RESETTING     # one side was reset; the other still takes what had arrived before
+    CONN_LEAVING       # RELAYING, on its way to another process: nothing moves until that one has it
+    CONN_COMING        # the same on arrival: counted nowhere yet
+
+cdef enum:
+    # handover_t.asked
+    HANDOVER_ACCEPT = 1    # accept or leave it to another process, by the flag
+    HANDOVER_LEAVE = 2     # take out as many connections from `start` on as fit
+    HANDOVER_COME = 3      # prepare those that are in the passages: all or none
+    HANDOVER_SETTLE = 4    # they go on here, or are forgotten, by the flag
 
 cdef enum:
     # side_t.flags: what is known of a socket between two turns of the edge-triggered epoll
@@ -519,6 +530,59 @@ ctypedef struct page_t:
     uint32_t next                    # 0: that was the last
     view_t *views
 
+ctypedef struct carried_half_t:
+    uint64_t bytes
+    uint32_t parked_length
+    uint32_t piped
+    uint8_t flags, full_reads, small_fills, large_steps
+    uint32_t side_flags              # of its source
+
+ctypedef struct carried_t:
+    # What a relaying connection takes along to the process that takes over, of the same layout there: a change needs another
+    # PROTOCOL in runtime/upgrade.py. Monotonic clocks are the host's, so that times stay good. Counters, limits and policies are the
+    # new process's own.
+    uint64_t accepted_ns
+    uint64_t active_ms
+    uint64_t lifetime_at_ms
+    carried_half_t half[2]
+    uint32_t connected_us
+    uint32_t first_byte_us
+    uint32_t idle_ms
+    uint32_t half_closed_ms
+    uint32_t user_timeout_ms
+    uint16_t keepalive_idle_s
+    uint16_t keepalive_interval_s
+    uint8_t keepalive_count
+    uint8_t attempts
+    uint8_t settled
+    uint8_t listener_flags
+    uint8_t first_end
+    uint8_t proxy_protocol
+    uint8_t reserved[2]
+    address_t source
+    address_t destination
+    address_t endpoint
+
+ctypedef struct passage_t:
+    # One connection that leaves a worker or comes to it.
+    carried_t state
+    int fds[CARRIED_FDS]             # downstream, upstream, then read and write end of each half's pipe; -1: none
+    uint8_t *parked[2]               # owner: the connection; before it has a slot, the passage
+    listener_stat_t *listener_stat
+    cluster_stat_t *cluster_stat
+    endpoint_stat_t *endpoint_stat   # NULL: none
+    uint32_t slot
+
+ctypedef struct handover_t:
+    # What the control loop asks of a worker when one process takes over from another. Owner: a Handover object; the worker touches it
+    # only while `asked` is not 0, which is its to clear.
+    uint64_t asked                   # HANDOVER_*
+    int done_fd                      # eventfd: answered
+    uint32_t start, next             # slots; next 0: that was the last
+    uint32_t count
+    uint8_t flag                     # of HANDOVER_ACCEPT and HANDOVER_SETTLE; of the answer to HANDOVER_COME
+    passage_t *passages              # PASSAGES of them
+
 ctypedef struct armed_t:
     # A listening socket in a worker's epoll.
     int fd
@@ -596,4 +660,6 @@ ctypedef struct worker_t:
     chain_t *chains
     uint32_t recheck_slot            # the next connection to look at after a change of trust
     uint32_t recheck_end             # 0: none are left
+    handover_t handover
+    uint8_t accept_off               # another process accepts
     epoll_event events[MAX_EVENTS]

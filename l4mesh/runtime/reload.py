@@ -82,6 +82,13 @@ class Reloader:
             except (ConfigError, CommandError) as error:
                 self._note_failure(str(error).splitlines())
 
+    async def hold(self) -> None:
+        """Waits for a load that is under way, and lets no other begin until ``resume``."""
+        await self._lock.acquire()
+
+    def resume(self) -> None:
+        self._lock.release()
+
     def _load(self, first: bool) -> None:
         try:
             config = load_config(self._paths, self._cache)
