@@ -20,6 +20,10 @@ class EndpointStat:
     def __new__(cls, id: int) -> EndpointStat: ...
     @property
     def active(self) -> int: ...
+    out: int
+    @property
+    def warm_until_ms(self) -> int: ...
+    def warm(self, from_ms: int, until_ms: int) -> None: ...
     def read(self) -> tuple[int, int, int, int, int]: ...
 
 @disjoint_base
@@ -28,6 +32,7 @@ class ClusterStat:
     def __new__(cls, id: int, n_workers: int, cursors: list[int]) -> ClusterStat: ...
     @property
     def active(self) -> int: ...
+    panic: bool
     def read(self) -> ClusterCounts: ...
 
 @disjoint_base
@@ -47,7 +52,7 @@ class Cluster:
     def __new__(
         cls,
         stat: ClusterStat,
-        endpoints: list[tuple[Packed, int, int, int, int, EndpointStat]],
+        endpoints: list[tuple[Packed, int, int, int, EndpointStat]],
         peers: list[Pattern],
         sni: bytes,
         **settings: int,
