@@ -20,7 +20,9 @@ from libc.string cimport memcmp, memcpy, memset, strcmp, strdup
 from posix.stdlib cimport posix_memalign
 
 from l4mesh._native.address cimport address_hash_ip, address_is_v4, address_t, mix64
-from l4mesh._native.atomic cimport add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release
+from l4mesh._native.atomic cimport (
+    add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release, store_u,
+)
 from l4mesh._native.authz cimport filing_key, masked_hash, verdict_allows, verdict_find, verdict_would_allow
 from l4mesh._native.balance cimport (
     PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
@@ -68,8 +70,8 @@ cdef enum:
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
     EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     TUNE_BYTES = 1048576          # what makes a half a stream, whose socket is worth a look
-    LEAVE_SLOTS = 4096            # looked at in one turn for connections to hand over
-    RECHECKS = 256                # live connections that are looked at again at one turn
+    DEPART_SLOTS = 4096           # looked at in one turn for connections to hand over
+    SWEEP_STEP = 256              # live connections that a sweep looks at in one turn
 
 
 # -- small things ------------------------------------------------------------------------------------------------------------
@@ -219,12 +221,29 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
     cdef epoll_event event
     cdef uint32_t i
     worker.accept_paused_until_ms = 0
-    if worker.accept_off:
-        return
     for i in range(worker.n_armed):
         event.events = EPOLLIN
         event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
         epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event)
+
+
+cdef void worker_set_accept_mode(worker_t *worker, int64_t mode) noexcept nogil:
+    # Stops accepting, or begins again. The sockets stay open: they are the control loop's.
+    cdef epoll_event event
+    cdef uint32_t i
+    if mode == ACCEPT_ON:
+        worker_arm(worker)
+    elif worker.accept_mode == ACCEPT_ON:
+        for i in range(worker.n_armed):
+            if worker.accept_paused_until_ms == 0:
+                epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
+        for i in range(worker.n_armed):
+            if mode == ACCEPT_EMPTY:
+                worker.armed[i].burst = 65536
+                listener_accept(worker, i)
+        worker.n_armed = 0
+        worker.accept_paused_until_ms = 0
+    store_release(<uint64_t *> &worker.accept_mode, <uint64_t> mode)
 
 
 cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil:
@@ -538,7 +557,7 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
         conn.side[DOWNSTREAM].flags |= SIDE_READABLE
-        conn_handshake(worker, conn, slot)
+        queue_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -574,8 +593,7 @@ cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
         left_ms = <uint64_t> left_s * 1000 if left_s > 0 else 0
         spread_ms = left_ms // 10 if left_ms < 10 * EXPIRY_SPREAD_MS else EXPIRY_SPREAD_MS
         left_ms += worker.now_ms + worker_random(worker) % (spread_ms + 1)
-        if conn.expires_at_ms == 0 or left_ms < conn.expires_at_ms:
-            conn.expires_at_ms = left_ms
+        conn_end_by(conn, left_ms, CLOSE_PEER_CERTIFICATE)
 
 
 # -- authorize ---------------------------------------------------------------------------------------------------------------
@@ -631,23 +649,6 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
     return conn_authorize(worker, conn)
 
 
-cdef void worker_recheck(worker_t *worker) noexcept nogil:
-    # Some of the live connections at a turn, until all have been looked at under the new plan.
-    cdef uint32_t end = worker.recheck_slot + RECHECKS
-    cdef conn_t *conn
-    cdef int reason
-    if end > worker.recheck_end:
-        end = worker.recheck_end
-    while worker.recheck_slot < end:
-        conn = conn_at(worker, worker.recheck_slot)
-        if conn.state == CONN_RELAYING or (conn.state == CONN_DIALLING and conn.attempts):
-            if not conn_still_trusted(worker, conn, &reason):
-                conn_finish(worker, conn, worker.recheck_slot, reason, True)
-        worker.recheck_slot += 1
-    if worker.recheck_slot == worker.recheck_end:
-        worker.recheck_end = 0
-
-
 cdef inline uint32_t clamp_ms(uint64_t ms) noexcept nogil:
     return <uint32_t> -1 if ms > <uint32_t> -1 else <uint32_t> ms
 
@@ -665,9 +666,7 @@ cdef void conn_copy_settings(worker_t *worker, conn_t *conn, const cluster_setti
     if settings.lifetime_ms:
         # Shortened by chance, so that connections opened together don't all come back together.
         jitter = settings.lifetime_ms * settings.lifetime_jitter_permille // 1000
-        conn.lifetime_at_ms = worker.now_ms + settings.lifetime_ms
-        if jitter:
-            conn.lifetime_at_ms -= worker_random(worker) % jitter
+        conn_end_by(conn, worker.now_ms + settings.lifetime_ms - (worker_random(worker) % jitter if jitter else 0), CLOSE_LIFETIME)
 
 
 # -- dial --------------------------------------------------------------------------------------------------------------------
@@ -700,6 +699,7 @@ cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
     pick.tried = dial.tried
     pick.n_tried = conn.attempts
     pick.cluster_active = &conn.cluster_stat.active
+    pick.panic = load(&conn.cluster_stat.panic) != 0
     index = cluster_pick(cluster, &pick, worker.now_ms)
     if index < 0:
         if conn.attempts == 0:
@@ -864,7 +864,7 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
     cdef uint8_t byte
     if side == UPSTREAM:
         if conn.phase.dial.handshaking:
-            dial_handshake(worker, conn, slot)
+            queue_push(worker, conn, slot, QUEUED_HEAVY)
         elif events & (EPOLLERR | EPOLLHUP):
             dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
             conn_dial(worker, conn, slot)
@@ -913,7 +913,7 @@ cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
         return
     conn.phase.dial.handshaking = 1
     conn.phase.dial.attempt_at_ms = worker.now_ms + cluster.settings.handshake_ms
-    dial_handshake(worker, conn, slot)
+    queue_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void dial_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -964,6 +964,8 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     conn.state = CONN_RELAYING
     conn.active_ms = worker.now_ms
     conn.side[UPSTREAM].flags |= SIDE_WRITABLE
+    if worker.engine.leave_reason or (conn.endpoint_stat != NULL and conn.endpoint_stat.leave_reason):
+        conn_look(worker, conn, slot, False)
     conn_arm(worker, conn, slot, conn_deadline(worker, conn))
     if conn.proxy_protocol and conn.side[UPSTREAM].tls == NULL and not conn_send_proxy_header(worker, conn):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
@@ -1002,10 +1004,10 @@ cdef uint64_t conn_deadline(const worker_t *worker, const conn_t *conn) noexcept
             quiet_ms = conn.half_closed_ms
     if quiet_ms:
         at = conn.active_ms + quiet_ms
-    if conn.lifetime_at_ms and (at == 0 or conn.lifetime_at_ms < at):
-        at = conn.lifetime_at_ms
-    if conn.expires_at_ms and (at == 0 or conn.expires_at_ms < at):
-        at = conn.expires_at_ms
+    if conn.ends_at_ms and (at == 0 or conn.ends_at_ms < at):
+        at = conn.ends_at_ms
+    if conn.leaves_at_ms and (at == 0 or conn.leaves_at_ms < at):
+        at = conn.leaves_at_ms
     if not conn.settled and (at == 0 or worker.now_ms + SETTLE_MS < at):
         at = worker.now_ms + SETTLE_MS
     return at
@@ -1129,7 +1131,7 @@ cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) no
     conn.state = CONN_RESETTING
     conn.first_end = <uint8_t> side
     conn.linger_ms = 1
-    conn.lifetime_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
+    conn.ends_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
     conn_drain(worker, conn, slot)
 
 
@@ -1147,12 +1149,12 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     if flow == FLOW_MORE:
         queue_push(worker, conn, slot, QUEUED_READY)
     elif flow == FLOW_BLOCKED:
-        conn_arm(worker, conn, slot, conn.lifetime_at_ms)
+        conn_arm(worker, conn, slot, conn.ends_at_ms)
     elif (
         (flow == FLOW_END or flow == FLOW_SOURCE_RESET)
         # A side that was reset as well acknowledges nothing more; that may have been told before, while its half waited.
         and not conn.side[1 - side].flags & (SIDE_ERROR | SIDE_RESET)
-        and worker.now_ms < conn.lifetime_at_ms
+        and worker.now_ms < conn.ends_at_ms
         and ioctl(conn.side[1 - side].fd, SIOCOUTQ, &queued) == 0
         and queued > 0
     ):
@@ -1161,6 +1163,74 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
             conn.linger_ms *= 2
     else:
         conn_finish(worker, conn, slot, conn.reset_reason, True)
+
+
+# -- ends that can wait -------------------------------------------------------------------------------------------------------
+# The gradual closer: whatever ends connections that still work (drain, an endpoint that is gone, a certificate that has expired, age)
+# gives each a time of its own by chance, so that their clients don't all come back together.
+
+cdef inline void conn_end_by(conn_t *conn, uint64_t at_ms, int reason) noexcept nogil:
+    # Whatever happens until then: the earliest of what sets an end.
+    if conn.ends_at_ms == 0 or at_ms < conn.ends_at_ms:
+        conn.ends_at_ms = at_ms
+        conn.end_reason = <uint8_t> reason
+
+
+cdef void conn_leave(worker_t *worker, conn_t *conn, uint32_t slot, int reason, uint32_t over_ms) noexcept nogil:
+    # Told again, by the next sweep, it keeps its time: else sweep after sweep would hurry it.
+    cdef uint64_t at_ms
+    if conn.leaves_at_ms and conn.leave_reason == reason:
+        return
+    at_ms = worker.now_ms + worker_random(worker) % (<uint64_t> over_ms + 1)
+    if conn.leaves_at_ms == 0 or at_ms < conn.leaves_at_ms:
+        conn.leaves_at_ms = at_ms
+        conn.leave_reason = <uint8_t> reason
+        conn_arm(worker, conn, slot, at_ms)
+
+
+cdef bint leave_stands(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # An endpoint may be well again, a takeover called off.
+    if conn.leave_reason == worker.engine.leave_reason or conn.leave_reason == CLOSE_REBALANCED:
+        return True
+    return conn.endpoint_stat != NULL and conn.endpoint_stat.leave_reason == conn.leave_reason
+
+
+cdef void conn_look(worker_t *worker, conn_t *conn, uint32_t slot, bint swept) noexcept nogil:
+    # Is there a reason to leave? Asked by every sweep, and once connected.
+    cdef const endpoint_stat_t *stat = conn.endpoint_stat
+    if worker.engine.leave_reason:
+        conn_leave(worker, conn, slot, worker.engine.leave_reason, worker.engine.leave_over_ms)
+    if stat == NULL or stat.leave_reason == 0:
+        return
+    if stat.leave_permille == 1000 or (
+        swept and stat.leave_sweep == worker.sweep and worker_random(worker) % 1000 < stat.leave_permille
+    ):
+        conn_leave(worker, conn, slot, stat.leave_reason, stat.leave_over_ms)
+
+
+cdef void worker_begin_sweep(worker_t *worker) noexcept nogil:
+    worker.sweep_slot = 0
+    worker.sweep_end = worker.n_chunks * CONN_CHUNK
+
+
+cdef void worker_sweep(worker_t *worker) noexcept nogil:
+    # Some of the live connections at a turn, until all have been looked at.
+    cdef uint32_t end = worker.sweep_slot + SWEEP_STEP
+    cdef conn_t *conn
+    cdef int reason
+    if end > worker.sweep_end:
+        end = worker.sweep_end
+    while worker.sweep_slot < end:
+        conn = conn_at(worker, worker.sweep_slot)
+        if conn.state == CONN_RELAYING or (conn.state == CONN_DIALLING and conn.attempts):
+            if worker.sweep_trust and not conn_still_trusted(worker, conn, &reason):
+                conn_finish(worker, conn, worker.sweep_slot, reason, True)
+            else:
+                conn_look(worker, conn, worker.sweep_slot, True)
+        worker.sweep_slot += 1
+    if worker.sweep_slot >= worker.sweep_end:
+        worker.sweep_end = 0
+        worker.sweep_trust = 0
 
 
 # -- close and record --------------------------------------------------------------------------------------------------------
@@ -1272,7 +1342,7 @@ cdef void conn_record(worker_t *worker, conn_t *conn, int reason) noexcept nogil
 
 # -- hand over to another process --------------------------------------------------------------------------------------------
 
-cdef void conn_leave(worker_t *worker, conn_t *conn, uint32_t slot, passage_t *passage) noexcept nogil:
+cdef void conn_depart(worker_t *worker, conn_t *conn, uint32_t slot, passage_t *passage) noexcept nogil:
     # Out of everything that could move it. The other process holds the same sockets, so that closing ours would not take them out of
     # the epoll.
     cdef epoll_event event
@@ -1281,12 +1351,12 @@ cdef void conn_leave(worker_t *worker, conn_t *conn, uint32_t slot, passage_t *p
     wheel_remove(&worker.wheel, &conn.timer)
     for side in range(2):
         epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, conn.side[side].fd, &event)
-    conn.state = CONN_LEAVING
+    conn.state = CONN_DEPARTING
     passage_pack(passage, conn, slot)
 
 
 cdef void conn_go_on(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
-    # LEAVING after all not, or COMING: relays. What its sockets are ready for is found out by trying.
+    # DEPARTING after all not, or ARRIVING: relays. What its sockets are ready for is found out by trying.
     cdef uint64_t at
     cdef int side
     conn.state = CONN_RELAYING
@@ -1302,7 +1372,7 @@ cdef void conn_go_on(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
 
 
 cdef void conn_forget(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
-    # LEAVING: the other process has it. Its bytes are counted for the endpoint where it ends.
+    # DEPARTING: the other process has it. Its bytes are counted for the endpoint where it ends.
     conn.state = CONN_RELAYING
     conn.phase.half[DOWNSTREAM].bytes = 0
     conn.phase.half[UPSTREAM].bytes = 0
@@ -1310,7 +1380,7 @@ cdef void conn_forget(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
 
 
 cdef void conn_turn_away(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
-    # COMING after all not: the process that it came from goes on with it.
+    # ARRIVING after all not: the process that it came from goes on with it.
     cdef int h
     for h in range(2):
         free(conn.phase.half[h].parked)
@@ -1319,8 +1389,8 @@ cdef void conn_turn_away(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     slab_give(worker, conn, slot)
 
 
-cdef void conn_arrive(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
-    # COMING: counted as live, but as opened only where it was accepted. Limits hold for what comes after it, and it may stay only if
+cdef void conn_welcome(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # ARRIVING: counted as live, but as opened only where it was accepted. Limits hold for what comes after it, and it may stay only if
     # it would be let in here.
     cdef int reason
     worker.active += 1
@@ -1332,30 +1402,31 @@ cdef void conn_arrive(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
     if worker.plan.max_connections_per_source:
         source_take(worker.engine.sources, &conn.source, <int64_t> (<uint64_t> -1 >> 1), &conn.source_count)
     conn.state = CONN_RELAYING
-    if conn_still_trusted(worker, conn, &reason):
-        conn_go_on(worker, conn, slot)
-    else:
+    if not conn_still_trusted(worker, conn, &reason):
         conn_finish(worker, conn, slot, reason, True)
+        return
+    conn_look(worker, conn, slot, False)
+    conn_go_on(worker, conn, slot)
 
 
-cdef void worker_leave(worker_t *worker) noexcept nogil:
+cdef void worker_depart(worker_t *worker) noexcept nogil:
     # Takes out what fits into one batch: plaintext only, because the keys of TLS stay in their process.
     cdef handover_t *handover = &worker.handover
     cdef uint32_t slot = handover.start
     cdef uint32_t end = worker.n_chunks * CONN_CHUNK
-    cdef uint32_t last = slot + LEAVE_SLOTS if slot + LEAVE_SLOTS < end else end
+    cdef uint32_t last = slot + DEPART_SLOTS if slot + DEPART_SLOTS < end else end
     cdef conn_t *conn
     handover.count = 0
     while slot < last and handover.count < PASSAGES:
         conn = conn_at(worker, slot)
         if conn.state == CONN_RELAYING and conn.side[DOWNSTREAM].tls == NULL and conn.side[UPSTREAM].tls == NULL:
-            conn_leave(worker, conn, slot, &handover.passages[handover.count])
+            conn_depart(worker, conn, slot, &handover.passages[handover.count])
             handover.count += 1
         slot += 1
     handover.next = slot if slot < end else 0
 
 
-cdef void worker_come(worker_t *worker) noexcept nogil:
+cdef void worker_arrive(worker_t *worker) noexcept nogil:
     # Gives each of the batch a slot, or none of them any.
     cdef handover_t *handover = &worker.handover
     cdef conn_t *conn
@@ -1379,42 +1450,27 @@ cdef void worker_settle(worker_t *worker) noexcept nogil:
     for i in range(handover.count):
         slot = handover.passages[i].slot
         conn = conn_at(worker, slot)
-        if conn.state == CONN_LEAVING and handover.flag:
+        if conn.state == CONN_DEPARTING and handover.flag:
             conn_go_on(worker, conn, slot)
-        elif conn.state == CONN_LEAVING:
+        elif conn.state == CONN_DEPARTING:
             conn_forget(worker, conn, slot)
-        elif conn.state == CONN_COMING and handover.flag:
-            conn_arrive(worker, conn, slot)
-        elif conn.state == CONN_COMING:
+        elif conn.state == CONN_ARRIVING and handover.flag:
+            conn_welcome(worker, conn, slot)
+        elif conn.state == CONN_ARRIVING:
             conn_turn_away(worker, conn, slot)
     handover.count = 0
 
 
-cdef void worker_leave_accepting(worker_t *worker, bint accept) noexcept nogil:
-    # What waits in the queues of the listening sockets waits for the other process as well, which has the same sockets.
-    cdef epoll_event event
-    cdef uint32_t i
-    if accept and worker.accept_off:
-        worker.accept_off = 0
-        accept_resume(worker)
-    elif not accept and not worker.accept_off:
-        worker.accept_off = 1
-        for i in range(worker.n_armed):
-            epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
-
-
 cdef void worker_handover(worker_t *worker) noexcept nogil:
-    # Does what the control loop asks, after the events of the turn: none of those that left are dispatched any more.
+    # Does what the control loop asks, after the events of the turn: none of those that depart is dispatched any more.
     cdef handover_t *handover = &worker.handover
     cdef uint64_t asked = handover.asked
     cdef uint64_t one = 1
     cdef int done_fd = handover.done_fd
-    if asked == HANDOVER_ACCEPT:
-        worker_leave_accepting(worker, handover.flag)
-    elif asked == HANDOVER_LEAVE:
-        worker_leave(worker)
-    elif asked == HANDOVER_COME:
-        worker_come(worker)
+    if asked == HANDOVER_DEPART:
+        worker_depart(worker)
+    elif asked == HANDOVER_ARRIVE:
+        worker_arrive(worker)
     elif asked == HANDOVER_SETTLE:
         worker_settle(worker)
     store_release(&handover.asked, 0)
@@ -1458,7 +1514,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
         else:
             conn_drain(worker, conn, slot)
     elif conn.state == CONN_HANDSHAKE:
-        conn_handshake(worker, conn, slot)
+        queue_push(worker, conn, slot, QUEUED_HEAVY)
     elif conn.state == CONN_HELLO:
         conn_hello(worker, conn, slot, False)
     else:
@@ -1490,17 +1546,19 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
         else:
             conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     elif conn.state == CONN_RESETTING:
-        if worker.now_ms >= conn.lifetime_at_ms:
+        if worker.now_ms >= conn.ends_at_ms:
             conn_finish(worker, conn, slot, conn.reset_reason, True)
         else:
             conn_drain(worker, conn, slot)
     else:
-        if conn.lifetime_at_ms and worker.now_ms >= conn.lifetime_at_ms:
-            conn_finish(worker, conn, slot, CLOSE_LIFETIME, True)
+        if conn.ends_at_ms and worker.now_ms >= conn.ends_at_ms:
+            conn_finish(worker, conn, slot, conn.end_reason, True)
             return
-        if conn.expires_at_ms and worker.now_ms >= conn.expires_at_ms:
-            conn_finish(worker, conn, slot, CLOSE_PEER_CERTIFICATE, True)
-            return
+        if conn.leaves_at_ms and worker.now_ms >= conn.leaves_at_ms:
+            if leave_stands(worker, conn):
+                conn_finish(worker, conn, slot, conn.leave_reason, True)
+                return
+            conn.leaves_at_ms = 0
         at = conn_deadline(worker, conn)
         if at and at <= worker.now_ms:
             if (conn.phase.half[0].flags | conn.phase.half[1].flags) & HALF_ENDED:
@@ -1532,14 +1590,22 @@ cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
                 armed.burst = 65536
                 listener_accept(worker, i)
         if worker.plan.trust != plan.trust:
-            worker.recheck_slot = 0
-            worker.recheck_end = worker.n_chunks * CONN_CHUNK
+            worker.sweep_trust = 1
+            worker_begin_sweep(worker)
     worker.accept_paused_until_ms = 0
     for i in range(worker.n_armed):
         if not paused:
             epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
     worker.plan = plan
-    worker.n_armed = plan.n_listeners
+    if worker.accept_mode == ACCEPT_ON:
+        worker_arm(worker)
+
+
+cdef void worker_arm(worker_t *worker) noexcept nogil:
+    # Watches the listening sockets of its plan.
+    cdef const plan_t *plan = worker.plan
+    cdef uint32_t i
+    worker.n_armed = plan.n_listeners if plan != NULL else 0
     for i in range(worker.n_armed):
         worker.armed[i].fd = plan.listeners[i].fds[worker.index]
         worker.armed[i].listener = i
@@ -1562,9 +1628,9 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
     while slot < end and page.count < page.limit:
         conn = conn_at(worker, slot)
         slot += 1
-        if conn.state == CONN_FREE or conn.state == CONN_COMING:
+        if conn.state == CONN_FREE or conn.state == CONN_ARRIVING:
             continue
-        relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING or conn.state == CONN_LEAVING
+        relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING or conn.state == CONN_DEPARTING
         view = &page.views[page.count]
         page.count += 1
         view.slot = slot - 1
@@ -1593,7 +1659,7 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
 
 cdef inline int worker_wait_ms(const worker_t *worker) noexcept nogil:
     cdef uint64_t at = wheel_next_ms(&worker.wheel)
-    if worker.ready.head != WHEEL_NONE or worker.recheck_end:
+    if worker.ready.head != WHEEL_NONE or worker.heavy.head != WHEEL_NONE or worker.sweep_end:
         return 0
     if worker.accept_paused_until_ms and (at == 0 or worker.accept_paused_until_ms < at):
         at = worker.accept_paused_until_ms
@@ -1623,9 +1689,39 @@ cdef inline int worker_wait(worker_t *worker) noexcept nogil:
     return epoll_wait(worker.epoll_fd, worker.events, MAX_EVENTS, wait_ms)
 
 
+cdef void worker_serve_heavy(worker_t *worker) noexcept nogil:
+    # Steps of handshakes: one, or as many as take as long as the rest of the turn did. Then others get their turn: else a batch of
+    # handshakes would hold up every byte that is to be relayed (HAProxy's TL_HEAVY).
+    cdef uint64_t began_ns, took_ns
+    cdef conn_t *conn
+    cdef uint32_t slot
+    if worker.heavy.head == WHEEL_NONE:
+        return
+    began_ns = clock_ns(CLOCK_MONOTONIC)
+    took_ns = began_ns - worker.now_ns
+    while worker.heavy.head != WHEEL_NONE:
+        slot = worker.heavy.head
+        conn = conn_at(worker, slot)
+        queue_remove(worker, conn)
+        if conn.state == CONN_HANDSHAKE:
+            conn_handshake(worker, conn, slot)
+        elif conn.state == CONN_DIALLING and conn.phase.dial.handshaking:
+            dial_handshake(worker, conn, slot)
+        if clock_ns(CLOCK_MONOTONIC) - began_ns >= took_ns:
+            break
+
+
+cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
+    # Events of listeners in this batch carry indexes of what was armed before.
+    cdef int i
+    for i in range(n):
+        if worker.events[i].data.u64 >> 32 == TAG_LISTENER:
+            worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
+
+
 cdef void worker_turn(worker_t *worker) noexcept nogil:
     # One turn: wait, adopt a new plan, serve events, then those that used up their budget, then streams that were held long enough,
-    # then timers.
+    # then handshakes, then timers.
     cdef int n = worker_wait(worker)
     cdef plan_t *plan = <plan_t *> load_pointer(<void **> &worker.engine.plan)
     cdef uint64_t tag, count
@@ -1637,12 +1733,15 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     if plan != worker.plan:
         worker_adopt(worker, plan)
         store_release(&worker.seen_generation, plan.generation)
-        # Events of listeners in this batch carry indexes of the plan before.
-        for i in range(n):
-            if worker.events[i].data.u64 >> 32 == TAG_LISTENER:
-                worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
+        worker_forget_listeners(worker, n)
     elif worker.accept_paused_until_ms and worker.now_ms >= worker.accept_paused_until_ms:
         accept_resume(worker)
+    if load(&worker.engine.accept_mode) != worker.accept_mode:
+        worker_set_accept_mode(worker, load(&worker.engine.accept_mode))
+        worker_forget_listeners(worker, n)
+    if load_acquire(&worker.engine.sweep) != worker.sweep:
+        worker.sweep = load_acquire(&worker.engine.sweep)
+        worker_begin_sweep(worker)
     for i in range(n):
         tag = worker.events[i].data.u64
         if tag >> 32 == TAG_LISTENER:
@@ -1664,12 +1763,13 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
             break
     while worker.held.head != WHEEL_NONE and conn_at(worker, worker.held.head).held_until_ns <= worker.now_ns:
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
+    worker_serve_heavy(worker)
     slot = wheel_expire(&worker.wheel, worker.now_ms)
     while slot != WHEEL_NONE:
         conn_timeout(worker, conn_at(worker, slot), slot)
         slot = wheel_expire(&worker.wheel, worker.now_ms)
-    if worker.recheck_end:
-        worker_recheck(worker)
+    if worker.sweep_end:
+        worker_sweep(worker)
     if load_acquire(<uint64_t *> &worker.page.state) == 1:
         worker_show_page(worker)
     if load_acquire(&worker.handover.asked):
@@ -1682,9 +1782,9 @@ cdef void worker_end(worker_t *worker) noexcept nogil:
     cdef conn_t *conn
     for slot in range(worker.n_chunks * CONN_CHUNK):
         conn = conn_at(worker, slot)
-        if conn.state == CONN_COMING:
+        if conn.state == CONN_ARRIVING:
             conn_turn_away(worker, conn, slot)
-        elif conn.state == CONN_LEAVING:
+        elif conn.state == CONN_DEPARTING:
             conn_forget(worker, conn, slot)
         elif conn.state != CONN_FREE:
             conn_finish(worker, conn, slot, CLOSE_SHUTDOWN, True)

@@ -51,9 +51,10 @@ RECORDS_PER_WAKE = 512
 COLLECT_DEADLINE_S = 10.0
 CARRIED_BYTES = _fastpath.carried_size()
 """Of a connection's state as it crosses from one process to another: the same in both, or they can't."""
-_STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "leaving"}
+_STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "departing"}
 _REASONS = tuple(CloseReason)
 _CAUSES = tuple(TlsCause)
+ACCEPT_ON, ACCEPT_EMPTY, ACCEPT_OFF = range(3)
 _NO_ALLOW = 0xFFFFFFFF
 """Stands in for the dry-run policy when it is that none of them allows."""
 _LOG_WHEN = {LogWhen.NEVER: 0, LogWhen.ERRORS: 1, LogWhen.ALWAYS: 2}
@@ -71,7 +72,6 @@ class _ClusterEntry:
     zone: str
     compiled: _fastpath.Cluster
     endpoints: dict[str, _fastpath.EndpointStat]
-    warm_from_ms: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -252,6 +252,62 @@ class Datapath:
             ]
         )
 
+    # -- endpoints, between two plans ----------------------------------------------------------------------------------
+    # On the control loop, which must not wait for a plan that is being compiled: no lock. A new plan goes on with the same counters.
+
+    def _endpoint_stat(self, cluster: str, address: str) -> _fastpath.EndpointStat | None:
+        entry = self._clusters.get(cluster)
+        return entry.endpoints.get(address) if entry else None
+
+    def set_endpoint_out(self, cluster: str, address: str, causes: int) -> bool:
+        """Workers pick the endpoint as long as ``causes``, a bit each, is 0. False: there is no such endpoint."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is None:
+            return False
+        stat.out = causes
+        return True
+
+    def warm_endpoint(self, cluster: str, address: str, over_ms: int) -> None:
+        """Slow start from now on."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            now_ms = time.monotonic_ns() // 1_000_000
+            stat.warm(now_ms, now_ms + over_ms)
+
+    def close_endpoint(self, cluster: str, address: str, reason: CloseReason, over_ms: int) -> None:
+        """Ends its connections, each at a moment of its own within ``over_ms``, and so those that are made yet, until
+        ``keep_endpoint``."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            self._engine.leave([(stat, 1000)], reason, over_ms)
+
+    def keep_endpoint(self, cluster: str, address: str) -> None:
+        """Calls ``close_endpoint`` off: connections that have not ended yet, stay."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            stat.stay()
+
+    def close_all(self, reason: CloseReason, over_ms: int) -> None:
+        """Ends every connection, each at a moment of its own within ``over_ms``, and so those that are made yet."""
+        self._engine.leave_all(reason, over_ms)
+
+    @property
+    def active(self) -> int:
+        """Live connections."""
+        return self._engine.active
+
+    async def stop_accepting(self) -> None:
+        """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""
+        self._engine.set_accept_mode(ACCEPT_EMPTY)
+        while not self._engine.accept_mode_seen:
+            await asyncio.sleep(0.001)
+
+    def set_panic(self, cluster: str, panic: bool) -> None:
+        """Whether workers pick the cluster's endpoints that are out as well."""
+        entry = self._clusters.get(cluster)
+        if entry:
+            entry.compiled.stat.panic = panic
+
     def wait_until_seen(self) -> None:
         """Waits until every worker serves the current plan. Raises InternalError after ten seconds."""
         with self._lock:
@@ -263,10 +319,8 @@ class Datapath:
             return before
         stat = before.compiled.stat if before else self._new_cluster_stat(cluster.name)
         known = before.endpoints if before else {}
-        warm = before.warm_from_ms if before else {}
         now_ms = time.monotonic_ns() // 1_000_000
         endpoints: dict[str, _fastpath.EndpointStat] = {}
-        warm_from_ms: dict[str, int] = {}
         rows = []
         for endpoint in cluster.endpoints:
             address = endpoint.address
@@ -275,17 +329,15 @@ class Datapath:
                 endpoint_stat = _fastpath.EndpointStat(self._new_id())
                 # An endpoint that joins a cluster in service warms up; those that were there from the start don't.
                 if before and cluster.slow_start_ms:
-                    warm_from_ms[address] = now_ms
-            elif address in warm:
-                warm_from_ms[address] = warm[address]
+                    endpoint_stat.warm(now_ms, now_ms + cluster.slow_start_ms)
             endpoints[address] = endpoint_stat
             tier = endpoint_tier(cluster, endpoint.zone, zone)
-            rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, warm_from_ms.get(address, 0), endpoint_stat))
+            rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, endpoint_stat))
         peers = [compile_pattern(pattern) for pattern in cluster.tls.peers] if cluster.tls else []
         sni = cluster.tls.sni.encode() if cluster.tls else b""
         identity = self._identity_id(cluster.tls.identity) if cluster.tls else 0
         compiled = _fastpath.Cluster(stat, rows, peers, sni, **compile_settings(cluster, identity))
-        return _ClusterEntry(cluster, zone, compiled, endpoints, warm_from_ms)
+        return _ClusterEntry(cluster, zone, compiled, endpoints)
 
     def _add_listener(
         self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int]
@@ -334,7 +386,13 @@ class Datapath:
                 continue
             kept = after.endpoints if after else {}
             self._removed.compiled.append(before.compiled)
-            self._removed.endpoints += [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            gone = [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            self._removed.endpoints += gone
+            drain = (after or before).model.drain
+            if gone and drain.removed_ms:
+                self._engine.leave([(stat, 1000) for stat in gone], CloseReason.ENDPOINT_REMOVED, drain.removed_ms)
+            if after and drain.rebalance_ms:
+                self._rebalance(before, after)
             if after is None:
                 self._removed.clusters.append((name, before.compiled.stat, False))
         for name, listener in self._listeners.items():
@@ -343,6 +401,22 @@ class Datapath:
         self._note_gone(entries, listeners)
         self._clusters = entries
         self._listeners = listeners
+
+    def _rebalance(self, before: _ClusterEntry, after: _ClusterEntry) -> None:
+        """Endpoints have joined: of the others' connections, as many as are above their share end over time and find new places."""
+        weights = {endpoint.address: endpoint.weight for endpoint in after.model.endpoints}
+        if not sum(weights.values()) or all(address in before.endpoints for address in weights):
+            return
+        active = {address: stat.active for address, stat in after.endpoints.items()}
+        each = sum(active.values()) / sum(weights.values())
+        leave = []
+        for address, stat in after.endpoints.items():
+            excess = active[address] - each * weights[address]
+            if excess >= 1:
+                # Never all of them: that would mean those to come as well.
+                leave.append((stat, min(999, round(1000 * excess / active[address]))))
+        if leave:
+            self._engine.leave(leave, CloseReason.REBALANCED, after.model.drain.rebalance_ms)
 
     def tick(self) -> None:
         """Forgets what was removed, has no connection left and nothing more to report. Call it about once a second."""
@@ -462,11 +536,14 @@ class Datapath:
 
     # -- from one process to another -------------------------------------------------------------------------------------
 
-    def accept(self, on: bool) -> None:
-        """Makes all workers accept, or leave that to another process that has the same listening sockets. Blocks until they do."""
-        with self._steering:
-            for handover in self._steered():
-                handover.accept(on)
+    def leave_accepting(self, to_another: bool) -> None:
+        """Leaves it to another process, which has the same listening sockets, to accept; or begins again. Blocks until it is so."""
+        self._engine.set_accept_mode(ACCEPT_OFF if to_another else ACCEPT_ON)
+        deadline = time.monotonic() + COLLECT_DEADLINE_S
+        while not self._engine.accept_mode_seen:
+            if time.monotonic() > deadline:
+                raise InternalError("a worker has not come round for ten seconds")
+            time.sleep(0.0005)
 
     def _steered(self) -> list[_fastpath.Handover]:
         if not self._handovers:
@@ -492,7 +569,7 @@ class Datapath:
     def _hand_over_some(self, index: int, slot: int, deliver: Callable[[int, list[Traveller]], bool]) -> tuple[int, int]:
         """How many have gone (-1: they were not taken), and the next slot or 0."""
         handover = self._steered()[index]
-        left, following = handover.leave(slot)
+        left, following = handover.depart(slot)
         if not left:
             return 0, following
         taken = False
@@ -514,8 +591,8 @@ class Datapath:
         with self._steering, self._lock:
             handover = self._steered()[worker % self._n_workers]
             counts = [self._counts_of(listener, cluster, endpoint) for _, _, listener, cluster, endpoint in travellers]
-            coming = [(state, fds, *of_one) for (state, fds, *_), of_one in zip(travellers, counts, strict=True)]
-            if not handover.come(coming):
+            arriving = [(state, fds, *of_one) for (state, fds, *_), of_one in zip(travellers, counts, strict=True)]
+            if not handover.arrive(arriving):
                 return False
             confirmed = False
             try:
@@ -546,6 +623,8 @@ class Datapath:
         if endpoint and endpoint_stat is None:
             endpoint_stat = _fastpath.EndpointStat(self._new_id())
             self._removed.endpoints.append(endpoint_stat)
+            if entry and entry.model.drain.removed_ms:
+                self._engine.leave([(endpoint_stat, 1000)], CloseReason.ENDPOINT_REMOVED, entry.model.drain.removed_ms)
         return listener_stat, cluster_stat, endpoint_stat
 
     def totals(self) -> Totals:
@@ -565,11 +644,6 @@ class Datapath:
             if self._inherited is not None:
                 self._inherited = self._inherited.at_rest()
                 self._inherited_endpoints = {(endpoint.cluster, endpoint.address): endpoint for endpoint in self._inherited.endpoints}
-
-    @property
-    def active(self) -> int:
-        """Live connections of this process."""
-        return self._engine.active
 
     def _note_gone(self, clusters: Mapping[str, _ClusterEntry], listeners: Mapping[str, _fastpath.ListenerStat]) -> None:
         """What was counted under a name that the configuration does not have stays with the removed, should the name come back."""
@@ -665,11 +739,11 @@ def _add_listener(before: ListenerSnapshot, counts: tuple[int, int, list[int]]) 
 
 def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> EndpointSnapshot:
     address = endpoint.address
-    active, opened, failures, to_upstream, to_downstream = entry.endpoints[address].read()
-    warm_from_ms = entry.warm_from_ms.get(address, 0)
+    stat = entry.endpoints[address]
+    active, opened, failures, to_upstream, to_downstream = stat.read()
     return EndpointSnapshot(
         entry.model.name, address, endpoint.weight, endpoint.zone, active, opened, failures, to_upstream, to_downstream,
-        bool(warm_from_ms) and now_ms < warm_from_ms + entry.model.slow_start_ms,
+        now_ms < stat.warm_until_ms,
     )  # fmt: skip
 
 

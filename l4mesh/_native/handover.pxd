@@ -3,12 +3,11 @@
 # Both sockets go, and a pipe that has bytes in it goes as it is: nothing is read, so that nothing is lost when the other process
 # ends before it has them. What a process finds out for itself stays: epoll, timers, and what its sockets are ready for.
 
-from libc.stdint cimport uint8_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.stdint cimport uint32_t
+from libc.string cimport memset
 
 from l4mesh._native.types cimport (
-    CARRIED_FDS, CONN_COMING, DOWNSTREAM, SIDE_READABLE, SIDE_WRITABLE, UPSTREAM, carried_half_t, carried_t, conn_t, half_t, passage_t,
-    worker_t,
+    CARRIED_FDS, CONN_ARRIVING, carried_t, conn_t, half_t, passage_t, worker_t,
 )
 
 
@@ -21,7 +20,10 @@ cdef inline void passage_pack(passage_t *passage, const conn_t *conn, uint32_t s
         passage.fds[h] = -1
     state.accepted_ns = conn.accepted_ns
     state.active_ms = conn.active_ms
-    state.lifetime_at_ms = conn.lifetime_at_ms
+    state.ends_at_ms = conn.ends_at_ms
+    state.end_reason = conn.end_reason
+    state.leaves_at_ms = conn.leaves_at_ms
+    state.leave_reason = conn.leave_reason
     state.connected_us = conn.connected_us
     state.first_byte_us = conn.first_byte_us
     state.idle_ms = conn.idle_ms
@@ -65,10 +67,13 @@ cdef inline void passage_unpack(worker_t *worker, passage_t *passage, conn_t *co
     cdef const carried_t *state = &passage.state
     cdef half_t *half
     cdef int h
-    conn.state = CONN_COMING
+    conn.state = CONN_ARRIVING
     conn.accepted_ns = state.accepted_ns
     conn.active_ms = state.active_ms
-    conn.lifetime_at_ms = state.lifetime_at_ms
+    conn.ends_at_ms = state.ends_at_ms
+    conn.end_reason = state.end_reason
+    conn.leaves_at_ms = state.leaves_at_ms
+    conn.leave_reason = state.leave_reason
     conn.connected_us = state.connected_us
     conn.first_byte_us = state.first_byte_us
     conn.idle_ms = state.idle_ms

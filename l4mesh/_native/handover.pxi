@@ -8,7 +8,7 @@ cdef class Handover:
     """Steers one worker of ``engine`` while one process takes over from another. One call at a time, from any thread; each waits for
     the worker, which must be running, and raises TimeoutError when it does not answer within ten seconds.
 
-    Between ``leave`` or ``come`` and ``settle`` the connections stand still.
+    Between ``depart`` or ``arrive`` and ``settle`` the connections stand still.
     """
 
     cdef Engine engine
@@ -57,12 +57,7 @@ cdef class Handover:
             raise TimeoutError("a worker has not come round for ten seconds")
         return 0
 
-    def accept(self, bint on) -> None:
-        """Makes the worker accept connections, or leave them to another process that has the same listening sockets."""
-        self.handover.flag = on
-        self.ask(HANDOVER_ACCEPT)
-
-    def leave(self, uint32_t start) -> tuple[list[tuple[bytes, list[int], int, int, str]], int]:
+    def depart(self, uint32_t start) -> tuple[list[tuple[bytes, list[int], int, int, str]], int]:
         """Takes plaintext relayed connections from slot ``start`` on out of the worker, a bounded number: for each its state and kept
         bytes, its descriptors (still the worker's), the ids of its listener and cluster, and the address of its endpoint ("": it has
         none that is counted); and the next slot or 0. Call ``settle`` next."""
@@ -72,7 +67,7 @@ cdef class Handover:
         cdef list left = []
         cdef bytes state
         self.handover.start = start
-        self.ask(HANDOVER_LEAVE)
+        self.ask(HANDOVER_DEPART)
         for i in range(self.handover.count):
             passage = &self.handover.passages[i]
             state = (<const char *> &passage.state)[:sizeof(carried_t)]
@@ -85,10 +80,10 @@ cdef class Handover:
             ))
         return left, self.handover.next
 
-    def come(self, list connections not None) -> bool:
+    def arrive(self, list connections not None) -> bool:
         """Brings connections in, each as (state and kept bytes, descriptors, ListenerStat, ClusterStat, EndpointStat or None) of what
         it counts in. False: no memory. Then, and after an error, the descriptors are the caller's; else they are the worker's. Call
-        ``settle`` next. Raises ValueError for what ``leave`` did not give."""
+        ``settle`` next. Raises ValueError for what ``depart`` did not give."""
         cdef uint32_t i
         if len(connections) > PASSAGES:
             raise ValueError(f"more than {<int> PASSAGES} connections")
@@ -99,7 +94,7 @@ cdef class Handover:
             for i in range(self.handover.count):
                 state, fds, listener, cluster, endpoint = connections[i]
                 self.unpack(&self.handover.passages[i], state, fds, listener, cluster, endpoint)
-            self.ask(HANDOVER_COME)
+            self.ask(HANDOVER_ARRIVE)
         except BaseException:
             self.drop_parked()
             self.handover.count = 0
@@ -158,7 +153,7 @@ cdef class Handover:
         return 0
 
     def settle(self, bint go_on) -> None:
-        """Lets the connections of the last ``leave`` or ``come`` go on in this process, or forgets them and closes their
+        """Lets the connections of the last ``depart`` or ``arrive`` go on in this process, or forgets them and closes their
         descriptors: the other one has them."""
         self.handover.flag = go_on
         self.ask(HANDOVER_SETTLE)

@@ -253,14 +253,14 @@ class UpgradeServer:
                 raise CommandError(str(answer.body.get("why"))[:1000])
             began = time.monotonic()
             self._handed_over = 0
-            running.datapath.accept(False)
+            running.datapath.leave_accepting(True)
             for _ in range(PASSES):
                 self._hand_over_live(channel)
             self._on_loop(running.release)
             self._report(channel, "yours")
             _hear(channel, "serving")
         except BaseException:
-            running.datapath.accept(True)
+            running.datapath.leave_accepting(False)
             self._on_loop(running.resume)
             raise
         seconds = round(time.monotonic() - began, 4)
