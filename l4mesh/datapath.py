@@ -615,7 +615,9 @@ class Datapath:
             self._names[listener_stat.id] = listener
             self._removed.listeners.append((listener, listener_stat, False))
         entry = self._clusters.get(cluster)
-        cluster_stat = entry.compiled.stat if entry else next((stat for name, stat, _ in self._removed.clusters if name == cluster), None)
+        cluster_stat = (
+            entry.compiled.stat if entry else next((stat for name, stat, _ in self._removed.clusters if name == cluster), None)
+        )
         if cluster_stat is None:
             cluster_stat = self._new_cluster_stat(cluster)
             self._removed.clusters.append((cluster, cluster_stat, False))

@@ -30,7 +30,11 @@ _COUNTED: Mapping[type, tuple[str, ...]] = {
     TlsSnapshot: ("handshakes", "failures", "dry_run_denials"),
 }  # fmt: skip
 """The fields that add up over processes. One that is left out starts anew with each."""
-_NAMES: Mapping[type, tuple[str, ...]] = {ListenerSnapshot: ("name",), ClusterSnapshot: ("name",), EndpointSnapshot: ("cluster", "address")}
+_NAMES: Mapping[type, tuple[str, ...]] = {
+    ListenerSnapshot: ("name",),
+    ClusterSnapshot: ("name",),
+    EndpointSnapshot: ("cluster", "address"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +149,12 @@ def dict_of(data: object) -> dict[str, Any]:
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         kind = type(value)
-        return {name: _encode(getattr(value, name)) for name in (*_NAMES.get(kind, ()), *_COUNTED[kind])} | _place(value)
+        return {name: _encode(getattr(value, name)) for name in (*_NAMES.get(kind, ()), *_COUNTED[kind])}
     if isinstance(value, dict):
         return [[_encode(key), count] for key, count in value.items()]
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
     return value.name if isinstance(value, Enum) else value
-
-
-def _place(value: Any) -> dict[str, int]:
-    return {"worker": value.worker} if isinstance(value, WorkerSnapshot) else {}
 
 
 def _decode(hint: Any, data: Any) -> Any:

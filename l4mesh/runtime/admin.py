@@ -70,8 +70,9 @@ class AdminServer:
         return address if address.startswith("unix:") else str(SocketAddress(*self.listening.getsockname()[:2]))
 
     async def answer(self) -> None:
-        """Begins to answer at the socket, at first or after ``release``."""
-        assert self.listening is not None
+        """Begins to answer at the socket, at first or after ``release``; nothing where there is none."""
+        if self.listening is None or self._runner:
+            return
         app = web.Application(client_max_size=1024, middlewares=[self._limit])
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/live", self._live)
@@ -263,7 +264,7 @@ class _Site(web.BaseSite):
         loop = asyncio.get_running_loop()
         assert self._runner.server is not None
         listen = loop.create_unix_server if self._listening.family == socket.AF_UNIX else loop.create_server
-        self._server = await listen(self._runner.server, sock=self._listening)  # type: ignore[operator]
+        self._server = await listen(self._runner.server, sock=self._listening)
 
 
 def _listen(address: str) -> socket.socket:

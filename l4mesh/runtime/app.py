@@ -8,9 +8,10 @@ import math
 import os
 import resource
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
 from l4mesh.runtime.endpoints import EndpointRegistry
-from l4mesh.runtime.listeners import Listeners
+from l4mesh.runtime.listeners import Listeners, Place
 from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.notify import notify
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
+from l4mesh.runtime.upgrade import Takeover, UpgradeServer
 from l4mesh.snapshot import ConnectionRecord
 
 TICK_S = 0.25
@@ -94,12 +97,19 @@ class App:
         self._ready = False
         self._lag_s = 0.0
         self._lag_max_s = 0.0
+        self._admin_bind = ""
+        """As configured: what another process compares its own with."""
         self._admin_address = ""
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
         self._endpoints: EndpointRegistry | None = None
         self._listeners: Listeners | None = None
         self._access_log: AccessLog | None = None
+        self._admin: AdminServer | None = None
+        self._takeover: Takeover | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._upgrades: UpgradeServer | None = None
+        self._replaced = False
         self._descriptors = raise_descriptor_limit()
         self._n_workers = 0
 
@@ -108,7 +118,6 @@ class App:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-        admin: AdminServer | None = None
         tasks: list[asyncio.Task[Any]] = []
         stopping = draining = None
         try:
@@ -118,9 +127,9 @@ class App:
             assert self._datapath is not None
             self._datapath.start()
             await self._published()
-            admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
-            if config.admin:
-                self._admin_address = await admin.start(config.admin)
+            if self._takeover:
+                await self._unless_stopped(self._takeover.complete, self._takeover)
+            await self._start_servers(config)
             tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
@@ -134,26 +143,78 @@ class App:
                 connections_limit=self._max_connections(config),
                 pid=os.getpid(),
             )
+            notify(READY=1)
             stopping = loop.create_task(self._stop.wait())
             draining = loop.create_task(self._drain())
             done, _ = await asyncio.wait([stopping, draining, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
                 task.result()
+        except (ConfigError, CommandError) as error:
+            if self._takeover:
+                self._takeover.fail(str(error))
+            raise
         finally:
             self._ready = False
+            if not self._replaced:
+                notify(STOPPING=1)
+            if self._upgrades:
+                await self._upgrades.stop()
+            if self._takeover:
+                self._takeover.hang_up()
             tasks += [task for task in (stopping, draining) if task]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if admin:
-                await admin.stop()
+            if self._following:
+                await asyncio.gather(self._following, return_exceptions=True)
+            if self._admin:
+                await self._admin.stop()
             self._reloader.close()
             self._close()
             log.info("stopped")
 
+    async def _start_servers(self, config: Config) -> None:
+        """Those that are no listeners; then whoever was replaced may end."""
+        assert self._datapath is not None
+        assert self._listeners is not None
+        takeover = self._takeover
+        self._admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
+        self._upgrades = UpgradeServer(self) if config.upgrade_socket else None
+        if takeover:
+            self._ready = True
+        if config.admin:
+            self._admin_bind = config.admin
+            self._admin_address = await self._admin.start(config.admin, takeover.take_admin(config.admin) if takeover else None)
+        if self._upgrades:
+            self._upgrades.start(config.upgrade_socket, takeover.take_upgrade() if takeover else None)
+        if takeover:
+            takeover.serve()
+            self._listeners.settle()
+            self._following = asyncio.get_running_loop().create_task(asyncio.to_thread(takeover.follow, self._datapath))
+
+    async def _unless_stopped(self, work: Callable[[Datapath], None], takeover: Takeover) -> None:
+        """``work`` on a thread. Raises CommandError when the process is told to stop meanwhile."""
+        assert self._datapath is not None
+        loop = asyncio.get_running_loop()
+        working = loop.create_task(asyncio.to_thread(work, self._datapath))
+        told = [loop.create_task(event.wait()) for event in (self._stop, self._terminated)]
+        await asyncio.wait([working, *told], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            takeover.fail("the new process was told to stop")
+            takeover.hang_up()
+            await asyncio.gather(working, return_exceptions=True)
+            raise CommandError("stopped while it took over; the process before goes on")
+        for task in told:
+            task.cancel()
+        working.result()
+
     def _close(self) -> None:
         if self._datapath:
             self._datapath.stop()
+        if self._upgrades:
+            self._upgrades.finish()
+        if self._takeover:
+            self._takeover.close()
         if self._listeners:
             self._listeners.close()
         if self._access_log:
@@ -168,11 +229,12 @@ class App:
             self._access_log = AccessLog(config.access_log)
             self._datapath = Datapath(self._n_workers, self._descriptors, self._log_records)
             self._endpoints = EndpointRegistry(self._datapath)
-            self._listeners = Listeners(self._n_workers)
+            self._takeover = Takeover.find(config.upgrade_socket) if config.upgrade_socket else None
+            self._listeners = Listeners(self._n_workers, self._takeover.take_listening() if self._takeover else None)
         else:
             self._warn_of_fixed(config)
         sockets = self._listeners.open(config)
-        bound = [(name, address) for name, binds in sockets.items() for address, _ in binds]
+        bound = list(dict.fromkeys((name, address) for name, binds in sockets.items() for address, _ in binds))
         own = [address for _, address in bound]
         admin = self._admin_address or config.admin
         if admin and not admin.startswith("unix:"):
@@ -201,7 +263,7 @@ class App:
     def _warn_of_fixed(self, config: Config) -> None:
         before = self._reloader.config
         assert before is not None
-        for key in ("workers", "admin", "access_log"):
+        for key in ("workers", "admin", "upgrade_socket", "access_log"):
             if getattr(before, key) != getattr(config, key) and not (
                 key == "access_log"
                 and (before.access_log.path, before.access_log.format) == (config.access_log.path, config.access_log.format)
@@ -255,21 +317,69 @@ class App:
         drain = self._reloader.config.drain
         self._ready = False
         await self._reloader.freeze()
-        await self._datapath.stop_accepting()
+        reporting = None
+        if self._replaced:
+            assert self._upgrades is not None
+            await self._upgrades.stop()
+            reporting = asyncio.get_running_loop().create_task(asyncio.to_thread(self._upgrades.report))
+        else:
+            await self._datapath.stop_accepting()
         self._listeners.close()
         log.info("draining", connections=self._datapath.active, time_s=drain.time_ms / 1000, over_s=drain.over_ms / 1000)
-        await self._wait_idle(drain.time_ms)
-        if self._datapath.active and drain.over_ms:
-            log.info("closing", connections=self._datapath.active)
-            self._datapath.close_all(CloseReason.SHUTDOWN, drain.over_ms)
-            await self._wait_idle(drain.over_ms)
+        try:
+            await self._wait_idle(drain.time_ms)
+            if self._datapath.active and drain.over_ms:
+                log.info("closing", connections=self._datapath.active)
+                self._datapath.close_all(CloseReason.SHUTDOWN, drain.over_ms)
+                await self._wait_idle(drain.over_ms)
+        finally:
+            if reporting:
+                assert self._upgrades is not None
+                self._upgrades.report_no_more()
+                await reporting
         log.info("drained", connections_cut=self._datapath.active)
 
     async def _wait_idle(self, most_ms: int) -> None:
         assert self._datapath is not None
         until = time.monotonic() + most_ms / 1000
-        while self._datapath.active and time.monotonic() < until:
+        while self._is_busy() and time.monotonic() < until:
             await asyncio.sleep(IDLE_LOOK_EVERY_S)
+
+    def _is_busy(self) -> bool:
+        """A process that was replaced as well waits for the one that it replaced, whose counters come through it."""
+        assert self._datapath is not None
+        return bool(self._datapath.active) or (self._replaced and self._takeover is not None and not self._takeover.is_over)
+
+    # -- another process takes over (upgrade.Running) ----------------------------------------------------------------------
+
+    @property
+    def datapath(self) -> Datapath:
+        assert self._datapath is not None
+        return self._datapath
+
+    async def hold(self) -> None:
+        await self._reloader.freeze()
+
+    def sockets(self) -> list[tuple[Place, list[socket.socket]]]:
+        assert self._listeners is not None
+        return self._listeners.export()
+
+    def admin(self) -> tuple[str, socket.socket | None]:
+        assert self._admin is not None
+        return self._admin_bind, self._admin.listening
+
+    async def release(self) -> None:
+        assert self._admin is not None
+        await self._admin.release()
+
+    async def resume(self) -> None:
+        assert self._admin is not None
+        await self._admin.answer()
+        self._thawing = asyncio.get_running_loop().create_task(self._reloader.thaw())
+
+    def replaced(self) -> None:
+        self._replaced = True
+        self._terminated.set()
 
     # -- the loop's own work -----------------------------------------------------------------------------------------------
 

@@ -83,7 +83,8 @@ class Listeners:
         }
 
     def _rebinds(self, options: SocketOptions) -> bool:
-        return any(known.bind == options.bind for known in (*self._open, *self._inherited))
+        places = [*(known.place for known in self._open), *self._inherited]
+        return any(place.bind == options.bind for place in places)
 
     def close_unused(self, config: Config) -> None:
         """Closes what ``config`` does not name. Call it when no worker sees an older plan."""

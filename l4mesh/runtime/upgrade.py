@@ -123,6 +123,7 @@ class UpgradeServer:
         self._successor: Channel | None = None
         self._handed_over = 0
         self._stopping = threading.Event()
+        self._quiet = threading.Event()
 
     def start(self, path: str, inherited: socket.socket | None = None) -> None:
         """Listens at ``path``. Raises CommandError."""
@@ -152,7 +153,9 @@ class UpgradeServer:
             greeting = channel.receive(GREETING_S, "takeover", "replace").body
             if greeting.get("protocol") != PROTOCOL or greeting.get("carried") != CARRIED_BYTES:
                 theirs = f"{greeting.get('version')} (protocol {greeting.get('protocol')})"
-                channel.send("refused", {"why": f"{theirs} can't take over from {__version__} (protocol {PROTOCOL}): stop this one first"})
+                channel.send(
+                    "refused", {"why": f"{theirs} can't take over from {__version__} (protocol {PROTOCOL}): stop this one first"}
+                )
             elif greeting["say"] == "replace":
                 self._replace(channel)
             else:
@@ -292,17 +295,19 @@ class UpgradeServer:
 
         asyncio.run_coroutine_threadsafe(run(), self._loop).result(ANSWER_S)
 
-    def drain(self, deadline: float, ended: Callable[[], bool]) -> None:
-        """After ``replaced``: reports until ``ended`` or the deadline (monotonic, seconds), and hands over what can be by now. Blocks."""
-        while not ended() and time.monotonic() < deadline:
-            if self._successor is not None:
-                try:
-                    self._hand_over_live(self._successor)
-                    self._report(self._successor, "counters")
-                except L4meshError as error:
-                    log.warning("upgrade_successor_lost", error=str(error), means="what is left ends here")
-                    self._forget_successor()
-            time.sleep(REPORT_EVERY_S if not ended() else 0)
+    def report(self) -> None:
+        """After ``replaced``, until ``report_no_more``: tells the counters, and hands over what can be by now. Blocks."""
+        while self._successor is not None and not self._quiet.is_set():
+            try:
+                self._hand_over_live(self._successor)
+                self._report(self._successor, "counters")
+            except L4meshError as error:
+                log.warning("upgrade_successor_lost", error=str(error), means="what is left ends here")
+                self._forget_successor()
+            self._quiet.wait(REPORT_EVERY_S)
+
+    def report_no_more(self) -> None:
+        self._quiet.set()
 
     def finish(self) -> None:
         """After the data path has stopped: reports for the last time."""
@@ -506,7 +511,7 @@ class Takeover:
                 datapath.inherit(Totals.decode(message.body.get("totals")))
             except ValueError as error:
                 raise Garbled(str(error)) from error
-        return say == "yours"
+        return bool(say == "yours")
 
     def _take_in(self, datapath: Datapath, message: Message) -> None:
         descriptors = message.descriptors
