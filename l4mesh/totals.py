@@ -31,6 +31,7 @@ _COUNTED: Mapping[type, tuple[str, ...]] = {
 }  # fmt: skip
 """The fields that add up over processes. One that is left out starts anew with each."""
 _NAMES: Mapping[type, tuple[str, ...]] = {
+    WorkerSnapshot: ("worker",),
     ListenerSnapshot: ("name",),
     ClusterSnapshot: ("name",),
     EndpointSnapshot: ("cluster", "address"),

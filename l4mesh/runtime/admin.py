@@ -25,6 +25,7 @@ from l4mesh.snapshot import ConnectionSnapshot, EndpointSnapshot, Snapshot
 PAGE_MAX = 1000
 REQUESTS_AT_ONCE = 16
 BACKLOG = 128
+GRACE_S = 0.05
 
 log = structlog.get_logger()
 
@@ -55,6 +56,7 @@ class AdminServer:
         self._facts = facts
         self._started = time.monotonic()
         self._runner: web.AppRunner | None = None
+        self._site: _Site | None = None
         self.listening: socket.socket | None = None
         self._places = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
@@ -83,11 +85,15 @@ class AdminServer:
         app.router.add_get("/config", self._config)
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=15, shutdown_timeout=1, max_line_size=4096)
         await self._runner.setup()
-        await _Site(self._runner, self.listening.dup()).start()
+        self._site = _Site(self._runner, self.listening.dup())
+        await self._site.start()
 
     async def release(self) -> None:
-        """Answers no more, and leaves the socket open: who has it as well goes on with it."""
-        if self._runner:
+        """Answers no more than what has come, and leaves the socket open: who has it as well goes on with it."""
+        if self._site and self._runner:
+            await self._site.stop()
+            # A connection that was accepted just now has yet to say what it wants.
+            await asyncio.sleep(GRACE_S)
             await self._runner.cleanup()
             self._runner = None
 

@@ -277,7 +277,7 @@ class UpgradeServer:
         descriptors += [listening.fileno() for _, of_place in sockets for listening in of_place]
         places = [[place.bind.host, place.bind.port, place.transparent, place.owner, len(of_place)] for place, of_place in sockets]
         offer = {
-            "version": __version__, "admin": address if admin else "", "places": places, "sockets": len(descriptors),
+            "pid": os.getpid(), "version": __version__, "admin": address if admin else "", "places": places, "sockets": len(descriptors),
         }  # fmt: skip
         channel.send("offer", offer, descriptors=descriptors[:DESCRIPTORS_MAX])
         for first in range(DESCRIPTORS_MAX, len(descriptors), DESCRIPTORS_MAX):
@@ -384,7 +384,7 @@ class Takeover:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._old_pid = channel.peer[0]
+        self._old_pid = 0
         self._admin = ""
         self._admin_socket: socket.socket | None = None
         self._upgrade_socket: socket.socket | None = None
@@ -403,7 +403,7 @@ class Takeover:
             takeover._take_offer()
         except (PeerGone, Garbled, DescriptorsLost, TimeoutError) as error:
             takeover.close()
-            raise CommandError(f"upgrade: process {takeover._old_pid} answers on {path} but hands nothing over: {error}") from error
+            raise CommandError(f"upgrade: a process answers on {path} but hands nothing over: {error}") from error
         except BaseException:
             takeover.close()
             raise
@@ -416,6 +416,7 @@ class Takeover:
             raise CommandError(f"upgrade: {message.body.get('why')}")
         sockets = [socket.socket(fileno=fd) for fd in message.descriptors]
         try:
+            self._old_pid = int(message.body["pid"])
             while len(sockets) < int(message.body["sockets"]):
                 more = self._channel.receive(GREETING_S, "sockets").descriptors
                 if not more:
@@ -491,6 +492,7 @@ class Takeover:
                 log.warning("upgrade_predecessor_lost", old=self._old_pid, error=str(error))
         datapath.inherit_no_more()
         self.is_over = True
+        self._channel.close()
         log.info("upgrade_ends", old=self._old_pid)
 
     def _step(self, datapath: Datapath, timeout_s: float, *expected: str) -> bool:
