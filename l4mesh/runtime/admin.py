@@ -97,11 +97,11 @@ class AdminServer:
             await self._runner.cleanup()
             self._runner = None
 
-    async def stop(self) -> None:
-        """Answers no more. A socket's path is removed, unless ``release`` was called before."""
+    async def stop(self, remove_path: bool = True) -> None:
+        """Answers no more. A socket's path is removed, unless told not to or released before: then it is another's."""
         if self.listening is None:
             return
-        path = self.listening.getsockname() if self._runner and self.listening.family == socket.AF_UNIX else ""
+        path = self.listening.getsockname() if remove_path and self._runner and self.listening.family == socket.AF_UNIX else ""
         await self.release()
         self.listening.close()
         if path:

@@ -110,6 +110,8 @@ class App:
         self._following: asyncio.Task[None] | None = None
         self._upgrades: UpgradeServer | None = None
         self._replaced = False
+        self._owns_paths = True
+        """Of the admin and the upgrade socket; not while they are also those of a process that may yet go on."""
         self._descriptors = raise_descriptor_limit()
         self._n_workers = 0
 
@@ -158,7 +160,7 @@ class App:
             if not self._replaced:
                 notify(STOPPING=1)
             if self._upgrades:
-                await self._upgrades.stop()
+                await self._upgrades.stop(self._owns_paths)
             if self._takeover:
                 self._takeover.hang_up()
             tasks += [task for task in (stopping, draining) if task]
@@ -168,7 +170,7 @@ class App:
             if self._following:
                 await asyncio.gather(self._following, return_exceptions=True)
             if self._admin:
-                await self._admin.stop()
+                await self._admin.stop(self._owns_paths)
             self._reloader.close()
             self._close()
             log.info("stopped")
@@ -178,6 +180,7 @@ class App:
         assert self._datapath is not None
         assert self._listeners is not None
         takeover = self._takeover
+        self._owns_paths = takeover is None
         self._admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
         self._upgrades = UpgradeServer(self) if config.upgrade_socket else None
         if takeover:
@@ -189,6 +192,7 @@ class App:
             self._upgrades.start(config.upgrade_socket, takeover.take_upgrade() if takeover else None)
         if takeover:
             takeover.serve()
+            self._owns_paths = True
             self._listeners.settle()
             self._following = asyncio.get_running_loop().create_task(asyncio.to_thread(takeover.follow, self._datapath))
 
@@ -318,9 +322,10 @@ class App:
         self._ready = False
         await self._reloader.freeze()
         reporting = None
+        if self._upgrades:
+            await self._upgrades.stop()
         if self._replaced:
             assert self._upgrades is not None
-            await self._upgrades.stop()
             reporting = asyncio.get_running_loop().create_task(asyncio.to_thread(self._upgrades.report))
         else:
             await self._datapath.stop_accepting()
@@ -375,7 +380,8 @@ class App:
     async def resume(self) -> None:
         assert self._admin is not None
         await self._admin.answer()
-        self._thawing = asyncio.get_running_loop().create_task(self._reloader.thaw())
+        if not self._terminated.is_set() and not self._stop.is_set():
+            self._thawing = asyncio.get_running_loop().create_task(self._reloader.thaw())
 
     def replaced(self) -> None:
         self._replaced = True

@@ -59,6 +59,7 @@ SILENCE_S = 30.0
 PASSES = 3
 """Over the live connections, before the rest is left to the drain: dials that were under way are done by then."""
 REPORT_EVERY_S = 0.25
+REPORT_SHARE = 50
 CALLERS = 8
 
 log = structlog.get_logger()
@@ -277,8 +278,12 @@ class UpgradeServer:
         descriptors += [listening.fileno() for _, of_place in sockets for listening in of_place]
         places = [[place.bind.host, place.bind.port, place.transparent, place.owner, len(of_place)] for place, of_place in sockets]
         offer = {
-            "pid": os.getpid(), "version": __version__, "admin": address if admin else "", "places": places, "sockets": len(descriptors),
-        }  # fmt: skip
+            "pid": os.getpid(),
+            "version": __version__,
+            "admin": address if admin else "",
+            "places": places,
+            "sockets": len(descriptors),
+        }
         channel.send("offer", offer, descriptors=descriptors[:DESCRIPTORS_MAX])
         for first in range(DESCRIPTORS_MAX, len(descriptors), DESCRIPTORS_MAX):
             channel.send("sockets", descriptors=descriptors[first : first + DESCRIPTORS_MAX])
@@ -298,13 +303,15 @@ class UpgradeServer:
     def report(self) -> None:
         """After ``replaced``, until ``report_no_more``: tells the counters, and hands over what can be by now. Blocks."""
         while self._successor is not None and not self._quiet.is_set():
+            began = time.monotonic()
             try:
                 self._hand_over_live(self._successor)
                 self._report(self._successor, "counters")
             except L4meshError as error:
                 log.warning("upgrade_successor_lost", error=str(error), means="what is left ends here")
                 self._forget_successor()
-            self._quiet.wait(REPORT_EVERY_S)
+            # The counters of very many endpoints take their time, there as well.
+            self._quiet.wait(min(max(REPORT_EVERY_S, REPORT_SHARE * (time.monotonic() - began)), ANSWER_S))
 
     def report_no_more(self) -> None:
         self._quiet.set()
@@ -321,7 +328,7 @@ class UpgradeServer:
             self._successor.close()
             self._successor = None
 
-    async def stop(self) -> None:
+    async def stop(self, remove_path: bool = True) -> None:
         """Listens no more, and breaks off what is under way: then this process has what it had. The successor stays."""
         if self._listening is None:
             return
@@ -333,7 +340,7 @@ class UpgradeServer:
         await asyncio.to_thread(self._threads.shutdown)
         self._listening.close()
         self._listening = None
-        if self._successor is None:
+        if self._successor is None and remove_path:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
 
