@@ -258,9 +258,10 @@ class UpgradeServer:
             began = time.monotonic()
             self._handed_over = 0
             running.datapath.leave_accepting(True)
+            # Before the live connections, so that nobody sees them here as ended who later sees them there as live.
+            self._on_loop(running.release)
             for _ in range(PASSES):
                 self._hand_over_live(channel)
-            self._on_loop(running.release)
             self._report(channel, "yours")
             _hear(channel, "serving")
         except BaseException:
