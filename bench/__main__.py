@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -29,6 +30,7 @@ from bench.results import summarize_growth, summarize_reload, summarize_row
 from bench.rows import ROWS, Effort
 from bench.stage import DIRECT, PEERS, Machine, share_cpus
 from bench.storm import REPEATS, run_storm, summarize_storm
+from bench.upgrade import UPGRADES, run_upgrades
 from l4mesh.errors import CommandError
 from l4mesh.lab import Interrupted, ensure_privileged, raise_interrupted
 
@@ -37,7 +39,8 @@ QUICK = Effort(blocks=2, share=0.25, discard_first=False)
 PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
 STORM = "storm"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM)
+UPGRADE = "upgrade"
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, UPGRADE, STORM)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -109,6 +112,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "rows": [],
         "growth": [],
         "reload": None,
+        "upgrade": None,
         "storm": None,
         "errors": {},
     }
@@ -161,6 +165,12 @@ def measure_all(
             "a large configuration under load",
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
+        )
+        attempt(
+            UPGRADE,
+            "one process after another takes over under load",
+            partial(run_upgrades, machine, UPGRADES if effort.discard_first else max(1, round(UPGRADES * effort.share / 10))),
+            lambda upgrades: result.update(upgrade=dataclasses.asdict(upgrades)),
         )
     attempt(
         STORM,

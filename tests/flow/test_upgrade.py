@@ -257,22 +257,23 @@ def test_live_streams_go_on_without_a_byte_lost(mesh: Factory, splice: str) -> N
 
 def test_connections_that_went_over_end_as_others_do(mesh: Factory) -> None:
     with StreamServer() as server:
-        listener = {"bind": "127.0.0.1:0"}
-        timeouts = {"idle": "2s", "half_closed": "1s"}
-        config = simple(server.address, listener=listener, timeouts=timeouts, limits={"connections": 5})
+        config = simple(server.address, limits={"connections": 3})
+        config["listeners"].append({"name": "timed", "bind": "127.0.0.1:0", "cluster": "timed"})
+        timeouts = {"idle": "3s", "half_closed": "1s"}
+        config["clusters"].append({"name": "timed", "endpoints": [server.address], "timeouts": timeouts})
         m = mesh(config | {"access_log": {"when": "always"}})
-        port = m.port()
+        port, timed = m.port(), m.port("timed")
 
-        def pair() -> tuple[socket.socket, socket.socket]:
+        def pair(port: int) -> tuple[socket.socket, socket.socket]:
             client = connect(port)
             return client, server.take(client)
 
-        (a, a_peer), (b, b_peer), (c, c_peer), (d, d_peer), (e, e_peer) = (pair() for _ in range(5))
+        (a, a_peer), (b, b_peer), (c, c_peer), (d, d_peer), (e, e_peer) = map(pair, (port, port, port, timed, timed))
         e.shutdown(socket.SHUT_WR)
         assert e_peer.recv(1) == b""
         m.upgrade()
         m.wait_alone()
-        assert m.cluster()["active"] == 5
+        assert m.cluster()["active"] == 3
         assert is_refused(port)
         reset(a)
         assert read_to_end(a_peer) == (b"", RST)
