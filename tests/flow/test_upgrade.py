@@ -35,6 +35,7 @@ from tests.support.peers import (
     read_exactly,
     read_to_end,
     reset,
+    unsent,
 )  # fmt: skip
 from tests.support.waiting import wait_until
 
@@ -47,7 +48,10 @@ def talk(client: socket.socket) -> None:
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "l4mesh", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    preload = os.environ.get("L4MESH_PRELOAD", "")
+    environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
+    command = [sys.executable, "-m", "l4mesh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
 
 class Loop:
@@ -278,6 +282,7 @@ def test_connections_that_went_over_end_as_others_do(mesh: Factory) -> None:
         reset(a)
         assert read_to_end(a_peer) == (b"", RST)
         b_peer.sendall(make_bytes(200_000))
+        wait_until(lambda: unsent(b_peer) == 0, "the endpoint's bytes are acknowledged")
         reset(b_peer)
         assert read_to_end(b) == (make_bytes(200_000), RST)
         c.close()

@@ -62,6 +62,7 @@ def test_the_reference_names_every_key_with_its_default() -> None:
     for key in (
         "workers",
         "admin",
+        "upgrade_socket",
         "access_log",
         "max_connections",
         "max_connections_per_source",
