@@ -57,15 +57,15 @@ class AdminServer:
         self._started = time.monotonic()
         self._runner: web.AppRunner | None = None
         self._site: _Site | None = None
+        self._released = False
         self.listening: socket.socket | None = None
         self._places = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
-    async def start(self, address: str, inherited: socket.socket | None = None) -> str:
+    def listen(self, address: str, inherited: socket.socket | None = None) -> str:
         """Listens on "host:port" or "unix:path" and gives the bound address. Raises CommandError. ``inherited``: the socket of the
         process before."""
         try:
             self.listening = inherited or _listen(address)
-            await self.answer()
         except OSError as error:
             reason = error.strerror or str(error)
             raise CommandError(f"admin: can't listen on {address}: {reason}; set admin.bind to another") from error
@@ -75,6 +75,7 @@ class AdminServer:
         """Begins to answer at the socket, at first or after ``release``; nothing where there is none."""
         if self.listening is None or self._runner:
             return
+        self._released = False
         app = web.Application(client_max_size=1024, middlewares=[self._limit])
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/live", self._live)
@@ -94,6 +95,11 @@ class AdminServer:
             await self._site.stop()
             # A connection that was accepted just now has yet to say what it wants.
             await asyncio.sleep(GRACE_S)
+        await self._end_answering()
+        self._released = True
+
+    async def _end_answering(self) -> None:
+        if self._runner:
             await self._runner.cleanup()
             self._runner = None
 
@@ -101,8 +107,9 @@ class AdminServer:
         """Answers no more. A socket's path is removed, unless told not to or released before: then it is another's."""
         if self.listening is None:
             return
-        path = self.listening.getsockname() if remove_path and self._runner and self.listening.family == socket.AF_UNIX else ""
-        await self.release()
+        remove_path = remove_path and not self._released and self.listening.family == socket.AF_UNIX
+        path = self.listening.getsockname() if remove_path else ""
+        await self._end_answering()
         self.listening.close()
         if path:
             with contextlib.suppress(FileNotFoundError):

@@ -129,9 +129,10 @@ class App:
             assert self._datapath is not None
             self._datapath.start()
             await self._published()
+            self._listen_besides(config)
             if self._takeover:
                 await self._unless_stopped(self._takeover.complete, self._takeover)
-            await self._start_servers(config)
+            await self._serve_besides()
             tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
@@ -175,26 +176,35 @@ class App:
             self._close()
             log.info("stopped")
 
-    async def _start_servers(self, config: Config) -> None:
-        """Those that are no listeners; then whoever was replaced may end."""
+    def _listen_besides(self, config: Config) -> None:
+        """The admin and the upgrade socket: what can go wrong with them does so before a process that runs gives anything away."""
         assert self._datapath is not None
-        assert self._listeners is not None
         takeover = self._takeover
         self._owns_paths = takeover is None
         self._admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
-        self._upgrades = UpgradeServer(self) if config.upgrade_socket else None
-        if takeover:
-            self._ready = True
         if config.admin:
             self._admin_bind = config.admin
-            self._admin_address = await self._admin.start(config.admin, takeover.take_admin(config.admin) if takeover else None)
-        if self._upgrades:
-            self._upgrades.start(config.upgrade_socket, takeover.take_upgrade() if takeover else None)
-        if takeover:
-            takeover.serve()
+            self._admin_address = self._admin.listen(config.admin, takeover.take_admin(config.admin) if takeover else None)
+        if config.upgrade_socket:
+            self._upgrades = UpgradeServer(self)
+            self._upgrades.listen(config.upgrade_socket, takeover.take_upgrade() if takeover else None)
+
+    async def _serve_besides(self) -> None:
+        """Answers there; then the process before may end."""
+        assert self._datapath is not None
+        assert self._listeners is not None
+        assert self._admin is not None
+        if self._takeover:
+            self._ready = True
+        await self._admin.answer()
+        if self._takeover:
+            self._takeover.serve()
             self._owns_paths = True
+            self._takeover.drop_unused()
             self._listeners.settle()
-            self._following = asyncio.get_running_loop().create_task(asyncio.to_thread(takeover.follow, self._datapath))
+            self._following = asyncio.get_running_loop().create_task(asyncio.to_thread(self._takeover.follow, self._datapath))
+        if self._upgrades:
+            self._upgrades.answer()
 
     async def _unless_stopped(self, work: Callable[[Datapath], None], takeover: Takeover) -> None:
         """``work`` on a thread. Raises CommandError when the process is told to stop meanwhile."""

@@ -126,10 +126,14 @@ class UpgradeServer:
         self._stopping = threading.Event()
         self._quiet = threading.Event()
 
-    def start(self, path: str, inherited: socket.socket | None = None) -> None:
-        """Listens at ``path``. Raises CommandError."""
+    def listen(self, path: str, inherited: socket.socket | None = None) -> None:
+        """Listens at ``path``. Raises CommandError. ``inherited``: the socket of the process before."""
         self._path = path
         self._listening = inherited or _listen(path)
+
+    def answer(self) -> None:
+        """Takes what comes."""
+        assert self._listening is not None
         self._listening.setblocking(False)
         self._loop.add_reader(self._listening, self._accept)
 
@@ -183,7 +187,7 @@ class UpgradeServer:
             process = subprocess.Popen([sys.executable, *sys.orig_argv[1:]])
             try:
                 account = self._await(process, outcome)
-            except BaseException:
+            except CommandError:
                 process.kill()
                 process.wait()
                 raise
@@ -195,14 +199,16 @@ class UpgradeServer:
             self._end(outcome)
 
     def _await(self, process: subprocess.Popen[bytes], outcome: concurrent.futures.Future[Account]) -> Account:
-        """Raises CommandError with why it failed."""
+        """Raises CommandError with why it failed. Once the new process has begun to take over, that decides it."""
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and not self._stopping.is_set():
-            if concurrent.futures.wait([outcome], timeout=0.02).done:
-                return outcome.result()
-            if process.poll() is not None:
+        while not concurrent.futures.wait([outcome], timeout=0.02).done:
+            if process.poll() is not None and self._awaited:
                 raise CommandError(f"the new process ended with {process.returncode} before it took over; its log says why")
-        raise CommandError("the running process is told to stop" if self._stopping.is_set() else f"not done within {START_S:g} s")
+            if self._awaited and self._stopping.is_set():
+                raise CommandError("the running process is told to stop")
+            if self._awaited and time.monotonic() > deadline:
+                raise CommandError(f"the new process has not begun to take over within {START_S:g} s")
+        return outcome.result()
 
     def _begin(self, channel: Channel, awaited: bool) -> concurrent.futures.Future[Account] | None:
         """The outcome of the one upgrade that may be under way; None, and told: there is one already."""
@@ -230,7 +236,7 @@ class UpgradeServer:
             return False
         try:
             account = self._hand_over(channel, pid)
-        except (L4meshError, OSError) as error:
+        except Exception as error:
             # Or the other process would take the end of the conversation for the end of this one.
             with contextlib.suppress(PeerGone):
                 channel.send("failed", {"why": str(error)})
@@ -308,7 +314,7 @@ class UpgradeServer:
             try:
                 self._hand_over_live(self._successor)
                 self._report(self._successor, "counters")
-            except L4meshError as error:
+            except (L4meshError, OSError) as error:
                 log.warning("upgrade_successor_lost", error=str(error), means="what is left ends here")
                 self._forget_successor()
             # The counters of very many endpoints take their time, there as well.
@@ -408,6 +414,9 @@ class Takeover:
             return None
         takeover = cls(Channel(connected))
         try:
+            _, uid = takeover._channel.peer
+            if uid not in (0, os.geteuid()):
+                raise CommandError(f"upgrade: user {uid} listens on {path}: not one to take sockets from")
             takeover._take_offer()
         except (PeerGone, Garbled, DescriptorsLost, TimeoutError) as error:
             takeover.close()
@@ -457,6 +466,15 @@ class Takeover:
         taken, self._admin_socket = self._admin_socket, None
         return taken
 
+    def drop_unused(self) -> None:
+        """Closes the admin socket of the process before where this one has another, or none."""
+        if self._admin_socket is not None:
+            if self._admin_socket.family == socket.AF_UNIX:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._admin_socket.getsockname())
+            self._admin_socket.close()
+            self._admin_socket = None
+
     def take_upgrade(self) -> socket.socket | None:
         taken, self._upgrade_socket = self._upgrade_socket, None
         return taken
@@ -495,13 +513,15 @@ class Takeover:
         try:
             while not self.is_over:
                 self._step(datapath, SILENCE_S, "connections", "counters")
-        except (PeerGone, Garbled, TimeoutError) as error:
-            if not isinstance(error, PeerGone):
-                log.warning("upgrade_predecessor_lost", old=self._old_pid, error=str(error))
-        datapath.inherit_no_more()
-        self.is_over = True
-        self._channel.close()
-        log.info("upgrade_ends", old=self._old_pid)
+        except PeerGone:
+            pass
+        except (L4meshError, OSError) as error:
+            log.warning("upgrade_predecessor_lost", old=self._old_pid, error=str(error))
+        finally:
+            datapath.inherit_no_more()
+            self.is_over = True
+            self._channel.close()
+            log.info("upgrade_ends", old=self._old_pid)
 
     def _step(self, datapath: Datapath, timeout_s: float, *expected: str) -> bool:
         """One message; true for "yours"."""
