@@ -168,7 +168,8 @@ def _decode(hint: Any, data: Any) -> Any:
         return tuple(_decode(args[0], item) for item in data or ())
     if dataclasses.is_dataclass(hint):
         fields = get_type_hints(hint)
-        return hint(**{name: _decode(fields[name], dict_of(data).get(name)) for name in fields})  # type: ignore[operator]
+        given = {} if data is None else dict_of(data)
+        return hint(**{name: _decode(fields[name], given.get(name)) for name in fields})  # type: ignore[operator]
     if data is None:
         return hint()
     if hint is float and isinstance(data, int):
