@@ -7,23 +7,20 @@ from l4mesh.model import SocketAddress
 from l4mesh.runtime.listeners import Listeners, Place
 
 TEXT = """
-listeners: [{{name: a, bind: "127.0.0.1:{port}", cluster: a, backlog: 77, keepalive: {{idle: 77s}}, user_timeout: 5s}}]
-clusters: [{{name: a, endpoints: ["127.0.0.1:9"]}}]
+listeners: [{name: a, bind: "127.0.0.1:0", cluster: a, backlog: 77, keepalive: {idle: 77s}, user_timeout: 5s}]
+clusters: [{name: a, endpoints: ["127.0.0.1:9"]}]
 """
 
 
 def inherited(workers_before: int, workers: int) -> tuple[list[tuple[list[int], list[int]]], list[socket.socket], Listeners]:
     """Descriptors of the rows that a plan gets, and of the sockets."""
     first = Listeners(workers_before)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    first.open(parse_config(TEXT.format(port=port).replace("77", "66")))
-    config = parse_config(TEXT.format(port=port))
+    [(bound, _)] = first.open(parse_config(TEXT.replace("77", "66")))["a"]
+    config = parse_config(TEXT)
     sockets = {place: list(of_place) for place, of_place in first.export()}
     second = Listeners(workers, sockets)
     rows = second.open(config)["a"]
-    assert {address.port for address, _ in rows} == {port}
+    assert {address for address, _ in rows} == {bound}
     of_place = next(iter(sockets.values()))
     return [(fds, [listening.fileno() for listening in of_place]) for _, fds in rows], of_place, second
 

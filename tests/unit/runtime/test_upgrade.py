@@ -31,6 +31,7 @@ def running(path: Path, script: Script) -> Iterator[None]:
         def answer() -> None:
             connected, _ = listening.accept()
             channel = Channel(connected)
+            channel.receive(10, "takeover", "replace")
             script(channel)
             channel.close()
 
@@ -42,7 +43,6 @@ def running(path: Path, script: Script) -> Iterator[None]:
 
 
 def offer(channel: Channel, places: object, **more: object) -> None:
-    channel.receive(10, "takeover")
     body = {"pid": 1, "version": "test", "admin": "", "places": places, "sockets": 1} | more
     with socket.socket(socket.AF_UNIX) as upgrade:
         channel.send("offer", body, descriptors=[upgrade.fileno()])
@@ -68,7 +68,7 @@ def test_what_is_no_upgrade_socket_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "error"),
     [
-        (lambda channel: channel.receive(10, "takeover"), "hands nothing over: the other process is gone"),
+        (lambda channel: None, "hands nothing over: the other process is gone"),
         (lambda channel: channel.send("refused", {"why": "not today"}), "upgrade: not today"),
         (lambda channel: channel.send("taken"), "instead of offer or refused"),
         (lambda channel: offer(channel, [], sockets="many"), "the offer makes no sense"),
@@ -151,6 +151,6 @@ def test_the_command_hears_why_not(tmp_path: Path) -> None:
     ):
         request_upgrade(str(tmp_path / "up"))
     with ExitStack() as stack:
-        stack.enter_context(running(tmp_path / "gone", lambda channel: channel.receive(10, "replace")))
+        stack.enter_context(running(tmp_path / "gone", lambda channel: None))
         with pytest.raises(CommandError, match="does not say how the upgrade went"):
             request_upgrade(str(tmp_path / "gone"))
