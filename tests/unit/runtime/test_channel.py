@@ -1,5 +1,6 @@
 """Messages between processes, and what is none."""
 
+import gc
 import os
 import resource
 import socket
@@ -37,6 +38,7 @@ def test_words_bytes_and_descriptors_arrive(ends: tuple[Channel, Channel, socket
 
 def test_an_unexpected_word_closes_what_came_with_it(ends: tuple[Channel, Channel, socket.socket]) -> None:
     one, two, _ = ends
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     one.send("other", descriptors=[0, 0])
     with pytest.raises(Garbled, match="'other' instead of hello or hi"):
@@ -90,6 +92,7 @@ def test_last_words(ends: tuple[Channel, Channel, socket.socket]) -> None:
 def test_no_room_for_descriptors(ends: tuple[Channel, Channel, socket.socket]) -> None:
     one, two, _ = ends
     one.send("hello", descriptors=[0] * 100)
+    gc.collect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = {int(name) for name in os.listdir("/proc/self/fd")}
     before = len(taken)
