@@ -31,7 +31,7 @@ from l4mesh.runtime.notify import notify
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
-from l4mesh.runtime.upgrade import Takeover, UpgradeServer
+from l4mesh.runtime.upgrade import Takeover, UpgradeServer, is_container
 from l4mesh.snapshot import ConnectionRecord
 
 TICK_S = 0.25
@@ -93,7 +93,9 @@ class App:
         self._reloader = Reloader(paths, self._apply, self._applied, self._resolver.resolve)
         self._renewer = Renewer(lambda: self._reloader.materials, self._reloader.reload)
         self._stop = asyncio.Event()
+        self._told = asyncio.Event()
         self._terminated = asyncio.Event()
+        """Told to end, or replaced."""
         self._ready = False
         self._lag_s = 0.0
         self._lag_max_s = 0.0
@@ -318,8 +320,9 @@ class App:
 
     def _terminate(self) -> None:
         """SIGTERM drains; a second one is impatient."""
-        if self._terminated.is_set():
+        if self._told.is_set():
             self._stop.set()
+        self._told.set()
         self._terminated.set()
 
     async def _drain(self) -> None:
@@ -353,6 +356,9 @@ class App:
                 self._upgrades.report_no_more()
                 await reporting
         log.info("drained", connections_cut=self._datapath.active)
+        if self._replaced and is_container() and not self._told.is_set():
+            log.info("waits_for_sigterm", means="a container that ends is started again, and would take over in its turn")
+            await self._told.wait()
 
     async def _wait_idle(self, most_ms: int) -> None:
         assert self._datapath is not None

@@ -65,6 +65,11 @@ CALLERS = 8
 log = structlog.get_logger()
 
 
+def is_container() -> bool:
+    """Whether this process and its container end together."""
+    return os.getpid() == 1 or "KUBERNETES_SERVICE_HOST" in os.environ
+
+
 # -- the running process -----------------------------------------------------------------------------------------------------
 
 
@@ -180,10 +185,8 @@ class UpgradeServer:
         if outcome is None:
             return
         try:
-            if os.getpid() == 1:
-                raise CommandError(
-                    "the running process is the first of its container, which would end with it: start another container beside it"
-                )
+            if is_container():
+                raise CommandError("the container ends with the process that runs in it: start another container beside it")
             process = subprocess.Popen([sys.executable, *sys.orig_argv[1:]])
             try:
                 account = self._await(process, outcome)
@@ -248,7 +251,9 @@ class UpgradeServer:
         self._successor = channel
         log.info("upgraded", **{name: getattr(account, name) for name in Account.__slots__})
         outcome.set_result(account)
-        notify(MAINPID=pid)
+        if pid:
+            # 0: it is in another container.
+            notify(MAINPID=pid)
         self._loop.call_soon_threadsafe(self._running.replaced)
         return True
 
