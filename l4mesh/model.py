@@ -234,6 +234,26 @@ class ClusterTls:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterDrain:
+    """Times over which live connections end because of their endpoint, each at a moment of its own; 0: they are left alone."""
+
+    removed_ms: int = 0
+    """It has left the cluster."""
+    unhealthy_ms: int = 0
+    """It fails its health check."""
+    rebalance_ms: int = 0
+    """Others have joined, and it has more connections than its share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """How the process ends: connections have ``time_ms`` to end by themselves, those that are left are closed over ``over_ms``."""
+
+    time_ms: int = 20_000
+    over_ms: int = 5_000
+
+
+@dataclass(frozen=True, slots=True)
 class Expect:
     """What must come in an answer, anywhere: ``wanted``, or what this regular expression (RE2, over bytes) matches."""
 
@@ -296,9 +316,10 @@ class Cluster:
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
     tls: ClusterTls | None = None
     """None is plaintext."""
-    health_check: HealthCheck | None = None
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
+    drain: ClusterDrain = ClusterDrain()
+    health_check: HealthCheck | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +420,7 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

@@ -127,6 +127,7 @@ class HealthChecker:
         self._clock = clock
         self._chance = chance
         self._prober = prober or Prober(self._secure)
+        self._served: Mapping[str, Cluster] = {}
         self._clusters: dict[str, _Checked] = {}
         self._targets: dict[Probe, _Target] = {}
         self._due: list[tuple[float, int, _Target]] = []
@@ -155,11 +156,14 @@ class HealthChecker:
             identity = (cluster.tls.identity if cluster.tls else "") or config.node_identity
             if known is None or known.model is not cluster or known.identity != identity:
                 self._configure_cluster(known, cluster, identity)
+        self._served = config.clusters
         self._arm()
 
     def _configure_cluster(self, before: _Checked | None, cluster: Cluster, identity: str) -> None:
         checked = _Checked(cluster, identity)
         known = before.targets if before else {}
+        # Endpoints that were served before anybody checked them are not taken out by `initial: down`.
+        served = {endpoint.address for endpoint in self._served[cluster.name].endpoints} if cluster.name in self._served else set()
         if before:
             checked.counts = before.counts
         for endpoint in cluster.endpoints:
@@ -169,7 +173,9 @@ class HealthChecker:
                     self._on_verdict(cluster.name, endpoint.address, True, "")
                 continue
             probe = _make_probe(cluster, cluster.health_check, endpoint, identity)
-            target = self._targets.get(probe) or self._add_target(probe, old.health if old else None)
+            target = self._targets.get(probe) or self._add_target(
+                probe, old.health if old else None, up=cluster.health_check.starts_up or endpoint.address in served
+            )
             target.users[cluster.name, endpoint.address] = checked
             checked.targets[endpoint.address] = target
             if target.health.healthy != (old.health.healthy if old else True):
@@ -183,13 +189,13 @@ class HealthChecker:
         else:
             self._clusters[cluster.name] = checked
 
-    def _add_target(self, probe: Probe, before: Health | None) -> _Target:
+    def _add_target(self, probe: Probe, before: Health | None, *, up: bool) -> _Target:
         """``before``: of the same endpoint under another check; it stands until this one has said something."""
         check = probe.check
         if before:
             health = Health(before.healthy, before.since_unix_s, before.why, before.decided)
         else:
-            health = Health(check.starts_up, time.time())
+            health = Health(up, time.time())
         target = self._targets[probe] = _Target(probe, health)
         soon = before is not None or not check.starts_up
         # Spread, so that those which came together do not stay together.
