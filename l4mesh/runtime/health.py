@@ -126,7 +126,7 @@ class HealthChecker:
         self._max_under_way = max_under_way
         self._clock = clock
         self._chance = chance
-        self._prober = prober or Prober(self._secure)
+        self._prober = Prober(self._secure) if prober is None else prober
         self._served: Mapping[str, Cluster] = {}
         self._clusters: dict[str, _Checked] = {}
         self._targets: dict[Probe, _Target] = {}
@@ -256,8 +256,9 @@ class HealthChecker:
         # What has come is looked at before anybody is called late.
         self._prober.turn()
         if now_s - expected_s > STOOD_STILL_S:
-            self._prober.grant(now_s - expected_s)
-            self._deadline_s += now_s - expected_s
+            more_s = now_s - expected_s + STOOD_STILL_S
+            self._prober.grant(more_s)
+            self._deadline_s += more_s
         if now_s >= self._deadline_s:
             self._deadline_s = self._prober.expire(now_s)
         for _ in range(STARTS_PER_TURN):
