@@ -34,7 +34,7 @@ from l4mesh._native.openssl cimport *
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
-from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free
@@ -555,7 +555,7 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
         conn.side[DOWNSTREAM].flags |= SIDE_READABLE
-        conn_handshake(worker, conn, slot)
+        queue_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -862,7 +862,7 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
     cdef uint8_t byte
     if side == UPSTREAM:
         if conn.phase.dial.handshaking:
-            dial_handshake(worker, conn, slot)
+            queue_push(worker, conn, slot, QUEUED_HEAVY)
         elif events & (EPOLLERR | EPOLLHUP):
             dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
             conn_dial(worker, conn, slot)
@@ -911,7 +911,7 @@ cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
         return
     conn.phase.dial.handshaking = 1
     conn.phase.dial.attempt_at_ms = worker.now_ms + cluster.settings.handshake_ms
-    dial_handshake(worker, conn, slot)
+    queue_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void dial_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -1372,7 +1372,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
         else:
             conn_drain(worker, conn, slot)
     elif conn.state == CONN_HANDSHAKE:
-        conn_handshake(worker, conn, slot)
+        queue_push(worker, conn, slot, QUEUED_HEAVY)
     elif conn.state == CONN_HELLO:
         conn_hello(worker, conn, slot, False)
     else:
@@ -1517,7 +1517,7 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
 
 cdef inline int worker_wait_ms(const worker_t *worker) noexcept nogil:
     cdef uint64_t at = wheel_next_ms(&worker.wheel)
-    if worker.ready.head != WHEEL_NONE or worker.sweep_end:
+    if worker.ready.head != WHEEL_NONE or worker.heavy.head != WHEEL_NONE or worker.sweep_end:
         return 0
     if worker.accept_paused_until_ms and (at == 0 or worker.accept_paused_until_ms < at):
         at = worker.accept_paused_until_ms
@@ -1547,6 +1547,28 @@ cdef inline int worker_wait(worker_t *worker) noexcept nogil:
     return epoll_wait(worker.epoll_fd, worker.events, MAX_EVENTS, wait_ms)
 
 
+cdef void worker_serve_heavy(worker_t *worker) noexcept nogil:
+    # Steps of handshakes: one, or as many as take as long as the rest of the turn did. Then others get their turn: else a batch of
+    # handshakes would hold up every byte that is to be relayed (HAProxy's TL_HEAVY).
+    cdef uint64_t began_ns, took_ns
+    cdef conn_t *conn
+    cdef uint32_t slot
+    if worker.heavy.head == WHEEL_NONE:
+        return
+    began_ns = clock_ns(CLOCK_MONOTONIC)
+    took_ns = began_ns - worker.now_ns
+    while worker.heavy.head != WHEEL_NONE:
+        slot = worker.heavy.head
+        conn = conn_at(worker, slot)
+        queue_remove(worker, conn)
+        if conn.state == CONN_HANDSHAKE:
+            conn_handshake(worker, conn, slot)
+        elif conn.state == CONN_DIALLING and conn.phase.dial.handshaking:
+            dial_handshake(worker, conn, slot)
+        if clock_ns(CLOCK_MONOTONIC) - began_ns >= took_ns:
+            break
+
+
 cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
     # Events of listeners in this batch carry indexes of what was armed before.
     cdef int i
@@ -1557,7 +1579,7 @@ cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
 
 cdef void worker_turn(worker_t *worker) noexcept nogil:
     # One turn: wait, adopt a new plan, serve events, then those that used up their budget, then streams that were held long enough,
-    # then timers.
+    # then handshakes, then timers.
     cdef int n = worker_wait(worker)
     cdef plan_t *plan = <plan_t *> load_pointer(<void **> &worker.engine.plan)
     cdef uint64_t tag, count
@@ -1599,6 +1621,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
             break
     while worker.held.head != WHEEL_NONE and conn_at(worker, worker.held.head).held_until_ns <= worker.now_ns:
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
+    worker_serve_heavy(worker)
     slot = wheel_expire(&worker.wheel, worker.now_ms)
     while slot != WHEEL_NONE:
         conn_timeout(worker, conn_at(worker, slot), slot)

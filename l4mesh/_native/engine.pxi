@@ -81,6 +81,7 @@ cdef class Engine:
         worker.free_slot = WHEEL_NONE
         worker.ready.head = worker.ready.tail = WHEEL_NONE
         worker.held.head = worker.held.tail = WHEEL_NONE
+        worker.heavy.head = worker.heavy.tail = WHEEL_NONE
         worker.max_chunks = (self.max_connections + CONN_CHUNK - 1) // CONN_CHUNK
         worker.chunks = <conn_t **> memory(worker.max_chunks * sizeof(void *))
         worker.ring.records = <record_t *> memory(ring_records * sizeof(record_t))
@@ -257,6 +258,10 @@ cdef class Engine:
             ring_pop(ring)
             limit -= 1
         return records
+
+    def park_records(self, uint32_t index) -> bool:
+        """Makes the eventfd tell of the next record of one worker; false when it is there already. Until then it doesn't."""
+        return ring_park(&self.workers[index].ring)
 
     def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
         """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""

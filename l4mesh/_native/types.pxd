@@ -132,6 +132,7 @@ cdef enum:
 cdef enum:
     QUEUED_READY = 1       # used up its budget: goes on at the next turn
     QUEUED_HELD = 2        # waits for more of a stream, until its time
+    QUEUED_HEAVY = 3       # has a step of a handshake to do, which costs as much as dozens of a relay
 
 cdef enum flow_t:
     FLOW_BLOCKED           # waits for an event
@@ -229,7 +230,6 @@ ctypedef struct dial_t:
     uint64_t left_at_ms              # downstream has ended without a byte: when we believe that it left; 0: no
     uint64_t attempt_started_ns
     uint32_t tried[MAX_ATTEMPTS]
-    int32_t last_errno
     uint8_t last_reason
     uint8_t handshaking              # connected; TLS with the upstream is under way
 
@@ -462,7 +462,6 @@ ctypedef struct record_t:
     uint64_t ended_unix_ms
     uint64_t listener_id
     uint64_t cluster_id
-    uint64_t endpoint_id
     address_t source
     address_t destination
     address_t endpoint
@@ -569,6 +568,7 @@ ctypedef struct worker_t:
     uint32_t n_chunks, max_chunks
     uint32_t free_slot               # head of the list of free slots
     queue_t ready                    # connections that used up their budget
+    queue_t heavy                    # connections with a step of a handshake to do
     queue_t held                     # connections whose streams are read in large steps, by the time until which they may be left
     wheel_t wheel
     uint64_t now_ns
