@@ -83,7 +83,7 @@ def raise_descriptor_limit() -> int:
 
 def checks_within(descriptors: int) -> int:
     """How many health checks may be under way at once."""
-    return max(16, min(CHECKS_MAX, descriptors // 32))
+    return max(16, min(CHECKS_MAX, descriptors // 16))
 
 
 def connections_within(descriptors: int, workers: int, checks: int) -> int:

@@ -267,9 +267,14 @@ class HealthChecker:
             if len(self._prober) >= self._max_under_way:
                 return now_s + TURN_S
             due_s, _, target = heapq.heappop(self._due)
-            if not target.dropped:
-                self._late_s = max(self._late_s, now_s - due_s)
-                self._begin(target, now_s)
+            if target.dropped:
+                continue
+            if not target.health.healthy and 2 * len(self._prober) >= self._max_under_way:
+                # Those that are down wait for their timeouts: they get half of the places, so that the others are in time.
+                self._push(target, now_s + target.probe.check.fast_interval_ms / 1000)
+                continue
+            self._late_s = max(self._late_s, now_s - due_s)
+            self._begin(target, now_s)
         else:
             return now_s + SOON_S
         return max(now_s + TURN_S, self._following_s())
