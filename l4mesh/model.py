@@ -261,6 +261,26 @@ class ClusterTls:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterDrain:
+    """Times over which live connections end because of their endpoint, each at a moment of its own; 0: they are left alone."""
+
+    removed_ms: int = 0
+    """It has left the cluster."""
+    unhealthy_ms: int = 0
+    """It fails its health check."""
+    rebalance_ms: int = 0
+    """Others have joined, and it has more connections than its share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """How the process ends: connections have ``time_ms`` to end by themselves, those that are left are closed over ``over_ms``."""
+
+    time_ms: int = 20_000
+    over_ms: int = 5_000
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -288,6 +308,7 @@ class Cluster:
     faults: tuple[FaultRule, ...] = ()
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
+    drain: ClusterDrain = ClusterDrain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,6 +413,7 @@ class Config:
     max_handshakes_per_source: int = 0
     faults_enabled: bool = False
     """Whether the faults of routes and clusters are in force."""
+    drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

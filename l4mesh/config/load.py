@@ -472,6 +472,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
         faults_enabled=bool(single["faults"] and single["faults"].enabled),
+        drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 
