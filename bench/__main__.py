@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
+from bench.bandwidth import run_bandwidth, summarize_bandwidth
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.machine import describe_commit, describe_machine, describe_versions
@@ -37,7 +38,8 @@ QUICK = Effort(blocks=2, share=0.25, discard_first=False)
 PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
 STORM = "storm"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM)
+BANDWIDTH = "bandwidth"
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM, BANDWIDTH)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -110,6 +112,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "growth": [],
         "reload": None,
         "storm": None,
+        "bandwidth": None,
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
@@ -161,6 +164,13 @@ def measure_all(
             "a large configuration under load",
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
+        )
+    if "l4mesh" in proxies:
+        attempt(
+            BANDWIDTH,
+            "limits of bandwidth",
+            partial(run_bandwidth, machine, 3 if effort.discard_first else 1),
+            lambda flows: result.update(bandwidth=summarize_bandwidth(flows)),
         )
     attempt(
         STORM,

@@ -17,4 +17,4 @@ cdef class Bucket:
     def set(self, uint64_t rate, uint64_t burst) -> None:
         """Bytes a second, and bytes that may pass at once after a pause; 0: no limit, and as few as is exact. For live connections
         as well: those that wait for their turn are given a new one."""
-        bucket_change(self.bucket, rate, burst)
+        bucket_change(self.bucket, rate, burst, clock_ns(CLOCK_MONOTONIC))

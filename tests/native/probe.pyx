@@ -137,16 +137,16 @@ cdef class Balancer:
 cdef class SharedBucket:
     cdef bucket_t *bucket
 
-    def __cinit__(self, uint64_t rate, uint64_t burst=0):
+    def __cinit__(self, uint64_t rate, uint64_t now_ns):
         self.bucket = <bucket_t *> calloc(1, sizeof(bucket_t))
         self.bucket.refs = 1
-        bucket_change(self.bucket, rate, burst)
+        bucket_change(self.bucket, rate, 0, now_ns)
 
     def __dealloc__(self):
         bucket_drop(self.bucket)
 
-    def change(self, uint64_t rate, uint64_t burst=0):
-        bucket_change(self.bucket, rate, burst)
+    def change(self, uint64_t rate, uint64_t now_ns):
+        bucket_change(self.bucket, rate, 0, now_ns)
 
     @property
     def refs(self):
