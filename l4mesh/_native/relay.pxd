@@ -20,6 +20,7 @@ from l4mesh._native.linux cimport (
     SO_RCVLOWAT, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, getsockopt, pipe2, recv, send, setsockopt,
     socklen_t, splice,
 )
+from l4mesh._native.outlier cimport outlier_answered
 from l4mesh._native.stats cimport cluster_row_t
 from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
 from l4mesh._native.types cimport (
@@ -93,6 +94,7 @@ cdef inline void half_count(worker_t *worker, conn_t *conn, int h, ssize_t n) no
     if h == UPSTREAM:
         if half.bytes == 0:
             conn.first_byte_us = <uint32_t> ((worker.now_ns - conn.accepted_ns) // 1000)
+            outlier_answered(conn)
         row.bytes_to_downstream += <size_t> n
     else:
         row.bytes_to_upstream += <size_t> n

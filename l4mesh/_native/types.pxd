@@ -545,6 +545,7 @@ ctypedef struct engine_t:
     sources_t *handshakes            # with downstreams, under way
     uint64_t revocation_seed         # so that nobody can choose a certificate whose key is that of a revoked one
     cluster_stat_t *no_cluster       # for connections that end before a cluster is known
+    endpoint_stat_t *told            # endpoints that failed too often in a row: a list that workers push to and the loop takes whole
 
 ctypedef struct worker_t:
     engine_t *engine
