@@ -20,7 +20,9 @@ from libc.string cimport memcmp, memcpy, memset, strcmp, strdup
 from posix.stdlib cimport posix_memalign
 
 from l4mesh._native.address cimport address_hash_ip, address_is_v4, address_t, mix64
-from l4mesh._native.atomic cimport add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release, store_u
+from l4mesh._native.atomic cimport (
+    add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release, store_u,
+)
 from l4mesh._native.authz cimport filing_key, masked_hash, verdict_allows, verdict_find, verdict_would_allow
 from l4mesh._native.balance cimport (
     PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
@@ -701,6 +703,7 @@ cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
     pick.tried = dial.tried
     pick.n_tried = conn.attempts
     pick.cluster_active = &conn.cluster_stat.active
+    pick.panic = load(&conn.cluster_stat.panic) != 0
     index = cluster_pick(cluster, &pick, worker.now_ms)
     if index < 0:
         if conn.attempts == 0:

@@ -64,7 +64,6 @@ class _ClusterEntry:
     zone: str
     compiled: _fastpath.Cluster
     endpoints: dict[str, _fastpath.EndpointStat]
-    warm_from_ms: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -240,6 +239,34 @@ class Datapath:
             ]
         )
 
+    # -- endpoints, between two plans ----------------------------------------------------------------------------------
+    # On the control loop, which must not wait for a plan that is being compiled: no lock. A new plan goes on with the same counters.
+
+    def _endpoint_stat(self, cluster: str, address: str) -> _fastpath.EndpointStat | None:
+        entry = self._clusters.get(cluster)
+        return entry.endpoints.get(address) if entry else None
+
+    def set_endpoint_out(self, cluster: str, address: str, causes: int) -> bool:
+        """Workers pick the endpoint as long as ``causes``, a bit each, is 0. False: there is no such endpoint."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is None:
+            return False
+        stat.out = causes
+        return True
+
+    def warm_endpoint(self, cluster: str, address: str, over_ms: int) -> None:
+        """Slow start from now on."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            now_ms = time.monotonic_ns() // 1_000_000
+            stat.warm(now_ms, now_ms + over_ms)
+
+    def set_panic(self, cluster: str, panic: bool) -> None:
+        """Whether workers pick the cluster's endpoints that are out as well."""
+        entry = self._clusters.get(cluster)
+        if entry:
+            entry.compiled.stat.panic = panic
+
     def wait_until_seen(self) -> None:
         """Waits until every worker serves the current plan. Raises InternalError after ten seconds."""
         with self._lock:
@@ -251,10 +278,8 @@ class Datapath:
             return before
         stat = before.compiled.stat if before else self._new_cluster_stat(cluster.name)
         known = before.endpoints if before else {}
-        warm = before.warm_from_ms if before else {}
         now_ms = time.monotonic_ns() // 1_000_000
         endpoints: dict[str, _fastpath.EndpointStat] = {}
-        warm_from_ms: dict[str, int] = {}
         rows = []
         for endpoint in cluster.endpoints:
             address = endpoint.address
@@ -263,17 +288,15 @@ class Datapath:
                 endpoint_stat = _fastpath.EndpointStat(self._new_id())
                 # An endpoint that joins a cluster in service warms up; those that were there from the start don't.
                 if before and cluster.slow_start_ms:
-                    warm_from_ms[address] = now_ms
-            elif address in warm:
-                warm_from_ms[address] = warm[address]
+                    endpoint_stat.warm(now_ms, now_ms + cluster.slow_start_ms)
             endpoints[address] = endpoint_stat
             tier = endpoint_tier(cluster, endpoint.zone, zone)
-            rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, warm_from_ms.get(address, 0), endpoint_stat))
+            rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, endpoint_stat))
         peers = [compile_pattern(pattern) for pattern in cluster.tls.peers] if cluster.tls else []
         sni = cluster.tls.sni.encode() if cluster.tls else b""
         identity = self._identity_id(cluster.tls.identity) if cluster.tls else 0
         compiled = _fastpath.Cluster(stat, rows, peers, sni, **compile_settings(cluster, identity))
-        return _ClusterEntry(cluster, zone, compiled, endpoints, warm_from_ms)
+        return _ClusterEntry(cluster, zone, compiled, endpoints)
 
     def _add_listener(
         self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int]
@@ -340,7 +363,7 @@ class Datapath:
             removed = self._removed
             self._removed = _Removed(
                 compiled=[cluster for cluster in removed.compiled if cluster.dials],
-                endpoints=[stat for stat in removed.endpoints if stat.active],
+                endpoints=[stat for stat in removed.endpoints if stat.in_use],
             )
             for name, stat, was_idle in removed.clusters:
                 if stat.active or not was_idle:
@@ -519,11 +542,11 @@ def _add_listener(before: ListenerSnapshot, counts: tuple[int, int, list[int]]) 
 
 def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> EndpointSnapshot:
     address = endpoint.address
-    active, opened, failures, to_upstream, to_downstream = entry.endpoints[address].read()
-    warm_from_ms = entry.warm_from_ms.get(address, 0)
+    stat = entry.endpoints[address]
+    active, opened, failures, to_upstream, to_downstream = stat.read()
     return EndpointSnapshot(
         entry.model.name, address, endpoint.weight, endpoint.zone, active, opened, failures, to_upstream, to_downstream,
-        bool(warm_from_ms) and now_ms < warm_from_ms + entry.model.slow_start_ms,
+        now_ms < stat.warm_until_ms,
     )  # fmt: skip
 
 

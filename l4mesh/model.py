@@ -246,6 +246,8 @@ class Cluster:
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
     tls: ClusterTls | None = None
     """None is plaintext."""
+    panic_threshold: float = 0.5
+    """Share of the endpoints: while fewer serve, all do."""
 
 
 @dataclass(frozen=True, slots=True)

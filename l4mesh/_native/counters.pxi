@@ -35,6 +35,25 @@ cdef class EndpointStat:
         """Whether a connection counts in it, or the engine has yet to tell of it."""
         return load(&self.stat.active) != 0 or load(&self.stat.told) != 0
 
+    @property
+    def out(self) -> int:
+        """Why workers pick it no more, a bit for each cause; 0: they do."""
+        return load(&self.stat.out)
+
+    @out.setter
+    def out(self, int64_t causes) -> None:
+        store(&self.stat.out, causes)
+
+    @property
+    def warm_until_ms(self) -> int:
+        """The end of its slow start on the monotonic clock; 0 before it had one."""
+        return load_u(&self.stat.warm_until_ms)
+
+    def warm(self, uint64_t from_ms, uint64_t until_ms) -> None:
+        """Slow start: its weight grows from a tenth at ``from_ms`` to the whole at ``until_ms``, on the monotonic clock."""
+        store_u(&self.stat.warm_from_ms, from_ms)
+        store_u(&self.stat.warm_until_ms, until_ms)
+
     def read(self) -> tuple[int, int, int, int, int]:
         """Active, opened, connect failures, bytes to upstream, bytes to downstream."""
         return (
@@ -82,6 +101,15 @@ cdef class ClusterStat:
     @property
     def active(self) -> int:
         return load(&self.stat.active)
+
+    @property
+    def panic(self) -> bool:
+        """Whether workers pick endpoints that are out as well."""
+        return load(&self.stat.panic) != 0
+
+    @panic.setter
+    def panic(self, bint panic) -> None:
+        store(&self.stat.panic, panic)
 
     def watch(self, uint64_t signals, uint64_t consecutive, uint64_t early_reset_ms, uint64_t no_answer_ms) -> None:
         """What workers watch the endpoints for: a bit set of SIGNAL_*, 0 for nothing; failures in a row of which ``Engine.take_told``

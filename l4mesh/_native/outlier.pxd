@@ -16,7 +16,9 @@ from libc.stdint cimport uint64_t
 
 from l4mesh._native.atomic cimport add_u, exchange, exchange_pointer, fence, load_pointer, load_u, replace_pointer, store, store_u
 from l4mesh._native.linux cimport ETIMEDOUT, write
-from l4mesh._native.stats cimport SIGNAL_CONNECT, SIGNAL_EARLY_RESET, SIGNAL_NO_ANSWER, SIGNAL_TLS, endpoint_stat_t, outlier_t
+from l4mesh._native.stats cimport (
+    SIGNAL_CONNECT, SIGNAL_EARLY_RESET, SIGNAL_NO_ANSWER, SIGNAL_TLS, SIGNAL_TLS_LATE, endpoint_stat_t, outlier_t,
+)
 from l4mesh._native.types cimport (
     CLOSE_UPSTREAM_LOST, CLOSE_UPSTREAM_RESET, CLOSE_UPSTREAM_TLS, DOWNSTREAM, HALF_ENDED, TLS_INTERNAL, UPSTREAM, conn_t, engine_t,
     worker_t,
@@ -117,7 +119,7 @@ cdef inline bint outlier_goes_unanswered(const conn_t *conn) noexcept nogil:
 cdef inline void outlier_refused_tls(worker_t *worker, conn_t *conn) noexcept nogil:
     # After our handshake was over.
     if conn.endpoint_stat != NULL and outlier_watches(&conn.cluster_stat.outlier, SIGNAL_TLS):
-        outlier_failed(worker, conn, SIGNAL_TLS, &conn.endpoint_stat.failed_answers)
+        outlier_failed(worker, conn, SIGNAL_TLS_LATE, &conn.endpoint_stat.failed_answers)
 
 
 cdef inline bint outlier_unanswered(worker_t *worker, conn_t *conn) noexcept nogil:

@@ -3,7 +3,7 @@
 # Owner: the engine, which frees a block when no plan names it and its `active` is 0. A connection that is counted in `active`
 # may hold a pointer to the block.
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     CLOSE_REASONS = 40
@@ -15,7 +15,8 @@ cdef enum:
     SIGNAL_TLS = 1
     SIGNAL_EARLY_RESET = 2
     SIGNAL_NO_ANSWER = 3
-    SIGNALS = 4
+    SIGNAL_TLS_LATE = 4      # a refusal after our handshake was over; SIGNAL_TLS watches for it as well
+    SIGNALS = 5
 
 ctypedef struct endpoint_stat_t:
     # Written by all workers with relaxed atomics, once or twice a connection. `active` must be shared for least_connections to be
@@ -26,7 +27,15 @@ ctypedef struct endpoint_stat_t:
     uint64_t bytes_to_upstream
     uint64_t bytes_to_downstream
     uint64_t id
-    uint64_t pad[2]
+    # Written by the control loop.
+    int64_t out              # why it takes no connections, a bit each; 0: it does
+    uint64_t warm_from_ms    # slow start: its weight grows from here
+    uint64_t warm_until_ms   # to here; 0: it has its weight
+    uint64_t leave_sweep     # the sweep that its connections leave at
+    uint32_t leave_over_ms   # and the time over which they do
+    uint16_t leave_permille  # how many of them; 1000 are all, and those that come later as well
+    uint8_t leave_reason     # close_reason_t; 0: they stay
+    uint8_t pad0
     # From here on: of clusters with outlier detection, and all but the first written only when something is wrong.
     uint64_t connect_ns              # of the dials that succeeded
     uint64_t failures[SIGNALS]
@@ -34,6 +43,7 @@ ctypedef struct endpoint_stat_t:
     uint64_t failed_answers          # in a row, of connections that were made
     int64_t told                     # 1: on the engine's list, or about to be
     endpoint_stat_t *told_next
+    uint64_t pad1[3]
 
 ctypedef struct outlier_t:
     # What workers watch for. Written by the control loop, at any time.
@@ -56,6 +66,7 @@ ctypedef struct cluster_row_t:
 
 ctypedef struct cluster_stat_t:
     int64_t active       # of all workers: the cluster's limit counts on it
+    int64_t panic        # written by the control loop: too few endpoints are left, and all of them serve
     uint64_t id
     cluster_row_t *rows  # one a worker, in the same block
     outlier_t outlier

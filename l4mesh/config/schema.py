@@ -91,6 +91,7 @@ Switch = Annotated[bool, PlainValidator(q.parse_switch)]
 Duration = Annotated[int, PlainValidator(q.parse_duration_ms)]
 OptionalDuration = Annotated[int, PlainValidator(q.parse_optional_duration_ms)]
 Seconds = Annotated[int, PlainValidator(q.parse_whole_seconds)]
+OptionalShare = Annotated[float, PlainValidator(q.parse_optional_share)]
 Limit = Annotated[int, PlainValidator(q.parse_limit)]
 Weight = Annotated[int, PlainValidator(q.parse_weight)]
 Cidr = Annotated[Network, PlainValidator(q.parse_network)]
@@ -351,6 +352,7 @@ class ClusterSection(Section):
     slow_start: OptionalDuration = 0
     bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
     tls: ClusterTlsSection | None = None
+    panic_threshold: OptionalShare = 0.5
 
 
 class FileSection(Section):
@@ -513,6 +515,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         slow_start_ms=section.slow_start,
         bounded_load=section.bounded_load,
         tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
+        panic_threshold=section.panic_threshold,
     )
 
 

@@ -22,6 +22,7 @@ from l4mesh.identity.svid import Material
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
+from l4mesh.runtime.endpoints import EndpointRegistry
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.reload import Reloader
@@ -84,7 +85,7 @@ def connections_within(descriptors: int, workers: int) -> int:
 class App:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._resolver = Resolver()
-        self._reloader = Reloader(paths, self._apply, self._resolver.resolve)
+        self._reloader = Reloader(paths, self._apply, self._applied, self._resolver.resolve)
         self._renewer = Renewer(lambda: self._reloader.materials, self._reloader.reload)
         self._stop = asyncio.Event()
         self._ready = False
@@ -93,6 +94,7 @@ class App:
         self._admin_address = ""
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
+        self._endpoints: EndpointRegistry | None = None
         self._listeners: Listeners | None = None
         self._access_log: AccessLog | None = None
         self._descriptors = raise_descriptor_limit()
@@ -115,7 +117,6 @@ class App:
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
                 self._admin_address = await admin.start(config.admin)
-            self._renewer.configure(config)
             tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
@@ -160,6 +161,7 @@ class App:
             self._n_workers = config.workers or usable_cpus()
             self._access_log = AccessLog(config.access_log)
             self._datapath = Datapath(self._n_workers, self._descriptors, self._log_records)
+            self._endpoints = EndpointRegistry(self._datapath)
             self._listeners = Listeners(self._n_workers)
         else:
             self._warn_of_fixed(config)
@@ -174,6 +176,12 @@ class App:
         self._bound = bound
         self._listeners.close_unused(config)
         return generation
+
+    def _applied(self, config: Config) -> None:
+        """Called by the reloader on the control loop."""
+        assert self._endpoints is not None
+        self._endpoints.configure(config)
+        self._renewer.configure(config)
 
     async def _published(self) -> None:
         """Waits until the workers, which have just started, have the first plan: then every listener is served."""
@@ -198,6 +206,7 @@ class App:
 
     def _sources(self) -> Sources:
         assert self._datapath is not None
+        assert self._endpoints is not None
         return Sources(
             self._datapath.snapshot,
             self._datapath.endpoints,
@@ -206,6 +215,7 @@ class App:
             self._renewer.status,
             lambda: self._access_log.dropped if self._access_log else 0,
             self._take_lag,
+            self._endpoints,
         )
 
     def _is_ready(self) -> bool:
@@ -239,8 +249,6 @@ class App:
             self._lag_max_s = max(self._lag_max_s, self._lag_s)
             assert self._datapath is not None
             self._datapath.tick()
-            if self._reloader.config:
-                self._renewer.configure(self._reloader.config)
             if self._resolver.is_due:
                 await self._reloader.reload()
             if time.monotonic() >= expiry_at:

@@ -48,14 +48,20 @@ class Reloader:
 
     ``apply`` makes a configuration the one in force and returns its generation; it raises CommandError when it can't, and then
     nothing has changed. It is called on a thread of its own of low priority, one call at a time: neither the workers nor the
-    control loop wait for it.
+    control loop wait for it. ``applied`` is called on the control loop with what came into force.
     """
 
     def __init__(
-        self, paths: Sequence[Path], apply: Callable[[Config, Mapping[str, Material]], int], resolve: Callable[[Config], Config]
+        self,
+        paths: Sequence[Path],
+        apply: Callable[[Config, Mapping[str, Material]], int],
+        applied: Callable[[Config], None],
+        resolve: Callable[[Config], Config],
     ) -> None:
         self._paths = list(paths)
         self._apply = apply
+        self._applied = applied
+        self._told: Config | None = None
         self._resolve = resolve
         self._cache = ConfigCache()
         self._materials: dict[str, Material] = {}
@@ -73,6 +79,12 @@ class Reloader:
     async def load_first(self) -> None:
         """Raises ConfigError or CommandError: there is no good plan yet to go on with."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._load, True)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.config is not None and self.config is not self._told:
+            self._told = self.config
+            self._applied(self.config)
 
     async def reload(self) -> None:
         """Looks at the files and applies what changed. A failure is counted, logged and kept in ``status``."""
@@ -81,6 +93,7 @@ class Reloader:
                 await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False)
             except (ConfigError, CommandError) as error:
                 self._note_failure(str(error).splitlines())
+            self._tell()
 
     def _load(self, first: bool) -> None:
         try:
