@@ -190,6 +190,8 @@ class AdminServer:
                 {"cause": out.cause.label, "since_unix_s": round(out.since_unix_s, 3), "why": out.why}
                 for out in self._sources.registry.out(endpoint.cluster, endpoint.address)
             ]
+            ejection = self._sources.outliers.view(endpoint.cluster, endpoint.address)
+            shown["ejection"] = dataclasses.asdict(ejection) if ejection else None
             by_cluster.setdefault(endpoint.cluster, []).append(shown)
         clusters = [
             {

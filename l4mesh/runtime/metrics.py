@@ -18,6 +18,7 @@ from l4mesh import __version__
 from l4mesh.errors import CloseReason
 from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
+from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
@@ -38,6 +39,7 @@ class Sources:
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
     registry: EndpointRegistry
+    outliers: OutlierDetector
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -66,6 +68,7 @@ class MeshCollector(Collector):
         yield from _cluster_metrics(snapshot)
         yield from _endpoint_metrics(self._sources.endpoints())
         yield from _state_metrics(self._sources.registry.states())
+        yield _outlier_metric(self._sources.outliers.totals())
         yield from _tls_metrics(snapshot.tls)
         yield from _identity_metrics(self._sources.identities())
         yield from _renewal_metrics(self._sources.renewals())
@@ -156,6 +159,9 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot]) -> Iterator[Metric]:
     moved = CounterMetricFamily(
         "l4mesh_endpoint_bytes", "Bytes of connections that ended.", labels=["cluster", "endpoint", "direction"]
     )
+    wrong = CounterMetricFamily(
+        "l4mesh_endpoint_failures", "What outlier detection counts against an endpoint.", labels=["cluster", "endpoint", "signal"]
+    )
     for endpoint in endpoints:
         if not (endpoint.opened or endpoint.active or endpoint.connect_failures):
             continue
@@ -165,7 +171,9 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot]) -> Iterator[Metric]:
         failures.add_metric(names, endpoint.connect_failures)
         moved.add_metric([*names, "to_upstream"], endpoint.bytes_to_upstream)
         moved.add_metric([*names, "to_downstream"], endpoint.bytes_to_downstream)
-    yield from (active, opened, failures, moved)
+        for signal, count in endpoint.failures.items():
+            wrong.add_metric([*names, signal], count)
+    yield from (active, opened, failures, moved, wrong)
 
 
 def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
@@ -176,6 +184,16 @@ def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
         out.add_metric([state.cluster, "unhealthy"], state.unhealthy)
         panic.add_metric([state.cluster], int(state.panic))
     yield from (out, panic)
+
+
+def _outlier_metric(totals: list[tuple[str, str, str, int]]) -> Metric:
+    family = CounterMetricFamily(
+        "l4mesh_outlier_ejections", "Endpoints found to be outliers, by whether they were ejected or why not.",
+        labels=["cluster", "detector", "result"],
+    )  # fmt: skip
+    for cluster, detector, result, count in totals:
+        family.add_metric([cluster, detector, result], count)
+    return family
 
 
 def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
