@@ -1079,11 +1079,11 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
                     CLOSE_DOWNSTREAM_CLOSED if conn.first_end == DOWNSTREAM else CLOSE_UPSTREAM_CLOSED, False,
                 )
                 return
+            if h == UPSTREAM:
+                outlier_ended(worker, conn)
             shutdown(conn.side[1 - h].fd, SHUT_WR)
             half.flags |= HALF_SHUT
             conn.first_end = <uint8_t> h
-            if h == UPSTREAM:
-                outlier_ended(worker, conn)
             if conn.half_closed_ms:
                 conn_arm(worker, conn, slot, worker.now_ms + conn.half_closed_ms)
         elif flow == FLOW_SOURCE_RESET:

@@ -385,8 +385,11 @@ class LatencySection(Section):
     minimum_connections: Volume = 10
 
 
-def _none_off(value: object) -> object:
-    return None if q.is_off(value) else value
+def _switched(value: object) -> object:
+    """A section that may be ``off``, or ``on`` with its defaults."""
+    if q.is_off(value):
+        return None
+    return {} if value is True or value == "on" else value
 
 
 class OutlierSection(Section):
@@ -398,9 +401,9 @@ class OutlierSection(Section):
     enforce: Annotated[float, PlainValidator(q.parse_share)] = 1.0
     probe: Switch = False
     signals: SignalsSection = SignalsSection()
-    success_rate: Annotated[SuccessRateSection | None, BeforeValidator(_none_off)] = SuccessRateSection()
-    failure_percentage: Annotated[FailurePercentageSection | None, BeforeValidator(_none_off)] = None
-    latency: Annotated[LatencySection | None, BeforeValidator(_none_off)] = None
+    success_rate: Annotated[SuccessRateSection | None, BeforeValidator(_switched)] = SuccessRateSection()
+    failure_percentage: Annotated[FailurePercentageSection | None, BeforeValidator(_switched)] = None
+    latency: Annotated[LatencySection | None, BeforeValidator(_switched)] = None
 
 
 class ClusterSection(Section):
@@ -418,7 +421,7 @@ class ClusterSection(Section):
     bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
     tls: ClusterTlsSection | None = None
     panic_threshold: OptionalShare = 0.5
-    outlier_detection: Annotated[OutlierSection | None, BeforeValidator(_none_off)] = None
+    outlier_detection: Annotated[OutlierSection | None, BeforeValidator(_switched)] = None
 
 
 class FileSection(Section):
