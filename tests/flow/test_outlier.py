@@ -5,11 +5,13 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Factory
+from tests.support.certificates import REDIS, WEB, Authority, Files
 from tests.support.mesh import Config, Mesh, simple
 from tests.support.peers import RST, Server, black_hole, closed_port, connect, echo, is_refused, read_to_end, reset
 from tests.support.waiting import wait_until
@@ -197,6 +199,49 @@ def test_local_trouble_counts_nothing(mesh: Factory) -> None:
             client.close()
         wait_until(lambda: m.active() == 0, "all have ended")
         assert failures(m) == {}
+
+
+def secured(own: Files, address: str, bundle: Path | None = None, **outlier: Any) -> Config:
+    identity = own.identity("web")
+    config = watching(address, **outlier) | {"identities": [identity], "node": {"identity": "web"}}
+    if bundle:
+        identity["trust_bundle"] = str(bundle)
+    config["clusters"][0]["tls"] = {"peers": [REDIS]}
+    return config
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_handshake_that_fails_counts(mesh: Factory, web: Files, on: bool) -> None:
+    with Server(lambda peer: peer.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")) as server:
+        m = mesh(secured(web, server.address, signals={"tls_failure": "on" if on else "off"}))
+        for _ in range(3):
+            assert ask(m.port()) == (b"", RST)
+        m.wait_closed(upstream_tls=3)
+        assert failures(m) == ({"tls_failure": 3} if on else {})
+
+
+def test_a_refusal_that_comes_after_the_handshake_counts(mesh: Factory, redis: Files, ca: Authority, tmp_path: Path) -> None:
+    stranger = Authority.new(tmp_path / "other").files(tmp_path, "stranger", WEB)
+    with Server(echo) as server:
+        near = mesh(
+            simple(server.address, listener={"tls": {"identity": "redis"}}) | {"identities": [redis.identity("redis")]},
+        )
+        m = mesh(secured(stranger, f"127.0.0.1:{near.port()}", ca.bundle_path))
+        for _ in range(3):
+            assert ask(m.port())[0] == b""
+        m.wait_closed(upstream_tls=3)
+        assert failures(m) == {"tls_refusal": 3}
+
+
+def test_a_server_that_is_down_behind_its_node_counts(mesh: Factory, web: Files, redis: Files) -> None:
+    near = mesh(
+        simple(f"127.0.0.1:{closed_port()}", listener={"tls": {"identity": "redis"}}) | {"identities": [redis.identity("redis")]},
+    )
+    m = mesh(secured(web, f"127.0.0.1:{near.port()}"))
+    for _ in range(3):
+        assert ask(m.port()) == (b"", RST)
+    wait_until(lambda: sum(m.closed().values()) == 3, "three connections have ended")
+    assert failures(m) == {"early_reset": 3}
 
 
 # -- ejection ----------------------------------------------------------------------------------------------------------------
