@@ -15,7 +15,7 @@
 from libc.stdint cimport uint64_t
 
 from l4mesh._native.atomic cimport add_u, exchange, exchange_pointer, fence, load_pointer, load_u, replace_pointer, store, store_u
-from l4mesh._native.linux cimport ETIMEDOUT, write
+from l4mesh._native.linux cimport ENETDOWN, ENETUNREACH, ETIMEDOUT, write
 from l4mesh._native.stats cimport (
     SIGNAL_CONNECT, SIGNAL_EARLY_RESET, SIGNAL_NO_ANSWER, SIGNAL_TLS, SIGNAL_TLS_LATE, endpoint_stat_t, outlier_t,
 )
@@ -71,6 +71,9 @@ cdef inline void outlier_dial_failed(worker_t *worker, conn_t *conn, int error) 
     if signal == SIGNAL_TLS:
         if conn.side[UPSTREAM].tls.cause == TLS_INTERNAL:
             return
+    elif error == ENETUNREACH or error == ENETDOWN:
+        # Whatever is wrong, it is on our side of the endpoint.
+        return
     elif error == ETIMEDOUT:
         # An attempt that the budget of them all cut short says nothing.
         if worker.now_ms - conn.phase.dial.attempt_started_ns // 1000000 < conn.phase.dial.cluster.settings.connect_timeout_ms:

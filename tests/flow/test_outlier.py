@@ -1,6 +1,5 @@
 """Outlier detection on the real process: what counts against an endpoint, what doesn't, and what comes of it."""
 
-import os
 import socket
 import struct
 from collections.abc import Callable
@@ -169,36 +168,28 @@ def test_a_reset_after_the_window_counts_nothing(mesh: Factory) -> None:
         assert failures(m) == {}
 
 
-@pytest.mark.parametrize("signal", ["connect_failure", "early_reset", "no_answer"])
-def test_each_signal_can_be_turned_off(mesh: Factory, signal: str) -> None:
-    script = {"connect_failure": reset, "early_reset": reset_unread, "no_answer": end_unanswered}[signal]
-    with Server(script) as server:
-        address = f"127.0.0.1:{closed_port()}" if signal == "connect_failure" else server.address
-        # A reset of one that was asked is also an answer that did not come.
-        off = {signal: "off"} | ({"no_answer": "off"} if signal == "early_reset" else {})
-        m = mesh(watching(address, signals=off))
-        for _ in range(3):
+def test_each_signal_can_be_turned_off(mesh: Factory) -> None:
+    with Server(reset_unread) as resets, Server(end_unanswered) as ends:
+        addresses = {"connect_failure": f"127.0.0.1:{closed_port()}", "early_reset": resets.address, "no_answer": ends.address}
+        config = watching(addresses["connect_failure"])
+        m = mesh(config)
+        for count, (signal, address) in enumerate(addresses.items(), 1):
+            config["clusters"][0]["endpoints"] = [address]
+            # A reset of a connection that has sent something is also an answer that did not come.
+            also = {"no_answer": "off"} if signal == "early_reset" else {}
+            config["clusters"][0]["outlier_detection"] = WATCH_ONLY | {"signals": {signal: "off"} | also}
+            m.reload(config)
             ask(m.port())
-        wait_until(lambda: sum(m.closed().values()) == 3, "three connections have ended")
-        assert failures(m) == {}
+            wait_until(lambda: sum(m.closed().values()) == count, "the connection has ended")
+            assert failures(m) == {}
 
 
-def test_local_trouble_counts_nothing(mesh: Factory) -> None:
-    # No route: the kernel refuses to dial from 127.0.0.1 through a mark that nothing allows. Descriptors run out instead.
-    with Server(echo) as server:
-        m = mesh(watching(server.address), nofile=320)
-        clients = []
-        for _ in range(40):
-            try:
-                clients.append(connect(m.port()))
-                clients[-1].sendall(b"x")
-            except OSError:
-                break
-        wait_until(lambda: m.active() > 0, "connections are there")
-        for client in clients:
-            client.close()
-        wait_until(lambda: m.active() == 0, "all have ended")
-        assert failures(m) == {}
+def test_a_network_that_we_have_no_way_to_counts_nothing(mesh: Factory) -> None:
+    # The kernel refuses to dial: ENETUNREACH.
+    m = mesh(watching("255.255.255.255:9"))
+    assert is_refused(m.port())
+    m.wait_closed(connect_unreachable=1)
+    assert failures(m) == {}
 
 
 def secured(own: Files, address: str, bundle: Path | None = None, **outlier: Any) -> Config:
@@ -382,5 +373,4 @@ def test_an_endpoint_that_is_removed_while_it_is_told_of_harms_nobody(mesh: Fact
             for _ in range(6):
                 round_trip(m.port())
             m.reload(config)
-        assert os.path.exists(f"/proc/{m.process.pid}")
-        assert all(round_trip(m.port()) or True for _ in range(10))
+        assert m.process.poll() is None
