@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import click
 
+from bench.ejection import REPEATS as EJECTION_REPEATS
+from bench.ejection import run_ejection, summarize_ejection
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.machine import describe_commit, describe_machine, describe_versions
@@ -37,7 +39,8 @@ QUICK = Effort(blocks=2, share=0.25, discard_first=False)
 PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
 STORM = "storm"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM)
+EJECTION = "ejection"
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM, EJECTION)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -110,6 +113,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "growth": [],
         "reload": None,
         "storm": None,
+        "ejection": None,
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
@@ -167,6 +171,12 @@ def measure_all(
         "connections with a wrong certificate beside good traffic",
         partial(run_storm, machine, proxies, storm_seconds, REPEATS if effort.discard_first else 1, seed),
         lambda storms: result.update(storm=summarize_storm(storms)),
+    )
+    attempt(
+        EJECTION,
+        "connections that fail when endpoints turn bad",
+        partial(run_ejection, machine, proxies, EJECTION_REPEATS if effort.discard_first else 1, seed),
+        lambda seen: result.update(ejection=summarize_ejection(seen)),
     )
 
 

@@ -75,7 +75,11 @@ def test_a_dial_into_nothing_counts_when_it_had_its_time(mesh: Factory) -> None:
 
 @pytest.mark.parametrize(
     ("script", "reason", "signal"),
-    [(reset, "upstream_reset", "early_reset"), (reset_unread, "upstream_reset", "early_reset"), (end_unanswered, "upstream_closed", "no_answer")],
+    [
+        (reset, "upstream_reset", "early_reset"),
+        (reset_unread, "upstream_reset", "early_reset"),
+        (end_unanswered, "upstream_closed", "no_answer"),
+    ],
 )
 def test_an_end_in_place_of_an_answer_counts(mesh: Factory, script: Script, reason: str, signal: str) -> None:
     with Server(script) as server:
@@ -161,7 +165,9 @@ def test_a_reset_after_the_window_counts_nothing(mesh: Factory) -> None:
     with Server(reset_unread) as server:
         m = mesh(watching(server.address, signals={"early_reset": "1ms", "no_answer": "1ms"}))
         with connect(m.port()) as client:
-            wait_until(lambda: any(c["age_ms"] > 20 and c["state"] == "relaying" for c in m.get("/connections")["connections"]), "it is old")
+            wait_until(
+                lambda: any(c["age_ms"] > 20 and c["state"] == "relaying" for c in m.get("/connections")["connections"]), "it is old"
+            )
             client.sendall(b"hello")
             assert read_to_end(client) == (b"", RST)
         m.wait_closed(upstream_reset=1)
@@ -311,7 +317,9 @@ def test_of_three_one_can_be_ejected_and_only_one(mesh: Factory) -> None:
 def test_enforce_0_only_says_what_it_would_do(mesh: Factory) -> None:
     with ExitStack() as stack:
         bad, good = bad_and_good(stack, 1, 2, reset_unread)
-        config = simple(*(s.address for s in (*bad, *good)), balance="round_robin", outlier_detection={"consecutive_failures": 2, "enforce": "0%"}) | {"workers": 1}
+        config = simple(
+            *(s.address for s in (*bad, *good)), balance="round_robin", outlier_detection={"consecutive_failures": 2, "enforce": "0%"}
+        ) | {"workers": 1}
         m = mesh(config)
         for _ in range(30):
             round_trip(m.port())

@@ -28,7 +28,9 @@ def settings(text: str = "{}") -> OutlierDetection:
 class Fixed:
     """A cluster whose counters a test sets by hand."""
 
-    def __init__(self, rules: OutlierDetection, n: int, panic: float = 0.0, zones: str = "", chance: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self, rules: OutlierDetection, n: int, panic: float = 0.0, zones: str = "", chance: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.rules = rules
         self.now_ms = 0
         self.names = [f"e{i}" for i in range(n)]
@@ -46,7 +48,9 @@ class Fixed:
     def add(self, name: str, attempts: int, failures: int, ms: float = 1) -> None:
         was = self.counts[name]
         made = attempts - failures
-        self.counts[name] = Counts(was.attempts + attempts, was.failures + failures, was.connects + made, was.connect_ns + round(made * ms * 1e6))
+        self.counts[name] = Counts(
+            was.attempts + attempts, was.failures + failures, was.connects + made, was.connect_ns + round(made * ms * 1e6)
+        )
 
     def fail(self, name: str, in_a_row: int, unhealthy: frozenset[str] = NOBODY) -> list[Detection]:
         self.counts[name] = self.counts[name]._replace(failed_connects=in_a_row)
@@ -75,7 +79,8 @@ def test_five_failures_in_a_row_eject_and_four_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "n", "most"), [("10%", 3, 1), ("50%", 3, 1), ("50%", 4, 2), ("29%", 100, 29), ("1%", 20, 1), ("100%", 4, 4), ("34%", 3, 1)]
+    ("share", "n", "most"),
+    [("10%", 3, 1), ("50%", 3, 1), ("50%", 4, 2), ("29%", 100, 29), ("1%", 20, 1), ("100%", 4, 4), ("34%", 3, 1)],
 )
 def test_max_ejected_is_a_share_rounded_down_and_at_least_one(share: str, n: int, most: int) -> None:
     fixed = Fixed(settings(f"{{max_ejected: {share}}}"), n)
@@ -237,8 +242,23 @@ def test_a_reload_keeps_what_is_known_and_forgets_who_left() -> None:
 class Model:
     """The rules, written down a second time in the plainest way: exact numbers, every question answered from the whole list."""
 
-    def __init__(self, rules: OutlierDetection, names: list[str], zones: dict[str, str], panic: float, zones_matter: bool, chance: Callable[[], float]) -> None:
-        self.rules, self.names, self.zones, self.panic, self.zones_matter, self.chance = rules, names, zones, panic, zones_matter, chance
+    def __init__(
+        self,
+        rules: OutlierDetection,
+        names: list[str],
+        zones: dict[str, str],
+        panic: float,
+        zones_matter: bool,
+        chance: Callable[[], float],
+    ) -> None:
+        self.rules, self.names, self.zones, self.panic, self.zones_matter, self.chance = (
+            rules,
+            names,
+            zones,
+            panic,
+            zones_matter,
+            chance,
+        )
         self.out: dict[str, int] = {}
         self.times = dict.fromkeys(names, 0)
         self.since = dict.fromkeys(names, 0)
@@ -307,23 +327,36 @@ class Model:
                 for name in sorted(judged, key=lambda name: rate[name]):
                     below = mean - rate[name]
                     # Squared, so that no root need be taken.
-                    if below > Fraction(rule.margin).limit_denominator(1000) and below**2 > Fraction(rule.factor).limit_denominator(1000) ** 2 * variance:
+                    if (
+                        below > Fraction(rule.margin).limit_denominator(1000)
+                        and below**2 > Fraction(rule.factor).limit_denominator(1000) ** 2 * variance
+                    ):
                         findings.append((Detector.SUCCESS_RATE, name))
         if percentage := self.rules.failure_percentage:
             for name in sorted(inside, key=lambda name: rate[name]):
-                if delta[name][0] >= percentage.minimum_connections and 1 - rate[name] >= Fraction(percentage.threshold).limit_denominator(1000):
+                if delta[name][0] >= percentage.minimum_connections and 1 - rate[name] >= Fraction(
+                    percentage.threshold
+                ).limit_denominator(1000):
                     findings.append((Detector.FAILURE_PERCENTAGE, name))
         if rule_ := self.rules.latency:
             slow = []
             for zone in set(self.zones.values()):
-                judged = [name for name in inside if self.zones[name] == zone and name in self.latency and delta[name][2] >= rule_.minimum_connections]
+                judged = [
+                    name
+                    for name in inside
+                    if self.zones[name] == zone and name in self.latency and delta[name][2] >= rule_.minimum_connections
+                ]
                 if len(judged) >= rule_.minimum_endpoints:
                     middle = median([self.latency[name] for name in judged])
                     spread = median([abs(self.latency[name] - middle) for name in judged])
                     limit = middle + max(Fraction(rule_.factor).limit_denominator(1000) * spread, rule_.floor * 10**6)
                     slow += [name for name in judged if self.latency[name] > limit + 1]
             # By latency; the order of equals is that of the zones, as they are first met.
-            order = list(dict.fromkeys(self.zones[name] for name in inside if name in self.latency and delta[name][2] >= rule_.minimum_connections))
+            order = list(
+                dict.fromkeys(
+                    self.zones[name] for name in inside if name in self.latency and delta[name][2] >= rule_.minimum_connections
+                )
+            )
             slow.sort(key=lambda name: (-self.latency[name], order.index(self.zones[name]), self.names.index(name)))
             findings += [(Detector.LATENCY, name) for name in slow]
         events = [event for detector, name in findings for event in self.detect(name, detector, now, sick)]
@@ -362,7 +395,9 @@ def random_rules(rng: random.Random) -> OutlierDetection:
         tls_failure=True,
         early_reset_ms=1000,
         no_answer_ms=1000,
-        success_rate=SuccessRateDetector(rng.choice([0.5, 1.0, 1.9]), rng.choice([0.0, 0.1, 0.25]), rng.choice([3, 5]), rng.choice([1, 20, 100])),
+        success_rate=SuccessRateDetector(
+            rng.choice([0.5, 1.0, 1.9]), rng.choice([0.0, 0.1, 0.25]), rng.choice([3, 5]), rng.choice([1, 20, 100])
+        ),
         failure_percentage=FailurePercentageDetector(rng.choice([0.25, 0.5, 0.85]), rng.choice([1, 20])),
         latency=LatencyDetector(rng.choice([1.0, 3.0, 5.0]), rng.choice([1, 50, 100]), rng.choice([3, 5]), rng.choice([1, 10])),
     )
@@ -387,15 +422,21 @@ class Traffic:
             if mood == "idle" or (name in out and self.rng.random() < 0.9):
                 continue
             attempts = self.rng.choice([1, 5, 20, 100, 150])
-            share = {"bad": 1.0, "flaky": self.rng.choice([0.1, 0.3, 0.6, 0.9]), "unanswering": 1.0}.get(mood, self.rng.choice([0, 0, 0.01]))
+            share = {"bad": 1.0, "flaky": self.rng.choice([0.1, 0.3, 0.6, 0.9]), "unanswering": 1.0}.get(
+                mood, self.rng.choice([0, 0, 0.01])
+            )
             failures = round(attempts * share)
             late = mood == "unanswering"
             connects = attempts if late else attempts - failures
             ns = connects * self.rng.choice([90, 100, 110]) * 10_000 * (self.rng.choice([60, 200]) if mood == "slow" else 1)
             # A run of failures goes on only through steps that had no success.
-            connect_run = was.failed_connects + failures if failures == attempts and not late else 0 if connects else self.rng.randrange(3)
+            connect_run = (
+                was.failed_connects + failures if failures == attempts and not late else 0 if connects else self.rng.randrange(3)
+            )
             answer_run = was.failed_answers + failures if late else 0 if attempts > failures else was.failed_answers
-            counts[name] = Counts(was.attempts + attempts, was.failures + failures, was.connects + connects, was.connect_ns + ns, connect_run, answer_run)
+            counts[name] = Counts(
+                was.attempts + attempts, was.failures + failures, was.connects + connects, was.connect_ns + ns, connect_run, answer_run
+            )
             if failures:
                 failed.append(name)
         return failed
