@@ -22,8 +22,10 @@ from l4mesh.model import (
     Capture,
     CaptureFilter,
     Cluster,
+    ClusterDrain,
     ClusterTls,
     Direction,
+    Drain,
     Endpoint,
     FailurePercentageDetector,
     Identity,
@@ -145,6 +147,11 @@ class ProcessLimitsSection(Section):
     connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
     connections_per_source: Limit = 0
     handshakes_per_source: Limit = 512
+
+
+class DrainSection(Section):
+    time: OptionalDuration = 20_000
+    over: OptionalDuration = 5_000
 
 
 class MarksSection(Section):
@@ -329,6 +336,12 @@ class ClusterLimitsSection(Section):
     connections_per_endpoint: Limit = 0
 
 
+class ClusterDrainSection(Section):
+    removed: OptionalDuration = 0
+    unhealthy: OptionalDuration = 0
+    rebalance: OptionalDuration = 0
+
+
 class EndpointSection(Section):
     address: Annotated[tuple[str, int], PlainValidator(q.parse_endpoint_address)]
     weight: Weight = 1
@@ -421,6 +434,7 @@ class ClusterSection(Section):
     bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
     tls: ClusterTlsSection | None = None
     panic_threshold: OptionalShare = 0.5
+    drain: ClusterDrainSection = ClusterDrainSection()
     outlier_detection: Annotated[OutlierSection | None, BeforeValidator(_switched)] = None
 
 
@@ -434,6 +448,7 @@ class FileSection(Section):
     limits: ProcessLimitsSection | None = None
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
+    drain: DrainSection | None = None
     ca: CaSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
@@ -442,9 +457,13 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca",
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca",
 )  # fmt: skip
+
+
+def make_drain(section: DrainSection) -> Drain:
+    return Drain(section.time, section.over)
 
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
@@ -585,6 +604,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         bounded_load=section.bounded_load,
         tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
         panic_threshold=section.panic_threshold,
+        drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
         outlier_detection=make_outlier_detection(section.outlier_detection) if section.outlier_detection else None,
     )
 
