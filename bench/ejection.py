@@ -46,8 +46,8 @@ N_GOOD, N_BAD = 17, 3
 RATE = 400
 CALM_S, TROUBLE_S = 1.5, 6.0
 REPEATS = 3
-TRIES = 4
-LATE_S = 0.1
+TRIES = 8
+LATE_S = 0.2
 DIRECT_EVERY = 10
 """Beside so many clients goes one straight to an endpoint that stays good: it shows what is not the proxy's doing."""
 CONNECT_MS = 400

@@ -124,12 +124,15 @@ class ClusterOutliers:
     """The state of one cluster. Endpoints are those with a weight above 0; times are ms of a clock that never goes back.
 
     ``chance`` gives random numbers in [0, 1): one for each detection when ``enforce`` leaves a choice, and one for each ejection.
+    ``phase``: share of an interval after which the first one ends, so that many clusters are not looked at together.
     """
 
-    def __init__(self, now_ms: int, chance: Callable[[], float]) -> None:
+    def __init__(self, chance: Callable[[], float], phase: float = 1.0) -> None:
         self._chance = chance
+        self._phase = phase
         self._endpoints: dict[str, _Endpoint] = {}
-        self._next_interval_ms = now_ms
+        self._ejected: dict[str, _Endpoint] = {}
+        self._next_interval_ms = 0
         self._settings: OutlierDetection | None = None
         self._panic_threshold = 0.0
         self._zones_matter = False
@@ -153,7 +156,8 @@ class ClusterOutliers:
                 known.zone = zone
             self._endpoints[address] = known or _Endpoint(address, zone, counts, in_service_from_ms=now_ms)
         if self._settings is None or self._settings.interval_ms != settings.interval_ms:
-            self._next_interval_ms = now_ms + settings.interval_ms
+            self._next_interval_ms = now_ms + round(settings.interval_ms * self._phase)
+        self._ejected = {address: endpoint for address, endpoint in self._endpoints.items() if endpoint.ejection}
         self._settings = settings
         self._panic_threshold = panic_threshold
         self._zones_matter = zones_matter
@@ -170,7 +174,8 @@ class ClusterOutliers:
 
     @property
     def ejected(self) -> list[str]:
-        return [endpoint.address for endpoint in self._endpoints.values() if endpoint.ejection]
+        """In the order in which they were."""
+        return list(self._ejected)
 
     @property
     def interval_ends_ms(self) -> int:
@@ -179,11 +184,11 @@ class ClusterOutliers:
     @property
     def next_ms(self) -> int:
         """When there is something to do next: an interval ends, or an ejection."""
-        return min([self._next_interval_ms, *(e.ejection.until_ms for e in self._endpoints.values() if e.ejection)])
+        return min([self._next_interval_ms, *(e.ejection.until_ms for e in self._ejected.values() if e.ejection)])
 
     def due(self, now_ms: int) -> list[str]:
         """Endpoints whose ejection is over."""
-        return [e.address for e in self._endpoints.values() if e.ejection and now_ms >= e.ejection.until_ms]
+        return [e.address for e in self._ejected.values() if e.ejection and now_ms >= e.ejection.until_ms]
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
@@ -223,6 +228,7 @@ class ClusterOutliers:
         if endpoint is None or endpoint.ejection is None:
             return None
         ejection, endpoint.ejection = endpoint.ejection, None
+        del self._ejected[address]
         endpoint.counts = counts
         endpoint.latency_ns = None
         endpoint.in_service_from_ms = now_ms
@@ -340,7 +346,7 @@ class ClusterOutliers:
         if detector not in endpoint.noted and not self._is_enforced(settings.enforce):
             return Outcome.NOT_ENFORCED
         n = len(self._endpoints)
-        if len(self.ejected) + 1 > max(1, math.floor(settings.max_ejected * n + _ROUNDING)):
+        if len(self._ejected) + 1 > max(1, math.floor(settings.max_ejected * n + _ROUNDING)):
             return Outcome.MAX_EJECTED
         if endpoint.address in unhealthy:
             return Outcome.EJECTED
@@ -364,6 +370,7 @@ class ClusterOutliers:
             endpoint.times += 1
         endpoint.ejections += 1
         longest = min(settings.base_ejection_ms * endpoint.times, settings.max_ejection_ms)
+        self._ejected[endpoint.address] = endpoint
         endpoint.ejection = Ejection(detector, why, now_ms, now_ms + round(longest * (1 - JITTER * self._chance())))
 
     def _note_health(self, endpoint: _Endpoint, troubles: Sequence[Detector], now_ms: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import ipaddress
 import socket
 import time
@@ -54,8 +55,12 @@ class EjectionView:
 @dataclass(slots=True)
 class _Watched:
     cluster: Cluster
+    node_zone: str
     outliers: ClusterOutliers
     endpoints: dict[str, Endpoint]
+    ids: dict[int, str]
+    due_ms: int = 0
+    """Its place in the queue."""
 
 
 class OutlierDetector:
@@ -76,6 +81,8 @@ class OutlierDetector:
         self._now_ms = now_ms
         self._watched: dict[str, _Watched] = {}
         self._ids: dict[int, tuple[str, str]] = {}
+        self._queue: list[tuple[int, str]] = []
+        """When to look at a cluster next: a heap. Entries that are not the cluster's ``due_ms`` are of the past."""
         self._totals: Counter[tuple[str, str, str]] = Counter()
         self._mark = 0
         self._woken = asyncio.Event()
@@ -83,27 +90,28 @@ class OutlierDetector:
 
     def configure(self, config: Config) -> None:
         """The configuration in force is another."""
-        before = self._watched
-        self._watched = {}
+        before, self._watched = self._watched, {}
         self._mark = config.own_mark
-        self._ids = {}
         for cluster in config.clusters.values():
-            if cluster.outlier_detection:
-                known = before.get(cluster.name)
+            known = before.get(cluster.name)
+            if known and known.cluster is cluster and known.node_zone == config.node_zone:
+                self._watched[cluster.name] = known
+            elif cluster.outlier_detection:
                 self._watched[cluster.name] = self._watch(cluster, known, config.node_zone)
-                self._ids |= {number: (cluster.name, address) for number, address in self._counters.endpoint_ids(cluster.name).items()}
-        for name in before.keys() | self._watched.keys():
-            ejected = self._watched[name].outliers.ejected if name in self._watched else ()
-            for address in self._registry.marked(name, OutCause.EJECTED) - set(ejected):
-                self._registry.put_back(name, address, OutCause.EJECTED)
+        for name, was in before.items():
+            now = self._watched.get(name)
+            if now is not was:
+                for number in was.ids.keys() - (now.ids if now else {}).keys():
+                    del self._ids[number]
+                for address in self._registry.marked(name, OutCause.EJECTED) - set(now.outliers.ejected if now else ()):
+                    self._registry.put_back(name, address, OutCause.EJECTED)
         for key in [key for key in self._totals if key[0] not in config.clusters]:
             del self._totals[key]
-        self._woken.set()
 
     def _watch(self, cluster: Cluster, known: _Watched | None, node_zone: str) -> _Watched:
         assert cluster.outlier_detection
         now_ms = self._now_ms()
-        outliers = known.outliers if known else ClusterOutliers(now_ms, self._chance)
+        outliers = known.outliers if known else ClusterOutliers(self._chance, phase=self._chance())
         counts = self._counters.outlier_counts(cluster.name)
         endpoints = {endpoint.address: endpoint for endpoint in cluster.endpoints if endpoint.weight}
         outliers.configure(
@@ -113,7 +121,18 @@ class OutlierDetector:
             now_ms,
             zones_matter=cluster.zone_preference and bool(node_zone),
         )
-        return _Watched(cluster, outliers, endpoints)
+        watched = _Watched(cluster, node_zone, outliers, endpoints, self._counters.endpoint_ids(cluster.name))
+        self._ids |= {number: (cluster.name, address) for number, address in watched.ids.items()}
+        self._schedule(watched)
+        return watched
+
+    def _schedule(self, watched: _Watched) -> None:
+        due_ms = watched.outliers.next_ms
+        if due_ms != watched.due_ms:
+            watched.due_ms = due_ms
+            heapq.heappush(self._queue, (due_ms, watched.cluster.name))
+            if self._queue[0][0] == due_ms:
+                self._woken.set()
 
     async def run(self) -> None:
         """Ends intervals and ejections when they are over, until cancelled."""
@@ -121,9 +140,9 @@ class OutlierDetector:
             while True:
                 self._woken.clear()
                 self.look()
-                due = [watched.outliers.next_ms for watched in self._watched.values()]
+                left_s = max(0, self._queue[0][0] - self._now_ms()) / 1000 if self._queue else None
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), max(0, min(due) - self._now_ms()) / 1000 if due else None)
+                    await asyncio.wait_for(self._woken.wait(), left_s)
         finally:
             for task in self._probes:
                 task.cancel()
@@ -131,18 +150,25 @@ class OutlierDetector:
     def look(self) -> None:
         """Does what is due by now."""
         now_ms = self._now_ms()
-        for name, watched in self._watched.items():
-            if now_ms >= watched.outliers.interval_ends_ms:
-                counts = self._counters.outlier_counts(name)
-                self._carry_out(watched, watched.outliers.end_interval(counts, now_ms, self._unhealthy(name)))
-            for address in watched.outliers.due(now_ms):
-                if watched.cluster.outlier_detection and watched.cluster.outlier_detection.probe:
-                    watched.outliers.postpone(address, now_ms)
-                    task = asyncio.get_running_loop().create_task(self._probe_then_return(name, address))
-                    self._probes.add(task)
-                    task.add_done_callback(self._probes.discard)
-                else:
-                    self._put_back(name, address)
+        while self._queue and self._queue[0][0] <= now_ms:
+            due_ms, name = heapq.heappop(self._queue)
+            watched = self._watched.get(name)
+            if watched and watched.due_ms == due_ms:
+                self._look_at(name, watched, now_ms)
+                self._schedule(watched)
+
+    def _look_at(self, name: str, watched: _Watched, now_ms: int) -> None:
+        if now_ms >= watched.outliers.interval_ends_ms:
+            counts = self._counters.outlier_counts(name)
+            self._carry_out(watched, watched.outliers.end_interval(counts, now_ms, self._unhealthy(name)))
+        for address in watched.outliers.due(now_ms):
+            if watched.cluster.outlier_detection and watched.cluster.outlier_detection.probe:
+                watched.outliers.postpone(address, now_ms)
+                task = asyncio.get_running_loop().create_task(self._probe_then_return(name, address))
+                self._probes.add(task)
+                task.add_done_callback(self._probes.discard)
+            else:
+                self._put_back(name, address)
 
     def told(self, ids: list[int]) -> None:
         """Workers say that these endpoints have failed as often in a row as their clusters put up with."""
@@ -152,6 +178,7 @@ class OutlierDetector:
             counts = self._counters.outlier_counts(name).get(address) if watched else None
             if watched and counts:
                 self._carry_out(watched, watched.outliers.failed(address, counts, self._now_ms(), self._unhealthy(name)))
+                self._schedule(watched)
 
     def _unhealthy(self, name: str) -> frozenset[str]:
         return self._registry.marked(name, OutCause.UNHEALTHY)
@@ -165,7 +192,6 @@ class OutlierDetector:
                 self._registry.take_out(name, found.address, OutCause.EJECTED, found.why)
                 for_s = round((found.until_ms - self._now_ms()) / 1000, 1)
                 log.warning("endpoint_ejected", **said, for_s=for_s, times=found.times)
-                self._woken.set()
             else:
                 log.warning("endpoint_not_ejected", **said, because=_BECAUSE[found.outcome])
 
