@@ -98,8 +98,10 @@ cdef inline void outlier_answered(conn_t *conn) noexcept nogil:
 
 
 cdef inline uint64_t outlier_lived_ms(const worker_t *worker, const conn_t *conn) noexcept nogil:
-    # Since it was connected.
-    return (worker.now_ns - conn.accepted_ns - <uint64_t> conn.connected_us * 1000) // 1000000
+    # Since it was connected, which may have been later in this turn than the turn's own time.
+    cdef uint64_t age_ns = worker.now_ns - conn.accepted_ns
+    cdef uint64_t connected_ns = <uint64_t> conn.connected_us * 1000
+    return (age_ns - connected_ns) // 1000000 if age_ns > connected_ns else 0
 
 
 cdef inline void outlier_lived(const worker_t *worker, conn_t *conn) noexcept nogil:
