@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 _COUNTED: Mapping[type, tuple[str, ...]] = {
     WorkerSnapshot: (
-        "active", "accepted", "accept_pauses", "records_dropped", "turns", "bytes_copied", "bytes_spliced", "holds",
+        "active", "accepted", "accept_pauses", "records_dropped", "turns", "bytes_copied", "bytes_spliced", "holds", "throttles",
     ),
     ListenerSnapshot: ("active", "opened", "closed"),
     ClusterSnapshot: (
         "active", "opened", "closed", "bytes_to_upstream", "bytes_to_downstream", "connect_attempts", "connect_failures",
-        "connect_seconds_sum", "connect_seconds_buckets",
+        "connect_seconds_sum", "connect_seconds_buckets", "faults",
     ),
-    EndpointSnapshot: ("active", "opened", "connect_failures", "bytes_to_upstream", "bytes_to_downstream"),
+    EndpointSnapshot: ("active", "opened", "connect_failures", "bytes_to_upstream", "bytes_to_downstream", "failures"),
     TlsSnapshot: ("handshakes", "failures", "dry_run_denials"),
 }  # fmt: skip
 """The fields that add up over processes. One that is left out starts anew with each."""
@@ -57,7 +57,7 @@ class Totals:
             snapshot.workers,
             tuple(_without_handed_over(listener) for listener in snapshot.listeners),
             tuple(_without_handed_over(cluster) for cluster in snapshot.clusters),
-            tuple(endpoint for endpoint in endpoints if any(getattr(endpoint, name) for name in _COUNTED[EndpointSnapshot])),
+            tuple(endpoint for endpoint in endpoints if endpoint.opened or endpoint.connect_failures or any(endpoint.failures.values())),
             _without_handed_over(snapshot.retired),
             _without_handed_over(snapshot.retired_listeners),
             snapshot.tls,
