@@ -57,7 +57,7 @@ class Totals:
             snapshot.workers,
             tuple(_without_handed_over(listener) for listener in snapshot.listeners),
             tuple(_without_handed_over(cluster) for cluster in snapshot.clusters),
-            tuple(endpoint for endpoint in endpoints if endpoint.opened or endpoint.connect_failures or any(endpoint.failures.values())),
+            tuple(one for one in endpoints if one.opened or one.connect_failures or any(one.failures.values())),
             _without_handed_over(snapshot.retired),
             _without_handed_over(snapshot.retired_listeners),
             snapshot.tls,

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,27 @@ def test_connections_that_went_over_end_as_others_do(mesh: Factory) -> None:
         assert sorted(record["reason"] for record in m.records()) == sorted(m.closed())
         for peer in (a_peer, b, d, d_peer, e, e_peer):
             peer.close()
+
+
+def test_limits_of_bandwidth_go_on_and_faults_stay_where_they_are(mesh: Factory) -> None:
+    with StreamServer() as server:
+        config = simple(server.address, bandwidth_per_connection={"to_downstream": "1MB/s", "burst": "64KiB"})
+        config["listeners"].append({"name": "slow", "bind": "127.0.0.1:0", "cluster": "slow"})
+        slow = {"share": "100%", "slow": "1MB/s"}
+        config["clusters"].append({"name": "slow", "endpoints": [server.address], "faults": [slow]})
+        m = mesh(config | {"faults": {"enabled": True}, "drain": HOUR})
+        (limited, limited_peer), (broken, broken_peer) = ((c := connect(m.port(name)), server.take(c)) for name in ("web", "slow"))
+        m.upgrade()
+        upgraded = next(event for event in m.events() if event["event"] == "upgraded")
+        assert (upgraded["handed_over"], upgraded["left"]) == (1, 1)
+        for client, peer in ((limited, limited_peer), (broken, broken_peer)):
+            start = time.monotonic()
+            peer.sendall(make_bytes(600_000))
+            peer.close()
+            assert read_to_end(client) == (make_bytes(600_000), FIN)
+            # Slower than it may be is the machine's doing.
+            assert time.monotonic() - start > 0.3
+            client.close()
 
 
 def test_tls_stays_and_ends_where_it_is_and_counts(mesh: Factory, web: Files, redis: Files) -> None:
