@@ -280,6 +280,7 @@ ctypedef struct source_t:
     uint8_t ip[16]
 
 ctypedef struct conn_t:
+    # What a process that takes over needs to know of it is in carried_t.
     timer_t timer
     side_t side[2]
     phase_t phase
