@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     CLOSE_REASONS = 40
     CONNECT_BUCKETS = 17
+    NAME_BYTES = 32
 
 ctypedef struct endpoint_stat_t:
     # Written by all workers with relaxed atomics, once or twice a connection. `active` must be shared for least_connections to be
@@ -46,6 +47,7 @@ ctypedef struct cluster_stat_t:
     int64_t panic        # written by the control loop: too few endpoints are left, and all of them serve
     uint64_t id
     cluster_row_t *rows  # one a worker, in the same block
+    char name[NAME_BYTES]            # for the watchdog, as much of it as there is room for
 
 ctypedef struct listener_row_t:
     uint64_t opened
@@ -55,6 +57,7 @@ ctypedef struct listener_stat_t:
     int64_t active
     uint64_t id
     listener_row_t *rows
+    char name[NAME_BYTES]
 
 
 cdef inline int connect_bucket(uint64_t ns) noexcept nogil:

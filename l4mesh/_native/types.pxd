@@ -545,6 +545,9 @@ ctypedef struct engine_t:
     sources_t *handshakes            # with downstreams, under way
     uint64_t revocation_seed         # so that nobody can choose a certificate whose key is that of a revoked one
     cluster_stat_t *no_cluster       # for connections that end before a cluster is known
+    int watch_fd                     # ends the watchdog
+    uint64_t beats                   # the control loop counts when it comes round; 0: it need not
+    int64_t loop_tid
 
 ctypedef struct worker_t:
     engine_t *engine
@@ -596,4 +599,6 @@ ctypedef struct worker_t:
     chain_t *chains
     uint32_t recheck_slot            # the next connection to look at after a change of trust
     uint32_t recheck_end             # 0: none are left
+    uint64_t doing                   # DOING_*, and what it is about: the watchdog reads it
+    int64_t tid                      # while it runs
     epoll_event events[MAX_EVENTS]

@@ -28,6 +28,7 @@ from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
+from l4mesh.runtime.watchdog import Watchdog
 from l4mesh.snapshot import ConnectionRecord
 
 TICK_S = 0.25
@@ -94,6 +95,7 @@ class App:
         self._admin_address = ""
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
+        self._watchdog: Watchdog | None = None
         self._endpoints: EndpointRegistry | None = None
         self._listeners: Listeners | None = None
         self._access_log: AccessLog | None = None
@@ -117,7 +119,9 @@ class App:
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
                 self._admin_address = await admin.start(config.admin)
-            tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
+            self._watchdog = Watchdog(self._datapath, config.watchdog_ms)
+            works = (self._reloader.watch(), self._renewer.run(), self._tick(), self._watchdog.attend())
+            tasks = [loop.create_task(work) for work in works]
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
             gc.freeze()
@@ -148,6 +152,8 @@ class App:
     def _close(self) -> None:
         if self._datapath:
             self._datapath.stop()
+        if self._watchdog:
+            self._watchdog.stop()
         if self._listeners:
             self._listeners.close()
         if self._access_log:
@@ -195,12 +201,12 @@ class App:
     def _warn_of_fixed(self, config: Config) -> None:
         before = self._reloader.config
         assert before is not None
-        for key in ("workers", "admin", "access_log"):
+        for key in ("workers", "admin", "access_log", "watchdog_ms"):
             if getattr(before, key) != getattr(config, key) and not (
                 key == "access_log"
                 and (before.access_log.path, before.access_log.format) == (config.access_log.path, config.access_log.format)
             ):
-                log.warning("config_needs_restart", key=key, means="the running process keeps the old value")
+                log.warning("config_needs_restart", key=key.removesuffix("_ms"), means="the running process keeps the old value")
 
     # -- what the admin server shows -------------------------------------------------------------------------------------
 
