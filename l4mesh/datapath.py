@@ -279,6 +279,34 @@ class Datapath:
             now_ms = time.monotonic_ns() // 1_000_000
             stat.warm(now_ms, now_ms + over_ms)
 
+    def close_endpoint(self, cluster: str, address: str, reason: CloseReason, over_ms: int) -> None:
+        """Ends its connections, each at a moment of its own within ``over_ms``, and so those that are made yet, until
+        ``keep_endpoint``."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            self._engine.leave([(stat, 1000)], reason, over_ms)
+
+    def keep_endpoint(self, cluster: str, address: str) -> None:
+        """Calls ``close_endpoint`` off: connections that have not ended yet, stay."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            stat.stay()
+
+    def close_all(self, reason: CloseReason, over_ms: int) -> None:
+        """Ends every connection, each at a moment of its own within ``over_ms``, and so those that are made yet."""
+        self._engine.leave_all(reason, over_ms)
+
+    @property
+    def active(self) -> int:
+        """Live connections."""
+        return self._engine.active
+
+    async def stop_accepting(self) -> None:
+        """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""
+        self._engine.set_accept_mode(1)
+        while not self._engine.accept_mode_seen:
+            await asyncio.sleep(0.001)
+
     def set_panic(self, cluster: str, panic: bool) -> None:
         """Whether workers pick the cluster's endpoints that are out as well."""
         entry = self._clusters.get(cluster)
@@ -363,7 +391,13 @@ class Datapath:
                 continue
             kept = after.endpoints if after else {}
             self._removed.compiled.append(before.compiled)
-            self._removed.endpoints += [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            gone = [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            self._removed.endpoints += gone
+            drain = (after or before).model.drain
+            if gone and drain.removed_ms:
+                self._engine.leave([(stat, 1000) for stat in gone], CloseReason.ENDPOINT_REMOVED, drain.removed_ms)
+            if after and drain.rebalance_ms:
+                self._rebalance(before, after)
             if after is None:
                 self._removed.clusters.append((name, before.compiled.stat, False))
         for name, listener in self._listeners.items():
@@ -371,6 +405,22 @@ class Datapath:
                 self._removed.listeners.append((name, listener, False))
         self._clusters = entries
         self._listeners = listeners
+
+    def _rebalance(self, before: _ClusterEntry, after: _ClusterEntry) -> None:
+        """Endpoints have joined: of the others' connections, as many as are above their share end over time and find new places."""
+        weights = {endpoint.address: endpoint.weight for endpoint in after.model.endpoints}
+        if not sum(weights.values()) or all(address in before.endpoints for address in weights):
+            return
+        active = {address: stat.active for address, stat in after.endpoints.items()}
+        each = sum(active.values()) / sum(weights.values())
+        leave = []
+        for address, stat in after.endpoints.items():
+            excess = active[address] - each * weights[address]
+            if excess >= 1:
+                # Never all of them: that would mean those to come as well.
+                leave.append((stat, min(999, round(1000 * excess / active[address]))))
+        if leave:
+            self._engine.leave(leave, CloseReason.REBALANCED, after.model.drain.rebalance_ms)
 
     def tick(self) -> None:
         """Forgets what was removed, has no connection left and nothing more to report. Call it about once a second."""

@@ -223,6 +223,26 @@ class ClusterTls:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterDrain:
+    """Times over which live connections end because of their endpoint, each at a moment of its own; 0: they are left alone."""
+
+    removed_ms: int = 0
+    """It has left the cluster."""
+    unhealthy_ms: int = 0
+    """It fails its health check."""
+    rebalance_ms: int = 0
+    """Others have joined, and it has more connections than its share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """How the process ends: connections have ``time_ms`` to end by themselves, those that are left are closed over ``over_ms``."""
+
+    time_ms: int = 20_000
+    over_ms: int = 5_000
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -248,6 +268,7 @@ class Cluster:
     """None is plaintext."""
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
+    drain: ClusterDrain = ClusterDrain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +390,7 @@ class Config:
     redirect: Redirect = Redirect()
     watchdog_ms: int = 0
     """A worker that is stuck for as long ends the process; 0: never."""
+    drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

@@ -73,12 +73,13 @@ cdef enum doing_t:
     DOING_WAIT             # in epoll_wait; about: when it comes back at the latest, ms, 0: when something happens
     DOING_TURN             # has come back
     DOING_ADOPT            # goes over to a new plan
-    DOING_ACCEPT           # about: index of the armed listener
+    DOING_ACCEPT           # about: index of the armed listener; each connection counts as coming round
     DOING_EVENT            # from here on, about: slot of the connection
     DOING_READY
     DOING_HELD
+    DOING_HANDSHAKE
     DOING_TIMER
-    DOING_RECHECK          # looks at live connections again after a change of trust
+    DOING_SWEEP            # looks at live connections again
     DOING_PAGE             # answers the control loop
     DOING_END              # ends what is left, about: slot; each of them counts as coming round
 
@@ -220,8 +221,9 @@ cdef inline const char *doing_name(uint64_t word) noexcept nogil:
     if what == DOING_EVENT: return "serving an event"
     if what == DOING_READY: return "going on with a stream"
     if what == DOING_HELD: return "going on with a held stream"
+    if what == DOING_HANDSHAKE: return "going on with a handshake"
     if what == DOING_TIMER: return "serving a timer"
-    if what == DOING_RECHECK: return "checking live connections again"
+    if what == DOING_SWEEP: return "looking at live connections again"
     if what == DOING_PAGE: return "listing connections"
     if what == DOING_END: return "ending connections"
     return "beginning a turn"
@@ -248,7 +250,7 @@ cdef inline int watch_connection(const worker_t *worker, uint64_t word, char *ou
     cdef char destination[64]
     cdef char endpoint[64]
     out[0] = 0
-    if what not in (DOING_EVENT, DOING_READY, DOING_HELD, DOING_TIMER, DOING_END) or slot // CONN_CHUNK >= worker.n_chunks:
+    if what not in (DOING_EVENT, DOING_READY, DOING_HELD, DOING_HANDSHAKE, DOING_TIMER, DOING_END) or slot // CONN_CHUNK >= worker.n_chunks:
         return 0
     conn = conn_at(worker, slot)
     if conn.listener_stat != NULL:
@@ -318,7 +320,7 @@ cdef inline bint watch_worker(worker_t *worker, watched_t *watched, uint64_t now
     cdef thread_t thread
     cdef int64_t tid = load(&worker.tid)
     cdef uint64_t word = load_u(&worker.doing)
-    cdef uint64_t turn = load_u(&worker.turns)
+    cdef uint64_t turn = load_u(&worker.turns) + load_u(&worker.accepted)
     cdef bint busy = tid != 0 and worker_is_busy(worker, word, now_ms)
     if word >> ABOUT_BITS == DOING_END:
         turn += word

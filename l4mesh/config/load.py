@@ -440,6 +440,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         max_handshakes_per_source=limits.handshakes_per_source,
         redirect=schema.make_redirect(single["redirect"] or schema.RedirectSection()),
         watchdog_ms=schema.WATCHDOG_MS if single["watchdog"] is None else single["watchdog"],
+        drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 

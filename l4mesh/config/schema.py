@@ -22,8 +22,10 @@ from l4mesh.model import (
     Capture,
     CaptureFilter,
     Cluster,
+    ClusterDrain,
     ClusterTls,
     Direction,
+    Drain,
     Endpoint,
     Identity,
     Keepalive,
@@ -143,6 +145,11 @@ class ProcessLimitsSection(Section):
     connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
     connections_per_source: Limit = 0
     handshakes_per_source: Limit = 512
+
+
+class DrainSection(Section):
+    time: OptionalDuration = 20_000
+    over: OptionalDuration = 5_000
 
 
 class MarksSection(Section):
@@ -344,6 +351,12 @@ class ClusterLimitsSection(Section):
     connections_per_endpoint: Limit = 0
 
 
+class ClusterDrainSection(Section):
+    removed: OptionalDuration = 0
+    unhealthy: OptionalDuration = 0
+    rebalance: OptionalDuration = 0
+
+
 class EndpointSection(Section):
     address: Annotated[tuple[str, int], PlainValidator(q.parse_endpoint_address)]
     weight: Weight = 1
@@ -372,6 +385,7 @@ class ClusterSection(Section):
     bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
     tls: ClusterTlsSection | None = None
     panic_threshold: OptionalShare = 0.5
+    drain: ClusterDrainSection = ClusterDrainSection()
 
 
 class FileSection(Section):
@@ -384,6 +398,7 @@ class FileSection(Section):
     limits: ProcessLimitsSection | None = None
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
+    drain: DrainSection | None = None
     ca: CaSection | None = None
     redirect: RedirectSection | None = None
     watchdog: Annotated[int | None, PlainValidator(_parse_watchdog)] = None
@@ -395,8 +410,12 @@ class FileSection(Section):
 
 
 SINGLE_KEYS: tuple[
-    Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca", "redirect", "watchdog"], ...
-] = ("node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca", "redirect", "watchdog")
+    Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog"], ...
+] = ("node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog")
+
+
+def make_drain(section: DrainSection) -> Drain:
+    return Drain(section.time, section.over)
 
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
@@ -541,6 +560,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         bounded_load=section.bounded_load,
         tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
         panic_threshold=section.panic_threshold,
+        drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
     )
 
 
