@@ -153,6 +153,7 @@ class AdminServer:
                 "identities": self._identities(),
                 "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
                 "closed": closed,
+                "supervisor": dataclasses.asdict(supervision) if (supervision := self._sources.supervision()) else None,
                 "access_log_dropped": self._sources.access_log_dropped(),
             }
         )

@@ -29,6 +29,7 @@ from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
+from l4mesh.runtime.supervised import Supervised
 from l4mesh.runtime.watchdog import Watchdog
 from l4mesh.snapshot import ConnectionRecord
 
@@ -99,6 +100,7 @@ class App:
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
         self._watchdog: Watchdog | None = None
+        self._supervised: Supervised | None = None
         self._endpoints: EndpointRegistry | None = None
         self._listeners: Listeners | None = None
         self._access_log: AccessLog | None = None
@@ -114,6 +116,7 @@ class App:
         tasks: list[asyncio.Task[Any]] = []
         stopping = draining = None
         try:
+            self._supervised = await Supervised.connect()
             await self._reloader.load_first()
             config = self._reloader.config
             assert config is not None
@@ -126,6 +129,8 @@ class App:
             self._watchdog = Watchdog(self._datapath, config.watchdog_ms)
             works = (self._reloader.watch(), self._renewer.run(), self._tick(), self._watchdog.attend())
             tasks = [loop.create_task(work) for work in works]
+            if self._supervised:
+                tasks.append(loop.create_task(self._supervised.listen(self._orphaned)))
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
             gc.freeze()
@@ -138,6 +143,8 @@ class App:
                 connections_limit=self._max_connections(config),
                 pid=os.getpid(),
             )
+            if self._supervised:
+                self._supervised.serves(config)
             stopping = loop.create_task(self._stop.wait())
             draining = loop.create_task(self._drain())
             done, _ = await asyncio.wait([stopping, draining, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -153,6 +160,8 @@ class App:
                 await admin.stop()
             self._reloader.close()
             self._close()
+            if self._supervised:
+                self._supervised.close()
             log.info("stopped")
 
     def _close(self) -> None:
@@ -194,6 +203,8 @@ class App:
         assert self._endpoints is not None
         self._endpoints.configure(config)
         self._renewer.configure(config)
+        if self._supervised and self._ready:
+            self._supervised.wants(config)
 
     async def _published(self) -> None:
         """Waits until the workers, which have just started, have the first plan: then every listener is served."""
@@ -228,6 +239,7 @@ class App:
             lambda: self._access_log.dropped if self._access_log else 0,
             self._take_lag,
             self._endpoints,
+            lambda: self._supervised.status if self._supervised else None,
         )
 
     def _is_ready(self) -> bool:
@@ -252,6 +264,11 @@ class App:
             self._stop.set()
         self._terminated.set()
 
+    def _orphaned(self) -> None:
+        """Nobody would replace this process, or keep its rules: whoever comes next shall find an orderly host."""
+        log.error("supervisor_gone", means="this process drains and ends; the rules stay")
+        self._terminate()
+
     async def _drain(self) -> None:
         """Once terminated: refuses new connections, gives those that are there their time, then ends them one by one."""
         await self._terminated.wait()
@@ -260,6 +277,8 @@ class App:
         assert self._reloader.config is not None
         drain = self._reloader.config.drain
         self._ready = False
+        if self._supervised:
+            self._supervised.drains()
         await self._reloader.freeze()
         await self._datapath.stop_accepting()
         self._listeners.close()

@@ -1,20 +1,18 @@
-"""What a service manager is told (sd_notify(3))."""
+"""What systemd is told of the life of the service (sd_notify(3)), where it wants to know."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
 
-def notify(*states: str) -> None:
-    """Sends ``READY=1`` and the like to the one that started us, if it asked for it. Never raises: it may be gone."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
+def notify(**fields: str | int) -> None:
+    """Sends e.g. ``READY=1`` to the socket that NOTIFY_SOCKET names; nothing where it does not. Never raises: it may be gone."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        try:
-            # A leading @ stands for the zero byte of an abstract address.
-            sender.connect("\0" + address[1:] if address.startswith("@") else address)
-            sender.send("\n".join(states).encode())
-        except OSError:
-            pass
+    message = "\n".join(f"{name}={value}" for name, value in fields.items())
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        # A leading @ stands for the zero byte of an abstract address.
+        sender.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
