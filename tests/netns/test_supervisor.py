@@ -43,10 +43,12 @@ BAD = {"listeners": [{"name": "out", "bind": "nowhere"}]}
 CLIENT, NODE, POD = "192.168.50.100", "192.168.50.1", "10.244.1.11"
 
 
-def config(capture: str = "redirect", exclude: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def config(
+    capture: str = "redirect", exclude: dict[str, Any] | None = None, preserve_source: bool = False, **more: Any
+) -> dict[str, Any]:
     listener = {
         "name": "out", "bind": "0.0.0.0:15001", "capture": capture, "direction": "outbound", "default": "original_destination",
-        "exclude": exclude or {},
+        "exclude": exclude or {}, "preserve_source": preserve_source,
     }  # fmt: skip
     return {"listeners": [listener], "workers": 1} | more
 
@@ -57,8 +59,8 @@ class Net:
     node: Host
     mesh: Factory
 
-    def start(self, config: dict[str, Any]) -> Mesh:
-        return self.mesh(config, prefix=tuple(self.node.command()), options=("--manage-redirect",))
+    def start(self, config: dict[str, Any], *prefix: str) -> Mesh:
+        return self.mesh(config, prefix=(*self.node.command(), *prefix), options=("--manage-redirect",))
 
     def connect(self) -> socket.socket:
         peer = run_in_namespace(self.client.path, lambda: socket.create_connection((POD, 80), 5))
@@ -122,7 +124,6 @@ def test_rules_come_with_readiness_and_go_with_a_clean_stop(net: Net) -> None:
     assert child_of(m) != m.process.pid
     assert net.differences(config()) == []
     assert net.dial() == NODE
-    m.wait_closed(upstream_closed=0)
     wait_until(lambda: m.status()["supervisor"]["in_place"], "the child knows")
     m.stop()
     assert net.rules() == before
@@ -147,6 +148,21 @@ def test_what_others_do_to_the_rules_is_named_and_repaired(net: Net, tampering: 
     wait_until(lambda: m.status()["supervisor"]["repairs"] >= 1, "the child knows")
     assert m.metrics()["l4mesh_redirect_repairs_total"] >= 1
     assert m.metrics()["l4mesh_redirect_in_place"] == 1
+
+
+def test_the_capabilities_of_the_examples_are_enough(net: Net) -> None:
+    before = net.rules()
+    bounded = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", "--no-new-privs")
+    m = net.start(config(capture="tproxy", preserve_source=True, redirect={"check_interval": "100ms"}), *bounded)
+    wait_event(m, "redirect_applied")
+    for process in (m.process.pid, child_of(m)):
+        assert "CapEff:\t0000000000003000\n" in Path(f"/proc/{process}/status").read_text()
+    assert net.dial() == CLIENT
+    net.node.run("ip", "rule", "del", "pref", "32764")
+    wait_event(m, "redirect_repaired")
+    assert m.status()["workers"][0]["accepted"] == 1
+    m.stop()
+    assert net.rules() == before
 
 
 def test_rules_follow_the_configuration_and_a_bad_one_changes_nothing(net: Net) -> None:
