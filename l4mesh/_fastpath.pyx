@@ -34,7 +34,7 @@ from l4mesh._native.openssl cimport *
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
-from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free

@@ -43,7 +43,8 @@ from l4mesh.snapshot import (
     WorkerSnapshot,
 )
 
-RECORDS_PER_WAKE = 512
+RECORDS_AT_ONCE = 512
+GATHER_S = 0.02
 COLLECT_DEADLINE_S = 10.0
 _STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting"}
 _REASONS = tuple(CloseReason)
@@ -116,6 +117,7 @@ class Datapath:
         self._trust = 0
         self._threads: list[threading.Thread] = []
         self._woken: asyncio.Event | None = None
+        self._gathering: asyncio.Handle | None = None
         self._page_locks: list[asyncio.Lock] = []
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -159,6 +161,8 @@ class Datapath:
         for thread in self._threads:
             thread.join()
         asyncio.get_running_loop().remove_reader(self._engine.fileno())
+        if self._gathering:
+            self._gathering.cancel()
         while self._drain_records():
             pass
 
@@ -535,19 +539,31 @@ class Datapath:
         os.eventfd_read(self._engine.fileno())
         if self._woken is not None:
             self._woken.set()
-        if self._drain_records():
-            # More waits than one turn of the loop should take: write the eventfd again instead of starving the rest.
-            os.eventfd_write(self._engine.fileno(), 1)
+        if self._gathering is None:
+            self._gather()
 
-    def _drain_records(self) -> bool:
-        """Reports what waits, a bounded number; true when there may be more."""
-        more = False
+    def _gather(self) -> None:
+        """Reports the records that are there. As long as some come, the next are left to gather for a moment: to be woken for each
+        costs ten times as much as to write it."""
+        loop = asyncio.get_running_loop()
+        taken = self._drain_records()
+        if taken == 0 and all(self._engine.park_records(worker) for worker in range(self._n_workers)):
+            self._gathering = None
+        elif taken >= RECORDS_AT_ONCE:
+            # More than one turn of the loop should take.
+            self._gathering = loop.call_soon(self._gather)
+        else:
+            self._gathering = loop.call_later(GATHER_S, self._gather)
+
+    def _drain_records(self) -> int:
+        """Reports what waits, a bounded number of each worker, and gives the greatest of these."""
+        most = 0
         for worker in range(self._n_workers):
-            records = self._engine.take_records(worker, RECORDS_PER_WAKE)
+            records = self._engine.take_records(worker, RECORDS_AT_ONCE)
             if records:
                 self._on_records([self._name_record(worker, record) for record in records])
-            more |= len(records) == RECORDS_PER_WAKE
-        return more
+            most = max(most, len(records))
+        return most
 
     def _name_record(self, worker: int, record: _fastpath.Record) -> ConnectionRecord:
         ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]

@@ -284,6 +284,10 @@ cdef class Engine:
             limit -= 1
         return records
 
+    def park_records(self, uint32_t index) -> bool:
+        """Makes the eventfd tell of the next record of one worker; false when it is there already. Until then it doesn't."""
+        return ring_park(&self.workers[index].ring)
+
     def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
         """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""
         cdef worker_t *worker = self.workers[index]

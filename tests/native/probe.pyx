@@ -10,7 +10,7 @@ from l4mesh._native.balance cimport (
 )
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
-from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
 from l4mesh._native.types cimport record_t, ring_t
 from l4mesh._native.watchdog cimport thread_t, watch_look, watch_parse, watched_t
@@ -193,6 +193,9 @@ cdef class Ring:
         value = record.total_us
         ring_pop(&self.ring)
         return value
+
+    def park(self):
+        return ring_park(&self.ring)
 
     def woken(self):
         cdef uint64_t count
