@@ -51,9 +51,11 @@ def apply_rules(families: Sequence[FamilyRules], netns: str | None = None) -> di
             continue
         found = _list(is_v6, netns)
         _restore(is_v6, render(family, found.jumps, list(found.chains)), netns)
-        _remove_routes(is_v6, netns)
-        for command in rule_commands(family):
-            _run(["ip", *command], netns)
+        # A moment without them would cost live connections packets.
+        if _check_routes(family, is_v6, netns):
+            _remove_routes(is_v6, netns)
+            for command in rule_commands(family):
+                _run(["ip", *command], netns)
         listed[is_v6] = _list(is_v6, netns)
         if not _is_whole(family, listed[is_v6]):
             raise CommandError("rules that were put in place are gone at once: something else changes them at the same time")

@@ -30,17 +30,10 @@ class Supervision:
     """Why the rules are not in place."""
 
 
-class Successor:
-    """Another child, started at our request. ``ended``: its exit code."""
-
-    ended: int | None = None
-
-
 class Supervised:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._successor: Successor | None = None
         self.status = Supervision()
 
     @classmethod
@@ -61,8 +54,6 @@ class Supervised:
                 message = json.loads(line)
                 if message["say"] == "status":
                     self.status = Supervision(message["restarts"], **message["redirect"])
-                elif message["say"] == "successor_ended" and self._successor:
-                    self._successor.ended = message["code"]
         gone()
         await asyncio.Event().wait()
 
@@ -86,16 +77,6 @@ class Supervised:
     def drains(self) -> None:
         """This process is about to end, as it was told to."""
         self._tell("drains")
-
-    def hands_over(self) -> None:
-        """Another process serves instead of this one."""
-        self._tell("hands_over")
-
-    def start_successor(self) -> Successor:
-        """Asks for another child, which is to take over from this one."""
-        self._successor = Successor()
-        self._tell("upgrade")
-        return self._successor
 
     def close(self) -> None:
         self._writer.close()

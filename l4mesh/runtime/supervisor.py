@@ -214,7 +214,8 @@ class Supervisor:
         self._restarts = 0
         self._failures = 0
         self._restart_at = float("inf")
-        self._down_since = time.monotonic()
+        self._down_since = 0.0
+        """When the one that served died; 0: it serves, or none ever did."""
         self._stopping = False
         self._code: int | None = None
         self._ping_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or float("inf")
@@ -313,9 +314,14 @@ class Supervisor:
                 self._tell_status()
         elif say == "upgrade":
             self._upgrade()
+        elif say == "abandon":
+            if self._successor and child is self._child:
+                self._successor.signal(signal.SIGKILL)
         elif say == "hands_over":
             child.hands_over = True
-            if child is self._child and not self._successor and not self._stopping:
+            if child is self._child and self._successor:
+                self._promote()
+            elif child is self._child and not self._stopping:
                 self._rules.forget()
                 log("taken_over", "warning", pid=child.process.pid, means="by a process that is not ours: the rules are its own now")
         elif say == "drains" and child is self._child and not child.hands_over and not self._successor and not self._stopping:
@@ -325,13 +331,19 @@ class Supervisor:
     def _serves(self, child: Child) -> None:
         child.ready_at = time.monotonic()
         if child is self._successor:
-            assert self._child
-            log("upgraded", old=self._child.process.pid, new=child.process.pid)
-            self._leaving.append(self._child)
-            self._child, self._successor = child, None
-        elif self._was_ready:
+            self._promote()
+        if self._down_since:
             log("replaced", pid=child.process.pid, down_s=round(child.ready_at - self._down_since, 3))
+            self._down_since = 0.0
         self._was_ready = True
+
+    def _promote(self) -> None:
+        """The successor serves, or is about to: the one before only drains."""
+        assert self._child
+        assert self._successor
+        log("successor_serves", old=self._child.process.pid, new=self._successor.process.pid)
+        self._leaving.append(self._child)
+        self._child, self._successor = self._successor, None
 
     def _bury(self, child: Child) -> None:
         code = child.process.poll()
@@ -359,7 +371,8 @@ class Supervisor:
     def _lose(self, child: Child, code: int) -> None:
         """The one that served, or was to serve, is gone."""
         self._child, self._successor = self._successor, None
-        now = self._down_since = time.monotonic()
+        now = time.monotonic()
+        self._down_since = self._down_since or now
         if self._stopping or child.hands_over:
             return
         if not self._was_ready and code == 1:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from l4mesh.capture.host import apply_rules, check_rules
+from l4mesh.capture.host import apply_rules, check_rules, remove_rules
 from l4mesh.capture.rules import build_rules
 from l4mesh.config.load import parse_config
-from l4mesh.lab import Host, Lab, build_cluster
+from l4mesh.lab import Cluster, Host, Lab, build_cluster
 from l4mesh.netns import run_in_namespace
 from tests.conftest import Factory
 from tests.support.mesh import Mesh
@@ -103,16 +103,24 @@ def child_of(m: Mesh) -> int:
     return int(m.status()["pid"])
 
 
-@pytest.fixture
-def net(mesh: Factory) -> Iterator[Net]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
     with Lab() as lab:
-        cluster = build_cluster(lab, nodes=1, pods=1)
-        made = Net(cluster.outside, cluster.nodes[0].host, mesh)
-        cluster.pods[0].start(sys.executable, "-c", SERVER)
-        wait_until(lambda: made.dial() == CLIENT, "the server answers")
+        made = build_cluster(lab, nodes=1, pods=1)
+        made.pods[0].start(sys.executable, "-c", SERVER)
         yield made
-        # While there is a namespace to end in.
+
+
+@pytest.fixture
+def net(cluster: Cluster, mesh: Factory) -> Iterator[Net]:
+    made = Net(cluster.outside, cluster.nodes[0].host, mesh)
+    wait_until(lambda: made.dial() == CLIENT, "the server answers")
+    yield made
+    try:
         mesh.stack.close()
+    finally:
+        remove_rules(made.node.namespace)
+        made.node.run("iptables", "-t", "nat", "-F")
 
 
 def test_rules_come_with_readiness_and_go_with_a_clean_stop(net: Net) -> None:
@@ -148,6 +156,8 @@ def test_what_others_do_to_the_rules_is_named_and_repaired(net: Net, tampering: 
     wait_until(lambda: m.status()["supervisor"]["repairs"] >= 1, "the child knows")
     assert m.metrics()["l4mesh_redirect_repairs_total"] >= 1
     assert m.metrics()["l4mesh_redirect_in_place"] == 1
+    shown = subprocess.run([sys.executable, "-m", "l4mesh", "status", "--admin", m.admin], capture_output=True, text=True, check=True)
+    assert re.search(r"redirect rules in place, repaired \d+ times; the data plane has died 0 times", shown.stdout)
 
 
 def test_the_capabilities_of_the_examples_are_enough(net: Net) -> None:
@@ -199,7 +209,9 @@ def test_until_a_crashed_child_is_replaced_traffic_is_refused_or_let_past(net: N
     assert replaced["down_s"] > 0
     wait_until(lambda: net.dial() == NODE, "it is served again")
     assert net.differences(good) == []
-    assert len(events(m, "redirect_applied")) == (1 if on_crash == "closed" else 2)
+    applied = 1 if on_crash == "closed" else 2
+    wait_event(m, "redirect_applied", applied)
+    assert len(events(m, "redirect_applied")) == applied
     wait_until(lambda: m.status()["supervisor"]["restarts"] >= 3, "the child knows")
 
 
@@ -229,6 +241,20 @@ def test_a_bad_configuration_at_start_touches_no_rule(net: Net, tmp_path: Path) 
     assert "listeners[0].bind[0]: must be" in done.stderr
     assert "Traceback" not in done.stderr
     assert net.rules() == before
+
+
+def test_one_that_may_not_touch_rules_does_not_stay(net: Net, tmp_path: Path) -> None:
+    file = tmp_path / "l4mesh.yaml"
+    file.write_text(yaml.safe_dump(config(admin={"bind": "off"})))
+    bounded = ("setpriv", "--bounding-set=-all", "--no-new-privs")
+    command = net.node.command(*bounded, sys.executable, "-m", "l4mesh", "run", "--manage-redirect", "-c", str(file))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "l4mesh: iptables-" in done.stderr
+    assert done.stderr.rstrip().endswith("run it as root")
+    # The child as well has ended.
+    assert '"event": "stopped"' in done.stderr
+    assert net.dial() == CLIENT
 
 
 def test_a_child_without_its_supervisor_ends_and_the_next_one_takes_over(net: Net) -> None:
