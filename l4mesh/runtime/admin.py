@@ -154,6 +154,7 @@ class AdminServer:
                 "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
                 "closed": closed,
                 "faults": self._faults(snapshot),
+                "supervisor": dataclasses.asdict(supervision) if (supervision := self._sources.supervision()) else None,
                 "access_log_dropped": self._sources.access_log_dropped(),
             }
         )

@@ -22,6 +22,7 @@ from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
+from l4mesh.runtime.supervised import Supervision
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
 
 _BUCKET_NAMES = [f"{bound:g}" for bound in CONNECT_BUCKETS_S] + ["+Inf"]
@@ -43,6 +44,8 @@ class Sources:
     registry: EndpointRegistry
     health: HealthChecker
     outliers: OutlierDetector
+    supervision: Callable[[], Supervision | None]
+    """None: no supervisor has started this process."""
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -92,6 +95,11 @@ class MeshCollector(Collector):
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
+        supervision = self._sources.supervision()
+        if supervision:
+            yield _counter("l4mesh_supervisor_restarts", "Data planes that died and were replaced.", supervision.restarts)
+            yield _gauge("l4mesh_redirect_in_place", "1 while the redirect rules are as they should be.", int(supervision.in_place))
+            yield _counter("l4mesh_redirect_repairs", "Times that the redirect rules were found changed.", supervision.repairs)
         info = GaugeMetricFamily("l4mesh_build_info", "Always 1; the version is the label.", labels=["version"])
         info.add_metric([__version__], 1)
         yield info

@@ -62,6 +62,8 @@ def test_the_reference_names_every_key_with_its_default() -> None:
     assert reference.clusters == bare.clusters
     for key in (
         "workers",
+        "redirect",
+        "watchdog_ms",
         "admin",
         "access_log",
         "max_connections",
