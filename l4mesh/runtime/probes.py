@@ -14,6 +14,7 @@ import select
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ READS_MAX = 256
 """Of one answer: a regular expression looks at all of it again after each."""
 SHOWN_MAX = 60
 EVENTS_MAX = 256
+TURN_MAX_S = 0.005
+"""The loop has other work: a TLS handshake takes a millisecond of it."""
 LOCAL_ERRORS = frozenset(
     {
         errno.EADDRNOTAVAIL, errno.EADDRINUSE, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EACCES, errno.EPERM,
@@ -300,12 +303,18 @@ class Prober:
             return
         self._under_way[one.fd] = one
 
-    def turn(self) -> None:
-        """Goes on with the checks whose sockets are ready, as far as that goes without waiting."""
-        for fd, events in self._epoll.poll(0, EVENTS_MAX):
+    def turn(self) -> bool:
+        """Goes on with the checks whose sockets are ready, for a while. True: there are more of them."""
+        until_s = time.monotonic() + TURN_MAX_S
+        ready = self._epoll.poll(0, EVENTS_MAX)
+        for done, (fd, events) in enumerate(ready, 1):
             one = self._under_way.get(fd)
             if one is not None:
                 self._advance(one, events)
+            if time.monotonic() > until_s:
+                # What is left is ready still when the loop comes round.
+                return done < len(ready)
+        return len(ready) == EVENTS_MAX
 
     def expire(self, now_s: float) -> float:
         """Ends the checks whose time is over, and gives the earliest deadline of the others, or infinity."""
@@ -338,6 +347,11 @@ class Prober:
             self._epoll.modify(one.fd, select.EPOLLOUT if one.out else select.EPOLLIN)
         except OSError as error:
             self._end_with(one, error)
+        except Exception:
+            # A bug of ours ends this check, and neither the others nor the loop's rest: the socket would stay ready.
+            if self._under_way.get(one.fd) is one:
+                self._finish(one, None, "an error of l4mesh's own, which stands in its log")
+            raise
 
     def _connected(self, one: _UnderWay) -> None:
         # A port that nobody listens on can be given to our own socket, which then has connected to itself.
