@@ -259,14 +259,14 @@ class HealthChecker:
     def turn(self, expected_s: float) -> float:
         """Does what is due; ``expected_s`` is when this turn was. Gives when the next is."""
         now_s = self._turned_s = self._clock()
-        # What has come is looked at before anybody is called late, and before more is asked: when it is too much for us, checks are
-        # late, and nobody is blamed.
-        if self._prober.turn():
-            return now_s + SOON_S
         if now_s - expected_s > STOOD_STILL_S:
             more_s = now_s - expected_s + STOOD_STILL_S
             self._prober.grant(more_s)
             self._deadline_s += more_s
+        # What has come is looked at before anybody is called late, and before more is asked: when it is too much for us, checks are
+        # late, and nobody is blamed.
+        if self._prober.turn():
+            return now_s + SOON_S
         if now_s >= self._deadline_s:
             self._deadline_s = self._prober.expire(now_s)
         for _ in range(STARTS_PER_TURN):

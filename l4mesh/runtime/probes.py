@@ -37,7 +37,6 @@ LOCAL_ERRORS = frozenset(
 """Never the endpoint's fault; the same as in ``dial_reason`` of the data path."""
 
 _RESET = struct.pack("ii", 1, 0)
-_SO_MARK = 36
 _BAD = select.EPOLLERR | select.EPOLLHUP
 _WANTS = {ssl.SSLWantReadError: select.EPOLLIN, ssl.SSLWantWriteError: select.EPOLLOUT}
 
@@ -289,7 +288,7 @@ class Prober:
         one.context, one.judge = context, judge
         try:
             if self.mark:
-                sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, self.mark)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
             if context is None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 if probe.only_connects:
