@@ -409,7 +409,7 @@ class Prober:
         if error.errno in LOCAL_ERRORS and not isinstance(error, ssl.SSLError):
             self._finish(one, None, _name(error.errno))
         elif isinstance(error, ssl.SSLError):
-            self._finish(one, f"tls: {_tls_reason(error)}", "")
+            self._end(one, f"tls: {_tls_reason(error)}")
         else:
             self._finish(one, f"{one.stage}: {_REASONS.get(error.errno or 0) or _name(error.errno)}{_of_answer(one)}", "")
 
@@ -417,7 +417,7 @@ class Prober:
         try:
             if farewell:
                 one.sock.send(farewell)
-            if isinstance(one.sock, ssl.SSLSocket) and one.stage == "expect":
+            if isinstance(one.sock, ssl.SSLSocket):
                 # Without close_notify the other end would call it truncated. Nothing waits for an answer.
                 one.sock.unwrap()
         except (OSError, ValueError):

@@ -291,24 +291,27 @@ def test_a_proxy_header_goes_before_the_check(mesh: Factory) -> None:
 # -- with mutual TLS ---------------------------------------------------------------------------------------------------------
 
 
-def secured(web: Files, address: str, *checks: Config, peers: str = REDIS) -> Config:
+def secured(web: Files, address: str, *checks: tuple[str, Config]) -> Config:
+    """A cluster "c0" and on for each: whom it expects, and its check."""
     config = outbound(web, address, workers=1)
     config["clusters"] = [
         {"name": f"c{i}", "endpoints": [address], "tls": {"peers": [peers]}, "health_check": CHECK | check}
-        for i, check in enumerate(checks)
+        for i, (peers, check) in enumerate(checks)
     ]
     config["listeners"] = [{"name": "web", "bind": "127.0.0.1:0", "cluster": "c0"}]
     return config
 
 
-def test_a_check_speaks_as_the_cluster_does(mesh: Factory, web: Files, redis: Files) -> None:
+def test_a_check_speaks_as_the_cluster_does_and_refuses_whom_it_refuses(mesh: Factory, web: Files, redis: Files) -> None:
     with Moody() as server:
         near = mesh(inbound(redis, server.server.address, workers=1) | {"access_log": {"when": "errors"}})
         address = f"127.0.0.1:{near.port()}"
-        far = mesh(secured(web, address, {"type": "tls"}, {"type": "http"}, {"type": "http", "tls": "off"}))
+        http: Config = {"type": "http"}
+        far = mesh(secured(web, address, (REDIS, {"type": "tls"}), (REDIS, http), (REDIS, http | {"tls": "off"}), (OTHER, http)))
         wait_health(far, address, "healthy", "c0")
         wait_health(far, address, "healthy", "c1")
         assert wait_health(far, address, "unhealthy", "c2")["why"] in ("closed without an answer", "expect: reset")
+        wait_health(far, address, "unhealthy", "c3", f"tls: the other end is {REDIS}, which is not among the peers")
         # What is behind the other end's proxy counts as well.
         server.says = b"HTTP/1.1 500 Ill\r\n\r\n"
         wait_health(far, address, "unhealthy", "c1", "status 500")
@@ -316,14 +319,6 @@ def test_a_check_speaks_as_the_cluster_does(mesh: Factory, web: Files, redis: Fi
     failures = {name for name in near.metrics() if name.startswith("l4mesh_tls_failures_total")}
     # The plaintext check's; the others have ended as TLS wants it.
     assert failures <= {'l4mesh_tls_failures_total{cause="not_tls",side="downstream"}'}
-
-
-def test_a_check_refuses_whom_the_cluster_refuses(mesh: Factory, web: Files, redis: Files) -> None:
-    with Server(echo) as server:
-        near = mesh(inbound(redis, server.address))
-        address = f"127.0.0.1:{near.port()}"
-        far = mesh(secured(web, address, {"type": "tls"}, peers=OTHER))
-        wait_health(far, address, "unhealthy", "c0", f"tls: the other end is {REDIS}, which is not among the peers")
 
 
 # -- reload and trouble of ours ----------------------------------------------------------------------------------------------

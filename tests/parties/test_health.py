@@ -52,14 +52,14 @@ def test_redis(mesh: Factory, tmp_path: Path) -> None:
         running([*command, str(ports[0])], ports[0], tmp_path),
         running([*command, str(ports[1]), "--requirepass", "hush"], ports[1], tmp_path),
     ):
-        m = mesh(simple(open_, secret, health_check=SLOW | {"type": "redis"}))
+        m = mesh(simple(open_, secret, health_check=CHECK | {"type": "redis"}))
         wait_health(m, open_, "healthy")
         wait_health(m, secret, "healthy")
         # It stands still, as a server does that swaps: it can be connected, and does not answer.
         pid = int(run("redis-cli", "-p", str(ports[0]), "INFO", "server").split(b"process_id:")[1].split()[0])
         os.kill(pid, signal.SIGSTOP)
         try:
-            wait_health(m, open_, "unhealthy", why="timeout after 1s in expect")
+            wait_health(m, open_, "unhealthy", why="timeout after 500ms in expect")
         finally:
             os.kill(pid, signal.SIGCONT)
         wait_health(m, open_, "healthy")
