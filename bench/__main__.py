@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
+from bench.bandwidth import run_bandwidth, summarize_bandwidth
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.health import run_health, summarize_health
@@ -39,7 +40,9 @@ PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
 STORM = "storm"
 HEALTH = "health"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM, HEALTH)
+BANDWIDTH = "bandwidth"
+SCENARIOS = (RELOAD, STORM, HEALTH, BANDWIDTH)
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -110,9 +113,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "versions": describe_versions(proxies),
         "rows": [],
         "growth": [],
-        "reload": None,
-        "storm": None,
-        "health": None,
+        **dict.fromkeys(SCENARIOS),
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
@@ -164,6 +165,13 @@ def measure_all(
             "a large configuration under load",
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
+        )
+    if "l4mesh" in proxies:
+        attempt(
+            BANDWIDTH,
+            "limits of bandwidth",
+            partial(run_bandwidth, machine, 3 if effort.discard_first else 1),
+            lambda flows: result.update(bandwidth=summarize_bandwidth(flows)),
         )
     attempt(
         STORM,

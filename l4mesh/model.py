@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 
+from l4mesh.errors import Fault
+
 Network = IPv4Network | IPv6Network
 
 ORIGINAL_DESTINATION = "original_destination"
@@ -154,6 +156,41 @@ class CaClient:
 
 
 @dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes a second to upstream and to downstream, of each connection. 0 is off."""
+
+    to_upstream: int = 0
+    to_downstream: int = 0
+    burst: int = 0
+    """Bytes that may pass at once after a pause; 0: as few as keep the rate exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadBandwidth:
+    """Bytes a second of all connections of a workload together. 0 is off."""
+
+    receive: int = 0
+    send: int = 0
+    burst: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRule:
+    """A fault for a share, 0 to 1, of the connections from these sources; () is everybody."""
+
+    kind: Fault
+    share: float
+    sources: tuple[Network, ...]
+    to_upstream: bool = False
+    """Which bytes are counted, where any are."""
+    after_bytes: int = 0
+    from_ms: int = 0
+    """For how long at least, or when it happens if not by bytes; 0: for ever."""
+    to_ms: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Something that runs on this node. Addresses are IP literals; ``identity`` is a name or ""."""
 
@@ -162,6 +199,7 @@ class Workload:
     addresses: tuple[str, ...]
     identity: str
     labels: tuple[tuple[str, str], ...] = ()
+    bandwidth: WorkloadBandwidth = WorkloadBandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +354,8 @@ class Cluster:
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
     tls: ClusterTls | None = None
     """None is plaintext."""
+    bandwidth: Bandwidth = Bandwidth()
+    faults: tuple[FaultRule, ...] = ()
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
     drain: ClusterDrain = ClusterDrain()
@@ -339,6 +379,7 @@ class Route:
     match: RouteMatch
     split: tuple[tuple[str, int], ...]
     """(cluster, weight); a plain ``cluster:`` is one with weight 1."""
+    faults: tuple[FaultRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +412,7 @@ class Listener:
     user_timeout_ms: int
     backlog: int
     tls: ListenerTls = ListenerTls()
+    bandwidth: Bandwidth = Bandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +462,8 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    faults_enabled: bool = False
+    """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
@@ -428,3 +472,9 @@ class Config:
     def own_mark(self) -> int:
         """The mark of the sockets that we dial with; 0 where nothing is captured, since marking needs a capability."""
         return self.mark.value if any(listener.capture != Capture.NONE for listener in self.listeners.values()) else 0
+
+    @property
+    def fault_rules(self) -> int:
+        """How many faults are configured, in force or not."""
+        of_routes = sum(len(route.faults) for listener in self.listeners.values() for route in listener.routes)
+        return of_routes + sum(len(cluster.faults) for cluster in self.clusters.values())

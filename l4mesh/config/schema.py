@@ -13,11 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from l4mesh.config import quantities as q
 from l4mesh.config.yaml import KeyPath
+from l4mesh.errors import Fault
 from l4mesh.model import (
     ORIGINAL_DESTINATION,
     AccessLog,
     Action,
     Balance,
+    Bandwidth,
     CaClient,
     Capture,
     CaptureFilter,
@@ -28,6 +30,7 @@ from l4mesh.model import (
     Drain,
     Endpoint,
     Expect,
+    FaultRule,
     HealthCheck,
     HealthKind,
     Identity,
@@ -46,6 +49,7 @@ from l4mesh.model import (
     SocketAddress,
     TlsMode,
     Workload,
+    WorkloadBandwidth,
 )
 
 T = TypeVar("T")
@@ -185,10 +189,109 @@ class SplitSection(Section):
     weight: Weight
 
 
+def _parse_burst(value: object) -> int:
+    if value == "auto":
+        return 0
+    try:
+        return q.parse_size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+
+
+Rate = Annotated[int, PlainValidator(q.parse_rate)]
+OptionalRate = Annotated[int, PlainValidator(q.parse_optional_rate)]
+Burst = Annotated[int, PlainValidator(_parse_burst)]
+
+
+class BandwidthSection(Section):
+    to_upstream: OptionalRate = 0
+    to_downstream: OptionalRate = 0
+    burst: Burst = 0
+
+
+class WorkloadBandwidthSection(Section):
+    receive: OptionalRate = 0
+    send: OptionalRate = 0
+    burst: Burst = 0
+
+
+DurationRange = Annotated[tuple[int, int], PlainValidator(q.parse_duration_range_ms)]
+
+
+def _parse_after(value: object) -> tuple[int, int]:
+    """(bytes, 0) or (0, ms)."""
+    try:
+        return q.parse_size(value), 0
+    except ValueError:
+        pass
+    try:
+        return 0, q.parse_duration_ms(value)
+    except ValueError:
+        raise ValueError(f"must be a size such as 64KiB, or a duration such as 5s; got {q.shown(value)}") from None
+
+
+def _parse_black_hole(value: object) -> int:
+    """Milliseconds; 0: until the client gives up."""
+    if value is True or value == "on":
+        return 0
+    try:
+        return q.parse_duration_ms(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be on, or")) from None
+
+
+def _parse_refuse(value: object) -> bool:
+    if value is not True and value != "on":
+        raise ValueError(f"must be on; got {q.shown(value)}: without this fault leave its entry out")
+    return True
+
+
+ByteDirection = Annotated[str | None, PlainValidator(_one_of("to_upstream", "to_downstream"))]
+
+
+class ResetFaultSection(Section):
+    after: Annotated[tuple[int, int], PlainValidator(_parse_after)]
+    direction: ByteDirection = None
+
+
+class StallFaultSection(Section):
+    for_: DurationRange = Field(alias="for")
+    after: Annotated[int, PlainValidator(q.parse_size)] = 0
+    direction: ByteDirection = None
+
+
+def _parse_fault_share(value: object) -> float:
+    share = q.parse_share(value)
+    if share == 0:
+        raise ValueError("must be above 0%: without this fault leave its entry out")
+    return share
+
+
+class FaultSection(Section):
+    share: Annotated[float, PlainValidator(_parse_fault_share)]
+    sources: Annotated[list[Cidr] | None, Field(min_length=1)] = None
+    delay: DurationRange | None = None
+    refuse: Annotated[bool, PlainValidator(_parse_refuse)] | None = None
+    reset: ResetFaultSection | None = None
+    black_hole: Annotated[int, PlainValidator(_parse_black_hole)] | None = None
+    slow: Rate | None = None
+    stall: StallFaultSection | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those that are given."""
+        return [kind.label for kind in Fault if kind and getattr(self, kind.label) is not None]
+
+
+class FaultsSection(Section):
+    enabled: Switch = False
+
+
 class RouteSection(Section):
     match: MatchSection = MatchSection()
     cluster: Name | None = None
     split: list[SplitSection] = []
+    faults: list[FaultSection] = []
 
 
 class FilterSection(Section):
@@ -274,6 +377,7 @@ class WorkloadSection(Section):
     addresses: Annotated[list[Annotated[str, PlainValidator(q.parse_ip)]], Field(min_length=1)]
     identity: Name | None = None
     labels: Labels = ()
+    bandwidth: WorkloadBandwidthSection = WorkloadBandwidthSection()
 
 
 class PeersSection(Section):
@@ -315,6 +419,7 @@ class ListenerSection(Section):
     user_timeout: OptionalDuration = 0
     backlog: Annotated[int, PlainValidator(_whole(1, 65535))] = 4096
     tls: ListenerTlsSection | None = None
+    bandwidth_per_connection: BandwidthSection = BandwidthSection()
 
 
 class ConnectSection(Section):
@@ -395,6 +500,8 @@ class ClusterSection(Section):
     panic_threshold: OptionalShare = 0.5
     drain: ClusterDrainSection = ClusterDrainSection()
     health_check: Annotated[HealthCheckSection | None, BeforeValidator(_health_check_off)] = None
+    bandwidth_per_connection: BandwidthSection = BandwidthSection()
+    faults: list[FaultSection] = []
 
 
 class FileSection(Section):
@@ -409,6 +516,7 @@ class FileSection(Section):
     marks: MarksSection | None = None
     drain: DrainSection | None = None
     ca: CaSection | None = None
+    faults: FaultsSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
     policies: list[PolicySection] = []
@@ -416,8 +524,8 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca",
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults",
 )  # fmt: skip
 
 
@@ -435,9 +543,35 @@ def make_filter(section: FilterSection) -> CaptureFilter:
 
 def make_route(section: RouteSection) -> Route:
     match = RouteMatch(**{key: tuple(values) for key, values in section.match})
-    if section.cluster:
-        return Route(match, ((section.cluster, 1),))
-    return Route(match, tuple((part.cluster, part.weight) for part in section.split))
+    split = ((section.cluster, 1),) if section.cluster else tuple((part.cluster, part.weight) for part in section.split)
+    return Route(match, split, make_faults(section.faults))
+
+
+def make_faults(sections: Sequence[FaultSection]) -> tuple[FaultRule, ...]:
+    """Those of one kind; any other is a mistake that is named elsewhere."""
+    return tuple(_make_fault(section) for section in sections if len(section.kinds) == 1)
+
+
+def _make_fault(section: FaultSection) -> FaultRule:
+    kind = Fault[section.kinds[0].upper()]
+    least = most = after = rate = 0
+    direction = None
+    if section.delay:
+        least, most = section.delay
+    elif section.reset:
+        after, least = section.reset.after
+        most, direction = least, section.reset.direction
+    elif section.black_hole:
+        least = most = section.black_hole
+    elif section.slow:
+        rate = section.slow
+    elif section.stall:
+        (least, most), after, direction = section.stall.for_, section.stall.after, section.stall.direction
+    return FaultRule(kind, section.share, tuple(section.sources or ()), direction == "to_upstream", after, least, most, rate)
+
+
+def make_bandwidth(section: BandwidthSection) -> Bandwidth:
+    return Bandwidth(section.to_upstream, section.to_downstream, section.burst)
 
 
 def make_listener(section: ListenerSection) -> Listener:
@@ -461,6 +595,7 @@ def make_listener(section: ListenerSection) -> Listener:
         user_timeout_ms=section.user_timeout,
         backlog=section.backlog,
         tls=make_listener_tls(section.tls) if section.tls else ListenerTls(),
+        bandwidth=make_bandwidth(section.bandwidth_per_connection),
     )
 
 
@@ -523,7 +658,8 @@ def place_identity(identity: Identity, ca: CaClient | None) -> Identity:
 
 
 def make_workload(section: WorkloadSection) -> Workload:
-    return Workload(section.name, section.namespace, tuple(section.addresses), section.identity or "", section.labels)
+    bandwidth = WorkloadBandwidth(section.bandwidth.receive, section.bandwidth.send, section.bandwidth.burst)
+    return Workload(section.name, section.namespace, tuple(section.addresses), section.identity or "", section.labels, bandwidth)
 
 
 def make_policy(section: PolicySection) -> Policy:
@@ -565,6 +701,8 @@ def make_cluster(section: ClusterSection) -> Cluster:
         panic_threshold=section.panic_threshold,
         drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
         health_check=make_health_check(section) if section.health_check else None,
+        bandwidth=make_bandwidth(section.bandwidth_per_connection),
+        faults=make_faults(section.faults),
     )
 
 

@@ -192,6 +192,7 @@ class App:
         generation = self._datapath.apply(config, sockets, own, self._max_connections(config), materials)
         self._bound = bound
         self._listeners.close_unused(config)
+        _say_faults(config)
         return generation
 
     def _applied(self, config: Config) -> None:
@@ -240,6 +241,7 @@ class App:
             self._reloader.identities.status,
             self._renewer.status,
             lambda: self._access_log.dropped if self._access_log else 0,
+            lambda: bool(self._reloader.config and self._reloader.config.faults_enabled),
             self._take_lag,
             self._endpoints,
             self._health,
@@ -319,3 +321,11 @@ class App:
         for name, left_s in self._reloader.identities.expiring(time.time()):
             state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
             log.warning("identity_expires", identity=name, state=state, left_s=round(left_s))
+
+
+def _say_faults(config: Config) -> None:
+    """At every plan, so that they can't be left on unseen."""
+    if config.faults_enabled:
+        log.warning("faults_enabled", rules=config.fault_rules, means="connections are delayed or broken on purpose")
+    elif config.fault_rules:
+        log.info("faults_not_enabled", rules=config.fault_rules, means="they do nothing; faults: {enabled: on} puts them in force")

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from l4mesh import __version__
-from l4mesh.errors import CloseReason
+from l4mesh.errors import CloseReason, Fault
 from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
 from l4mesh.runtime.health import HealthChecker
@@ -36,6 +36,7 @@ class Sources:
     identities: Callable[[], list[IdentityStatus]]
     renewals: Callable[[], list[RenewalStatus]]
     access_log_dropped: Callable[[], int]
+    faults_enabled: Callable[[], bool]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
     registry: EndpointRegistry
@@ -84,6 +85,7 @@ class MeshCollector(Collector):
             "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.",
             self._sources.access_log_dropped(),
         )  # fmt: skip
+        yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(self._sources.faults_enabled()))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
@@ -140,6 +142,12 @@ def _cluster_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         failures.add_metric([cluster.name], cluster.connect_failures)
         connect.add_metric([cluster.name], _buckets(cluster), cluster.connect_seconds_sum)
     yield from (opened, active, closed, moved, attempts, failures, connect)
+    faults = CounterMetricFamily("l4mesh_faults_injected", "Connections that a fault was injected into.", labels=["cluster", "fault"])
+    for cluster in (*snapshot.clusters, snapshot.retired):
+        for fault in Fault:
+            if cluster.faults[fault]:
+                faults.add_metric([cluster.name, fault.label], cluster.faults[fault])
+    yield faults
 
 
 def _buckets(cluster: ClusterSnapshot) -> list[tuple[str, float]]:
@@ -210,6 +218,7 @@ def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         (CounterMetricFamily, "bytes_copied", "Bytes moved through user memory.", "bytes_copied"),
         (CounterMetricFamily, "bytes_spliced", "Bytes moved inside the kernel.", "bytes_spliced"),
         (CounterMetricFamily, "stream_holds", "Times that a stream was left for a moment to gather more bytes.", "holds"),
+        (CounterMetricFamily, "bandwidth_waits", "Times that one direction of a connection waited for its bandwidth.", "throttles"),
     ]
     for kind, name, text, field in figures:
         family = kind(f"l4mesh_{name}", text, labels=["worker"])
