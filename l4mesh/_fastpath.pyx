@@ -34,6 +34,10 @@ from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
+from l4mesh._native.outlier cimport (
+    outlier_connected, outlier_dial_failed, outlier_ended, outlier_finished, outlier_lived, outlier_next, outlier_refused_tls,
+    outlier_take,
+)
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
@@ -49,8 +53,8 @@ from l4mesh._native.spiffe cimport (
     PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,
 )
 from l4mesh._native.stats cimport (
-    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t,
-    listener_stat_t,
+    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, SIGNALS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t,
+    listener_row_t, listener_stat_t,
 )
 from l4mesh._native.tls cimport (
     HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes_chain, tls_bio_ctrl, tls_bio_read,
@@ -990,6 +994,7 @@ cdef void dial_failed(worker_t *worker, conn_t *conn, int error) noexcept nogil:
         row.connect_failures += 1
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
+        outlier_dial_failed(worker, conn, error)
     dial_abandon(conn)
 
 
@@ -1132,6 +1137,7 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     row.connect_buckets[connect_bucket(took_ns)] += 1
     if conn.endpoint_stat != NULL:
         add_u(&conn.endpoint_stat.opened, 1)
+        outlier_connected(conn, took_ns)
     conn.errno_seen = 0
     conn.tls_cause = TLS_OK
     conn.alert = 0
@@ -1255,6 +1261,8 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
                     CLOSE_DOWNSTREAM_CLOSED if conn.first_end == DOWNSTREAM else CLOSE_UPSTREAM_CLOSED, False,
                 )
                 return
+            if h == UPSTREAM:
+                outlier_ended(worker, conn)
             shutdown(conn.side[1 - h].fd, SHUT_WR)
             half.flags |= HALF_SHUT
             conn.first_end = <uint8_t> h
@@ -1297,6 +1305,7 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
+        outlier_refused_tls(worker, conn)
     return True
 
 
@@ -1439,6 +1448,7 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
     if conn.routed:
         cluster_drop(conn.phase.dial.cluster)
     elif conn.state == CONN_RELAYING or conn.state == CONN_RESETTING:
+        outlier_finished(worker, conn, reason)
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.bytes_to_upstream, conn.phase.half[DOWNSTREAM].bytes)
             add_u(&conn.endpoint_stat.bytes_to_downstream, conn.phase.half[UPSTREAM].bytes)
@@ -1623,6 +1633,7 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
             return
         if not conn.settled:
             conn_settle(conn)
+            outlier_lived(worker, conn)
             at = conn_deadline(worker, conn)
         if at:
             conn_arm(worker, conn, slot, at)

@@ -331,6 +331,60 @@ class HealthCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class SuccessRateDetector:
+    """An endpoint whose success rate is more than ``factor`` standard deviations, and more than ``margin`` (0 to 1), below the mean."""
+
+    factor: float
+    margin: float
+    minimum_endpoints: int
+    minimum_connections: int
+    """That an endpoint must have had in the interval to be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePercentageDetector:
+    threshold: float
+    """Share of an endpoint's connections, 0 to 1, that must fail."""
+    minimum_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyDetector:
+    """An endpoint that takes longer to connect to than the median of its zone, by ``factor`` median absolute deviations and by
+    ``floor``."""
+
+    factor: float
+    floor: int
+    """Milliseconds."""
+    minimum_endpoints: int
+    minimum_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutlierDetection:
+    """Which endpoints of a cluster are ejected, and for how long."""
+
+    consecutive_failures: int
+    """0 is off."""
+    interval_ms: int
+    base_ejection_ms: int
+    max_ejection_ms: int
+    max_ejected: float
+    """Share of the endpoints, above 0 to 1; at least one may be ejected."""
+    enforce: float
+    """Share of the detections that lead to an ejection; the others are only said."""
+    probe: bool
+    """An ejected endpoint returns only when it can be connected."""
+    connect_failure: bool
+    tls_failure: bool
+    early_reset_ms: int
+    no_answer_ms: int
+    success_rate: SuccessRateDetector | None
+    failure_percentage: FailurePercentageDetector | None
+    latency: LatencyDetector | None
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -360,6 +414,7 @@ class Cluster:
     """Share of the endpoints: while fewer serve, all do."""
     drain: ClusterDrain = ClusterDrain()
     health_check: HealthCheck | None = None
+    outlier_detection: OutlierDetection | None = None
 
 
 @dataclass(frozen=True, slots=True)

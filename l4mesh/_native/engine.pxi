@@ -263,6 +263,19 @@ cdef class Engine:
         """Makes the eventfd tell of the next record of one worker; false when it is there already. Until then it doesn't."""
         return ring_park(&self.workers[index].ring)
 
+    def take_told(self) -> list[int]:
+        """Ids of the endpoints that have failed as often in a row as their clusters put up with, since the last call. The eventfd wakes
+        for them."""
+        cdef endpoint_stat_t *stat
+        cdef list ids = []
+        if load_pointer(<void **> &self.engine.told) == NULL:
+            return ids
+        stat = outlier_take(&self.engine)
+        while stat != NULL:
+            ids.append(stat.id)
+            stat = outlier_next(stat)
+        return ids
+
     def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
         """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""
         cdef worker_t *worker = self.workers[index]

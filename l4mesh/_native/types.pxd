@@ -595,6 +595,7 @@ ctypedef struct engine_t:
     uint64_t sweep                   # grows when live connections are to be looked at
     uint32_t leave_over_ms           # all connections leave over this time
     uint8_t leave_reason             # close_reason_t; 0: they stay
+    endpoint_stat_t *told            # endpoints that failed too often in a row: a list that workers push to and the loop takes whole
 
 ctypedef struct worker_t:
     engine_t *engine

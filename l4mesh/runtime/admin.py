@@ -193,6 +193,8 @@ class AdminServer:
             ]
             verdict = self._sources.health.verdict(endpoint.cluster, endpoint.address)
             shown["health"] = dataclasses.asdict(verdict) if verdict else None
+            ejection = self._sources.outliers.view(endpoint.cluster, endpoint.address)
+            shown["ejection"] = dataclasses.asdict(ejection) if ejection else None
             by_cluster.setdefault(endpoint.cluster, []).append(shown)
         clusters = [
             {

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import os
+import random
 import resource
 import signal
 import sys
@@ -27,6 +28,7 @@ from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
@@ -106,6 +108,7 @@ class App:
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
         self._endpoints: EndpointRegistry | None = None
+        self._outliers: OutlierDetector | None = None
         self._listeners: Listeners | None = None
         self._access_log: AccessLog | None = None
         self._descriptors = raise_descriptor_limit()
@@ -131,7 +134,9 @@ class App:
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
                 self._admin_address = await admin.start(config.admin)
-            tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
+            assert self._outliers is not None
+            works = (self._reloader.watch(), self._renewer.run(), self._outliers.run(), self._tick())
+            tasks = [loop.create_task(work) for work in works]
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
             gc.freeze()
@@ -179,6 +184,8 @@ class App:
             self._access_log = AccessLog(config.access_log)
             self._datapath = Datapath(self._n_workers, self._descriptors, self._log_records)
             self._endpoints = EndpointRegistry(self._datapath)
+            self._outliers = OutlierDetector(self._datapath, self._endpoints, random.random)
+            self._datapath.on_told = self._outliers.told
             self._listeners = Listeners(self._n_workers)
         else:
             self._warn_of_fixed(config)
@@ -198,8 +205,10 @@ class App:
     def _applied(self, config: Config) -> None:
         """Called by the reloader on the control loop."""
         assert self._endpoints is not None
+        assert self._outliers is not None
         self._endpoints.configure(config)
         self._health.configure(config)
+        self._outliers.configure(config)
         self._renewer.configure(config)
 
     def _note_health(self, cluster: str, address: str, healthy: bool, why: str) -> None:
@@ -234,6 +243,7 @@ class App:
     def _sources(self) -> Sources:
         assert self._datapath is not None
         assert self._endpoints is not None
+        assert self._outliers is not None
         return Sources(
             self._datapath.snapshot,
             self._datapath.endpoints,
@@ -244,6 +254,7 @@ class App:
             self._take_lag,
             self._endpoints,
             self._health,
+            self._outliers,
         )
 
     def _is_ready(self) -> bool:

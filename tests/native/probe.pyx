@@ -13,10 +13,11 @@ from l4mesh._native.bandwidth cimport (
     lane_settle, lane_share, lane_t, lane_waits,
 )
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
+from l4mesh._native.outlier cimport outlier_lived_ms, outlier_next, outlier_take, outlier_tell
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
-from l4mesh._native.types cimport record_t, ring_t
+from l4mesh._native.types cimport conn_t, engine_t, record_t, ring_t, worker_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
 
 
@@ -280,3 +281,53 @@ def bucket_of(uint64_t ns):
 
 def n_buckets():
     return CONNECT_BUCKETS
+
+
+cdef class Told:
+    """The list of endpoints that failed too often, with as many endpoints as there are ids."""
+
+    cdef engine_t *engine
+    cdef endpoint_stat_t *stats
+
+    def __cinit__(self, uint32_t n):
+        cdef uint32_t i
+        self.engine = <engine_t *> calloc(1, sizeof(engine_t))
+        self.engine.up_fd = eventfd(0, EFD_NONBLOCK)
+        self.stats = <endpoint_stat_t *> calloc(n, sizeof(endpoint_stat_t))
+        for i in range(n):
+            self.stats[i].id = i
+
+    def __dealloc__(self):
+        close(self.engine.up_fd)
+        free(self.engine)
+        free(self.stats)
+
+    def tell(self, uint32_t i):
+        with nogil:
+            outlier_tell(self.engine, &self.stats[i])
+
+    def take(self):
+        """Ids of the endpoints on the list."""
+        cdef endpoint_stat_t *stat = outlier_take(self.engine)
+        cdef list ids = []
+        while stat != NULL:
+            ids.append(stat.id)
+            stat = outlier_next(stat)
+        return ids
+
+    def wakes(self):
+        """How often the eventfd was written since the last call."""
+        cdef uint64_t count = 0
+        return count if read(self.engine.up_fd, &count, sizeof(count)) > 0 else 0
+
+
+def lived_ms(uint64_t now_ns, uint64_t accepted_ns, uint32_t connected_us):
+    cdef worker_t *worker = <worker_t *> calloc(1, sizeof(worker_t))
+    cdef conn_t *conn = <conn_t *> calloc(1, sizeof(conn_t))
+    worker.now_ns = now_ns
+    conn.accepted_ns = accepted_ns
+    conn.connected_us = connected_us
+    lived = outlier_lived_ms(worker, conn)
+    free(worker)
+    free(conn)
+    return lived
