@@ -109,6 +109,8 @@ class Datapath:
         self._generation = 0
         self._ids = 0
         self._max_connections = 0
+        self._faults_enabled = False
+        self._fault_rules = 0
         self._clusters: dict[str, _ClusterEntry] = {}
         self._listeners: dict[str, _fastpath.ListenerStat] = {}
         self._names: dict[int, str] = {0: ""}
@@ -222,6 +224,7 @@ class Datapath:
             self._engine.publish(plan)
             self._generation += 1
             self._max_connections = max_connections
+            self._faults_enabled, self._fault_rules = config.faults_enabled, config.fault_rules
             self._retire(entries, listeners)
             if self._threads:
                 self._collect()
@@ -536,6 +539,8 @@ class Datapath:
                 plans_alive=self._engine.plans_alive,
                 tls=self._read_tls(),
                 max_connections=self._max_connections,
+                faults_enabled=self._faults_enabled,
+                fault_rules=self._fault_rules,
             )
 
     def _read_tls(self) -> TlsSnapshot:
