@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.ejection import RATE as EJECTION_RATE
+from bench.health import ENDPOINTS, INTERVAL_S
 from bench.proxies import KINDS
 from bench.reload import CLUSTERS_A_FILE, ENDPOINTS_A_CLUSTER, FILES, RATE
 from bench.results import LATENCIES
@@ -25,6 +26,10 @@ def render(result: dict[str, Any]) -> str:
         parts.append(_reload_table(result["reload"]["median"]))
     if result.get("storm"):
         parts.append(_storm_table(result["storm"]["entries"]))
+    if result.get("health"):
+        parts.append(_health_table(result["health"]["entries"]))
+    if result.get("bandwidth"):
+        parts.append(_bandwidth_table(result["bandwidth"]["entries"]))
     if result.get("ejection"):
         parts.append(_ejection_table(result["ejection"]))
     if result["errors"]:
@@ -152,6 +157,22 @@ def _storm_table(entries: dict[str, dict[str, float]]) -> str:
         shares = {key: entries["l4mesh"][key] / entries["envoy"][key] for key in keys if key.startswith("storm")}
         text += f"\n\nUnder the storm l4mesh's are {', '.join(f'{share:.2f}' for share in shares.values())} × Envoy's."
     return text
+
+
+def _health_table(entries: list[dict[str, Any]]) -> str:
+    lines = [[f"{one['check']}, {_name(one['entry'])}", f"{one['core']:.1%}", _number(one["check_us"])] for one in entries]
+    header = ["health check", "share of a core", "CPU of a check, µs"]
+    return f"{ENDPOINTS:,} endpoints, each every {INTERVAL_S:g} s, and no traffic:\n\n" + _table(header, lines)
+
+
+def _bandwidth_table(entries: dict[str, dict[str, float]]) -> str:
+    header = ["limit", "MB/s at the receiver", "off by", "CPU s/GB", "spliced", "least and most of a connection, of the mean"]
+    lines = []
+    for name, own in entries.items():
+        off = f"{own['measured'] / own['rate'] - 1:+.1%}" if own["rate"] else NOTHING
+        shares = f"{own['least']:.3f}, {own['most']:.3f}" if own["least"] != own["most"] else NOTHING
+        lines.append([name, f"{own['measured'] / 1e6:,.2f}", off, _number(own["cpu_s_per_gb"]), f"{own['spliced']:.0%}", shares])
+    return "Streams to the server through l4mesh, one worker, with a limit:\n\n" + _table(header, lines)
 
 
 def _ejection_table(ejection: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 
+from l4mesh.errors import Fault
+
 Network = IPv4Network | IPv6Network
 
 ORIGINAL_DESTINATION = "original_destination"
@@ -53,6 +55,17 @@ class ProxyProtocol(StrEnum):
     OFF = "off"
     V1 = "v1"
     V2 = "v2"
+
+
+class HealthKind(StrEnum):
+    """What a health check speaks with an endpoint."""
+
+    TCP = "tcp"
+    TLS = "tls"
+    HTTP = "http"
+    REDIS = "redis"
+    POSTGRESQL = "postgresql"
+    MYSQL = "mysql"
 
 
 class TlsMode(StrEnum):
@@ -143,6 +156,41 @@ class CaClient:
 
 
 @dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes a second to upstream and to downstream, of each connection. 0 is off."""
+
+    to_upstream: int = 0
+    to_downstream: int = 0
+    burst: int = 0
+    """Bytes that may pass at once after a pause; 0: as few as keep the rate exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadBandwidth:
+    """Bytes a second of all connections of a workload together. 0 is off."""
+
+    receive: int = 0
+    send: int = 0
+    burst: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRule:
+    """A fault for a share, 0 to 1, of the connections from these sources; () is everybody."""
+
+    kind: Fault
+    share: float
+    sources: tuple[Network, ...]
+    to_upstream: bool = False
+    """Which bytes are counted, where any are."""
+    after_bytes: int = 0
+    from_ms: int = 0
+    """For how long at least, or when it happens if not by bytes; 0: for ever."""
+    to_ms: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Something that runs on this node. Addresses are IP literals; ``identity`` is a name or ""."""
 
@@ -151,6 +199,7 @@ class Workload:
     addresses: tuple[str, ...]
     identity: str
     labels: tuple[tuple[str, str], ...] = ()
+    bandwidth: WorkloadBandwidth = WorkloadBandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +292,45 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """What must come in an answer, anywhere: ``wanted``, or what this regular expression (RE2, over bytes) matches."""
+
+    wanted: bytes
+    is_regex: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """How the endpoints of a cluster are checked. Equal checks of one address are made once."""
+
+    kind: HealthKind
+    interval_ms: int
+    fast_interval_ms: int
+    """While results contradict the state."""
+    timeout_ms: int
+    """Of the whole check."""
+    rise: int
+    fall: int
+    jitter: float
+    """Share of an interval, 0 to 1, by up to which it is shortened or lengthened at random."""
+    starts_up: bool
+    """Whether an endpoint serves until its first check."""
+    port: int
+    """0 is the endpoint's own."""
+    tls: bool
+    """Under the cluster's own terms if it has TLS, else without looking at certificates."""
+    sni: str
+    send: bytes
+    expect: Expect | None
+    path: str
+    host: str
+    """"" is the endpoint's address."""
+    status: tuple[tuple[int, int], ...]
+    """Ranges, both ends included."""
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
 class SuccessRateDetector:
     """An endpoint whose success rate is more than ``factor`` standard deviations, and more than ``margin`` (0 to 1), below the mean."""
 
@@ -320,9 +408,12 @@ class Cluster:
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
     tls: ClusterTls | None = None
     """None is plaintext."""
+    bandwidth: Bandwidth = Bandwidth()
+    faults: tuple[FaultRule, ...] = ()
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
     drain: ClusterDrain = ClusterDrain()
+    health_check: HealthCheck | None = None
     outlier_detection: OutlierDetection | None = None
 
 
@@ -343,6 +434,7 @@ class Route:
     match: RouteMatch
     split: tuple[tuple[str, int], ...]
     """(cluster, weight); a plain ``cluster:`` is one with weight 1."""
+    faults: tuple[FaultRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +467,7 @@ class Listener:
     user_timeout_ms: int
     backlog: int
     tls: ListenerTls = ListenerTls()
+    bandwidth: Bandwidth = Bandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,6 +517,8 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    faults_enabled: bool = False
+    """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
@@ -432,3 +527,9 @@ class Config:
     def own_mark(self) -> int:
         """The mark of the sockets that we dial with; 0 where nothing is captured, since marking needs a capability."""
         return self.mark.value if any(listener.capture != Capture.NONE for listener in self.listeners.values()) else 0
+
+    @property
+    def fault_rules(self) -> int:
+        """How many faults are configured, in force or not."""
+        of_routes = sum(len(route.faults) for listener in self.listeners.values() for route in listener.routes)
+        return of_routes + sum(len(cluster.faults) for cluster in self.clusters.values())

@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     CLOSE_REASONS = 40
     CONNECT_BUCKETS = 17
+    FAULT_KINDS = 7          # "none" included
 
 cdef enum:
     # What an endpoint can do wrong: indexes of endpoint_stat_t.failures, and bits of outlier_t.signals
@@ -63,6 +64,7 @@ ctypedef struct cluster_row_t:
     uint64_t connect_ns
     uint64_t connect_buckets[CONNECT_BUCKETS]
     uint64_t cursor      # round robin's place; outlives reloads, starts at random
+    uint64_t faults[FAULT_KINDS]
 
 ctypedef struct cluster_stat_t:
     int64_t active       # of all workers: the cluster's limit counts on it

@@ -8,6 +8,10 @@ from l4mesh._native.address cimport address_t
 from l4mesh._native.balance cimport (
     cluster_build, cluster_drop, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t, pick_random,
 )
+from l4mesh._native.bandwidth cimport (
+    OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_allow, lane_end,
+    lane_settle, lane_share, lane_t, lane_waits,
+)
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
 from l4mesh._native.outlier cimport outlier_lived_ms, outlier_next, outlier_take, outlier_tell
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
@@ -129,6 +133,71 @@ cdef class Balancer:
         for i in range(picks):
             counts[self.pick(i * 2654435761, (), now_ms)] += 1
         return counts
+
+
+cdef class SharedBucket:
+    cdef bucket_t *bucket
+
+    def __cinit__(self, uint64_t rate, uint64_t now_ns):
+        self.bucket = <bucket_t *> calloc(1, sizeof(bucket_t))
+        self.bucket.refs = 1
+        bucket_change(self.bucket, rate, 0, now_ns)
+
+    def __dealloc__(self):
+        bucket_drop(self.bucket)
+
+    def change(self, uint64_t rate, uint64_t now_ns):
+        bucket_change(self.bucket, rate, 0, now_ns)
+
+    @property
+    def refs(self):
+        return self.bucket.refs
+
+    @property
+    def next_ns(self):
+        return self.bucket.next_ns
+
+
+cdef class Lane:
+    """One half of a connection, as its limits see it."""
+
+    cdef lane_t lane
+    cdef bint ended
+
+    def __cinit__(self, uint64_t rate=0, uint64_t burst=0, tuple shared=()):
+        cdef SharedBucket one
+        if rate:
+            bucket_set(&self.lane.own, rate, burst, bucket_quantum(rate, OWN_PER_S, OWN_QUANTUM_MIN))
+        for one in shared:
+            lane_share(&self.lane, one.bucket)
+
+    def __dealloc__(self):
+        self.end()
+
+    def allow(self, uint64_t now_ns):
+        return lane_allow(&self.lane, now_ns)
+
+    def spend(self, int n):
+        self.lane.left -= n
+
+    def settle(self, uint64_t now_ns):
+        lane_settle(&self.lane, now_ns)
+
+    def waits(self, uint64_t now_ns):
+        return lane_waits(&self.lane, now_ns)
+
+    def end(self):
+        if not self.ended:
+            self.ended = True
+            lane_end(&self.lane)
+
+    @property
+    def at_ns(self):
+        return self.lane.at_ns
+
+    @property
+    def left(self):
+        return self.lane.left
 
 
 cdef void pick_random_of(uint64_t *state):
