@@ -113,9 +113,10 @@ cdef inline void outlier_lived(const worker_t *worker, conn_t *conn) noexcept no
 
 
 cdef inline bint outlier_goes_unanswered(const conn_t *conn) noexcept nogil:
-    # Whether the endpoint owes a client that is still there its first byte.
+    # Whether the endpoint owes a client that is still there its first byte. One that an injected fault keeps waiting owes nothing.
     return (
         conn.endpoint_stat != NULL
+        and (conn.shaping == NULL or not conn.shaping.injected)
         and conn.phase.half[UPSTREAM].bytes == 0
         and not conn.phase.half[DOWNSTREAM].flags & HALF_ENDED
     )
