@@ -65,6 +65,16 @@ CALLERS = 8
 log = structlog.get_logger()
 
 
+def start_again() -> Successor:
+    """A process like this one, as its child. Raises CommandError."""
+    if is_container():
+        raise CommandError("the container ends with the process that runs in it: start another container beside it")
+    try:
+        return subprocess.Popen([sys.executable, *sys.orig_argv[1:]])
+    except OSError as error:
+        raise CommandError(f"can't start the new process: {error}") from error
+
+
 def is_container() -> bool:
     """Whether this process and its container end together."""
     return os.getpid() == 1 or "KUBERNETES_SERVICE_HOST" in os.environ
@@ -73,11 +83,25 @@ def is_container() -> bool:
 # -- the running process -----------------------------------------------------------------------------------------------------
 
 
+class Successor(Protocol):
+    """A new process of the same command line."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None: it has not ended."""
+        ...
+
+    def kill(self) -> None: ...
+
+
 class Running(Protocol):
     """What the upgrade asks of the process that is replaced. What is a coroutine is called on the loop."""
 
     @property
     def datapath(self) -> Datapath: ...
+
+    def start_successor(self) -> Successor:
+        """Raises CommandError."""
+        ...
 
     async def hold(self) -> None:
         """Keeps the configuration, and with it the listening sockets, as they are."""
@@ -185,14 +209,11 @@ class UpgradeServer:
         if outcome is None:
             return
         try:
-            if is_container():
-                raise CommandError("the container ends with the process that runs in it: start another container beside it")
-            process = subprocess.Popen([sys.executable, *sys.orig_argv[1:]])
+            successor = self._running.start_successor()
             try:
-                account = self._await(process, outcome)
+                account = self._await(successor, outcome)
             except CommandError:
-                process.kill()
-                process.wait()
+                successor.kill()
                 raise
             channel.send("done", {name: getattr(account, name) for name in Account.__slots__})
         except (CommandError, OSError) as error:
@@ -201,12 +222,13 @@ class UpgradeServer:
         finally:
             self._end(outcome)
 
-    def _await(self, process: subprocess.Popen[bytes], outcome: concurrent.futures.Future[Account]) -> Account:
+    def _await(self, successor: Successor, outcome: concurrent.futures.Future[Account]) -> Account:
         """Raises CommandError with why it failed. Once the new process has begun to take over, that decides it."""
         deadline = time.monotonic() + START_S
         while not concurrent.futures.wait([outcome], timeout=0.02).done:
-            if process.poll() is not None and self._awaited:
-                raise CommandError(f"the new process ended with {process.returncode} before it took over; its log says why")
+            code = successor.poll()
+            if code is not None and self._awaited:
+                raise CommandError(f"the new process ended with {code} before it took over; its log says why")
             if self._awaited and self._stopping.is_set():
                 raise CommandError("the running process is told to stop")
             if self._awaited and time.monotonic() > deadline:
