@@ -118,7 +118,8 @@ class Snapshot:
 
 class ConnectionSnapshot(NamedTuple):
     """One live connection. ``state``: "preface" (waits for a PROXY header), "hello" (for the first bytes), "handshake" (TLS with the
-    downstream), "dialling" (TLS with the upstream included), "relaying" or "resetting"."""
+    downstream), "dialling" (TLS with the upstream included), "relaying", "resetting" or "departing" (to the process that
+    takes over)."""
 
     id: str
     """worker.slot.generation: names it for as long as it lives."""

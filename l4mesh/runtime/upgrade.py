@@ -265,10 +265,10 @@ class UpgradeServer:
             # Or the other process would take the end of the conversation for the end of this one.
             with contextlib.suppress(PeerGone):
                 channel.send("failed", {"why": str(error)})
-            log.error("upgrade_failed", pid=pid, error=str(error), means="this process goes on")
             if not asked_for:
                 self._end(outcome)
             outcome.set_exception(CommandError(str(error)))
+            log.error("upgrade_failed", pid=pid, error=str(error), means="this process goes on")
             return False
         self._successor = channel
         log.info("upgraded", **{name: getattr(account, name) for name in Account.__slots__})

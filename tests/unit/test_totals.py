@@ -16,7 +16,7 @@ WORKERS = (WorkerSnapshot(0, 1, 3, 0, False, 0, 4, 100, 10, 20, 0, 1), WorkerSna
 TLS = TlsSnapshot({("downstream", True): 2}, {("upstream", TlsCause.EXPIRED): 1}, 7)
 ENDPOINT = EndpointSnapshot("c", "10.0.0.1:80", 5, "z", 1, 4, 1, 10, 20, False, {"no_answer": 2})
 SNAPSHOT = Snapshot(
-    9, WORKERS, (LISTENER,), (CLUSTER,), replace(CLUSTER, name="(removed)"), replace(LISTENER, name="(removed)"), 1, TLS, 1000
+    9, WORKERS, (LISTENER,), (CLUSTER,), replace(CLUSTER, name="(removed)"), replace(LISTENER, name="(removed)"), 1, TLS, 1000, False, 0
 )
 
 
