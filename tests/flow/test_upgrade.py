@@ -121,9 +121,9 @@ def test_no_connection_is_lost_and_no_counter_falls_back(mesh: Factory) -> None:
 
 class Stream:
     """Random bytes both ways over one connection, until told to stop; each side's digest of what it got is compared with the other's
-    of what it sent. ``size``: of what is sent, 0 for as much as goes. The readers wait for ``may_read``."""
+    of what it sent. The readers wait for ``may_read``: until then as much goes as there is room for on the way."""
 
-    def __init__(self, port: int, server: "StreamServer", chunk: int, size: int = 0, rcvbuf: int = 0) -> None:
+    def __init__(self, port: int, server: "StreamServer", chunk: int, rcvbuf: int = 0) -> None:
         self.client = connect(port, rcvbuf=rcvbuf)
         self.peer = server.take(self.client)
         # Those that are held up wait as long as the test does.
@@ -134,7 +134,7 @@ class Stream:
         self.got = {"client": 0, "server": 0}
         self._digests: dict[tuple[str, str], str] = {}
         self._errors: list[BaseException] = []
-        self._chunk, self._size = chunk, size
+        self._chunk = chunk
         self._threads = [
             threading.Thread(target=self._guard, args=(work, sock, name), daemon=True)
             for sock, name in ((self.client, "client"), (self.peer, "server"))
@@ -152,13 +152,13 @@ class Stream:
     def _send(self, sock: socket.socket, name: str) -> None:
         block = make_bytes(self._chunk, seed=sock.fileno())
         hashed = hashlib.sha256()
-        while self.sent[name] < self._size if self._size else not self.enough.is_set():
+        while not self.enough.is_set():
             part = struct.pack("Q", self.sent[name]) + block
             sock.sendall(part)
             hashed.update(part)
             self.sent[name] += len(part)
             # Not as fast as it goes: the new process needs the processor as well.
-            self.enough.wait(0 if self._size else 0.003)
+            self.enough.wait(0.003)
         sock.shutdown(socket.SHUT_WR)
         self._digests["sent", name] = hashed.hexdigest()
 
@@ -222,7 +222,7 @@ def test_live_streams_go_on_without_a_byte_lost(mesh: Factory, splice: str) -> N
         silent_peer.shutdown(socket.SHUT_WR)
         assert read_to_end(silent) == (b"last", FIN)
         flowing = [Stream(port, server, 1 << 17), Stream(port, server, 700)]
-        stuck = [Stream(port, server, 1 << 17, 8 << 20, rcvbuf=4096), Stream(port, server, 1 << 16, 12 << 20)]
+        stuck = [Stream(port, server, 1 << 17, rcvbuf=4096), Stream(port, server, 1 << 16)]
         for stream in flowing:
             stream.may_read.set()
 
