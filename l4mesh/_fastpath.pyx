@@ -220,7 +220,10 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
     for i in range(worker.n_armed):
         event.events = EPOLLIN
         event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
-        epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event)
+        if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event) != 0 and errno != EEXIST:
+            # The kernel is out of memory or of watches: once more in a moment, or nobody would ever be accepted here again.
+            accept_pause(worker)
+            return
 
 
 cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil:
@@ -259,6 +262,12 @@ cdef bint conn_accept(
     cdef uint32_t slot
     cdef conn_t *conn = slab_take(worker, &slot)
     if conn == NULL:
+        # Counted all the same; only a record of it there can't be.
+        worker.accepted += 1
+        listener.stat.rows[worker.index].opened += 1
+        listener.stat.rows[worker.index].closed[<int> CLOSE_LOCAL_EXHAUSTED] += 1
+        worker.engine.no_cluster.rows[worker.index].opened += 1
+        worker.engine.no_cluster.rows[worker.index].closed[<int> CLOSE_LOCAL_EXHAUSTED] += 1
         socket_close(fd, True)
         return False
     conn.side[DOWNSTREAM].fd = fd
@@ -551,7 +560,9 @@ cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
         else:
             # Not a reset: the alert that says why is on its way.
             worker.tls_failures[DOWNSTREAM][<int> side.tls.cause] += 1
-            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_TLS, False)
+            conn_finish(
+                worker, conn, slot, CLOSE_LOCAL_EXHAUSTED if side.tls.cause == TLS_INTERNAL else CLOSE_DOWNSTREAM_TLS, False
+            )
 
 
 cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
@@ -785,7 +796,7 @@ cdef int dial_reason(int error) noexcept nogil:
         return CLOSE_CONNECT_UNREACHABLE
     if (
         error == EADDRNOTAVAIL or error == EADDRINUSE or error == EMFILE or error == ENFILE or error == ENOBUFS
-        or error == ENOMEM or error == EACCES or error == EPERM or error == EAGAIN
+        or error == ENOMEM or error == ENOSPC or error == EACCES or error == EPERM or error == EAGAIN
     ):
         return CLOSE_LOCAL_EXHAUSTED
     return CLOSE_CONNECT_FAILED
@@ -933,6 +944,9 @@ cdef void dial_failed_tls(worker_t *worker, conn_t *conn, int cause) noexcept no
     conn.alert = conn.side[UPSTREAM].tls.alert
     conn.tls_cause = <uint8_t> cause
     worker.tls_failures[UPSTREAM][<int> cause] += 1
+    if cause == TLS_INTERNAL:
+        dial_failed(worker, conn, ENOMEM)
+        return
     dial_failed(worker, conn, EPROTO)
     conn.phase.dial.last_reason = CLOSE_UPSTREAM_TLS
 
@@ -1103,7 +1117,9 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
         return False
     conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
     worker.tls_failures[side][<int> tls.cause] += 1
-    if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
+    if tls.cause == TLS_INTERNAL:
+        conn.reset_reason = CLOSE_LOCAL_EXHAUSTED
+    elif side == UPSTREAM and not tls.flags & TLS_ANSWERED:
         # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:
@@ -1137,7 +1153,10 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     cdef flow_t flow = FLOW_END
     if not half.flags & (HALF_SHUT | HALF_DROPPED):
         flow = half_step(worker, conn, side)
-    if flow == FLOW_SOURCE_RESET and conn.reset_reason != CLOSE_DOWNSTREAM_TLS and conn.reset_reason != CLOSE_UPSTREAM_TLS:
+    if (
+        flow == FLOW_SOURCE_RESET and conn.reset_reason != CLOSE_DOWNSTREAM_TLS and conn.reset_reason != CLOSE_UPSTREAM_TLS
+        and conn.reset_reason != CLOSE_LOCAL_EXHAUSTED
+    ):
         # A peer that refuses us says why, and resets: the write that met the reset came before the read that finds the alert.
         conn_blame_tls(worker, conn, side)
     if flow == FLOW_MORE:

@@ -170,7 +170,13 @@ class App:
         if admin and not admin.startswith("unix:"):
             host, _, port = admin.rpartition(":")
             own.append(SocketAddress(host.strip("[]"), int(port)))
-        generation = self._datapath.apply(config, sockets, own, self._max_connections(config), materials)
+        try:
+            generation = self._datapath.apply(config, sockets, own, self._max_connections(config), materials)
+        except (MemoryError, ValueError) as error:
+            # Nobody serves what was opened for it.
+            if self._reloader.config:
+                self._listeners.close_unused(self._reloader.config)
+            raise CommandError(f"the configuration can't be taken into use: {error or 'out of memory; it is tried again'}") from error
         self._bound = bound
         self._listeners.close_unused(config)
         return generation

@@ -81,6 +81,8 @@ class Reloader:
                 await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False)
             except (ConfigError, CommandError) as error:
                 self._note_failure(str(error).splitlines())
+            except MemoryError:
+                self._note_failure(["out of memory; the files are looked at again"])
 
     def _load(self, first: bool) -> None:
         try:
