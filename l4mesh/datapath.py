@@ -42,7 +42,8 @@ from l4mesh.snapshot import (
     WorkerSnapshot,
 )
 
-RECORDS_PER_WAKE = 512
+RECORDS_AT_ONCE = 512
+GATHER_S = 0.02
 COLLECT_DEADLINE_S = 10.0
 _STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting"}
 _REASONS = tuple(CloseReason)
@@ -64,7 +65,6 @@ class _ClusterEntry:
     zone: str
     compiled: _fastpath.Cluster
     endpoints: dict[str, _fastpath.EndpointStat]
-    warm_from_ms: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -116,6 +116,7 @@ class Datapath:
         self._trust = 0
         self._threads: list[threading.Thread] = []
         self._woken: asyncio.Event | None = None
+        self._gathering: asyncio.Handle | None = None
         self._page_locks: list[asyncio.Lock] = []
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -142,6 +143,8 @@ class Datapath:
         for thread in self._threads:
             thread.join()
         asyncio.get_running_loop().remove_reader(self._engine.fileno())
+        if self._gathering:
+            self._gathering.cancel()
         while self._drain_records():
             pass
 
@@ -240,6 +243,62 @@ class Datapath:
             ]
         )
 
+    # -- endpoints, between two plans ----------------------------------------------------------------------------------
+    # On the control loop, which must not wait for a plan that is being compiled: no lock. A new plan goes on with the same counters.
+
+    def _endpoint_stat(self, cluster: str, address: str) -> _fastpath.EndpointStat | None:
+        entry = self._clusters.get(cluster)
+        return entry.endpoints.get(address) if entry else None
+
+    def set_endpoint_out(self, cluster: str, address: str, causes: int) -> bool:
+        """Workers pick the endpoint as long as ``causes``, a bit each, is 0. False: there is no such endpoint."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is None:
+            return False
+        stat.out = causes
+        return True
+
+    def warm_endpoint(self, cluster: str, address: str, over_ms: int) -> None:
+        """Slow start from now on."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            now_ms = time.monotonic_ns() // 1_000_000
+            stat.warm(now_ms, now_ms + over_ms)
+
+    def close_endpoint(self, cluster: str, address: str, reason: CloseReason, over_ms: int) -> None:
+        """Ends its connections, each at a moment of its own within ``over_ms``, and so those that are made yet, until
+        ``keep_endpoint``."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            self._engine.leave([(stat, 1000)], reason, over_ms)
+
+    def keep_endpoint(self, cluster: str, address: str) -> None:
+        """Calls ``close_endpoint`` off: connections that have not ended yet, stay."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            stat.stay()
+
+    def close_all(self, reason: CloseReason, over_ms: int) -> None:
+        """Ends every connection, each at a moment of its own within ``over_ms``, and so those that are made yet."""
+        self._engine.leave_all(reason, over_ms)
+
+    @property
+    def active(self) -> int:
+        """Live connections."""
+        return self._engine.active
+
+    async def stop_accepting(self) -> None:
+        """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""
+        self._engine.set_accept_mode(1)
+        while not self._engine.accept_mode_seen:
+            await asyncio.sleep(0.001)
+
+    def set_panic(self, cluster: str, panic: bool) -> None:
+        """Whether workers pick the cluster's endpoints that are out as well."""
+        entry = self._clusters.get(cluster)
+        if entry:
+            entry.compiled.stat.panic = panic
+
     def wait_until_seen(self) -> None:
         """Waits until every worker serves the current plan. Raises InternalError after ten seconds."""
         with self._lock:
@@ -251,10 +310,8 @@ class Datapath:
             return before
         stat = before.compiled.stat if before else self._new_cluster_stat(cluster.name)
         known = before.endpoints if before else {}
-        warm = before.warm_from_ms if before else {}
         now_ms = time.monotonic_ns() // 1_000_000
         endpoints: dict[str, _fastpath.EndpointStat] = {}
-        warm_from_ms: dict[str, int] = {}
         rows = []
         for endpoint in cluster.endpoints:
             address = endpoint.address
@@ -263,17 +320,15 @@ class Datapath:
                 endpoint_stat = _fastpath.EndpointStat(self._new_id())
                 # An endpoint that joins a cluster in service warms up; those that were there from the start don't.
                 if before and cluster.slow_start_ms:
-                    warm_from_ms[address] = now_ms
-            elif address in warm:
-                warm_from_ms[address] = warm[address]
+                    endpoint_stat.warm(now_ms, now_ms + cluster.slow_start_ms)
             endpoints[address] = endpoint_stat
             tier = endpoint_tier(cluster, endpoint.zone, zone)
-            rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, warm_from_ms.get(address, 0), endpoint_stat))
+            rows.append((pack_ip(endpoint.host), endpoint.port, endpoint.weight, tier, endpoint_stat))
         peers = [compile_pattern(pattern) for pattern in cluster.tls.peers] if cluster.tls else []
         sni = cluster.tls.sni.encode() if cluster.tls else b""
         identity = self._identity_id(cluster.tls.identity) if cluster.tls else 0
         compiled = _fastpath.Cluster(stat, rows, peers, sni, **compile_settings(cluster, identity))
-        return _ClusterEntry(cluster, zone, compiled, endpoints, warm_from_ms)
+        return _ClusterEntry(cluster, zone, compiled, endpoints)
 
     def _add_listener(
         self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int]
@@ -322,7 +377,13 @@ class Datapath:
                 continue
             kept = after.endpoints if after else {}
             self._removed.compiled.append(before.compiled)
-            self._removed.endpoints += [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            gone = [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            self._removed.endpoints += gone
+            drain = (after or before).model.drain
+            if gone and drain.removed_ms:
+                self._engine.leave([(stat, 1000) for stat in gone], CloseReason.ENDPOINT_REMOVED, drain.removed_ms)
+            if after and drain.rebalance_ms:
+                self._rebalance(before, after)
             if after is None:
                 self._removed.clusters.append((name, before.compiled.stat, False))
         for name, listener in self._listeners.items():
@@ -330,6 +391,22 @@ class Datapath:
                 self._removed.listeners.append((name, listener, False))
         self._clusters = entries
         self._listeners = listeners
+
+    def _rebalance(self, before: _ClusterEntry, after: _ClusterEntry) -> None:
+        """Endpoints have joined: of the others' connections, as many as are above their share end over time and find new places."""
+        weights = {endpoint.address: endpoint.weight for endpoint in after.model.endpoints}
+        if not sum(weights.values()) or all(address in before.endpoints for address in weights):
+            return
+        active = {address: stat.active for address, stat in after.endpoints.items()}
+        each = sum(active.values()) / sum(weights.values())
+        leave = []
+        for address, stat in after.endpoints.items():
+            excess = active[address] - each * weights[address]
+            if excess >= 1:
+                # Never all of them: that would mean those to come as well.
+                leave.append((stat, min(999, round(1000 * excess / active[address]))))
+        if leave:
+            self._engine.leave(leave, CloseReason.REBALANCED, after.model.drain.rebalance_ms)
 
     def tick(self) -> None:
         """Forgets what was removed, has no connection left and nothing more to report. Call it about once a second."""
@@ -444,19 +521,31 @@ class Datapath:
         os.eventfd_read(self._engine.fileno())
         if self._woken is not None:
             self._woken.set()
-        if self._drain_records():
-            # More waits than one turn of the loop should take: write the eventfd again instead of starving the rest.
-            os.eventfd_write(self._engine.fileno(), 1)
+        if self._gathering is None:
+            self._gather()
 
-    def _drain_records(self) -> bool:
-        """Reports what waits, a bounded number; true when there may be more."""
-        more = False
+    def _gather(self) -> None:
+        """Reports the records that are there. As long as some come, the next are left to gather for a moment: to be woken for each
+        costs ten times as much as to write it."""
+        loop = asyncio.get_running_loop()
+        taken = self._drain_records()
+        if taken == 0 and all(self._engine.park_records(worker) for worker in range(self._n_workers)):
+            self._gathering = None
+        elif taken >= RECORDS_AT_ONCE:
+            # More than one turn of the loop should take.
+            self._gathering = loop.call_soon(self._gather)
+        else:
+            self._gathering = loop.call_later(GATHER_S, self._gather)
+
+    def _drain_records(self) -> int:
+        """Reports what waits, a bounded number of each worker, and gives the greatest of these."""
+        most = 0
         for worker in range(self._n_workers):
-            records = self._engine.take_records(worker, RECORDS_PER_WAKE)
+            records = self._engine.take_records(worker, RECORDS_AT_ONCE)
             if records:
                 self._on_records([self._name_record(worker, record) for record in records])
-            more |= len(records) == RECORDS_PER_WAKE
-        return more
+            most = max(most, len(records))
+        return most
 
     def _name_record(self, worker: int, record: _fastpath.Record) -> ConnectionRecord:
         ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]
@@ -519,11 +608,11 @@ def _add_listener(before: ListenerSnapshot, counts: tuple[int, int, list[int]]) 
 
 def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> EndpointSnapshot:
     address = endpoint.address
-    active, opened, failures, to_upstream, to_downstream = entry.endpoints[address].read()
-    warm_from_ms = entry.warm_from_ms.get(address, 0)
+    stat = entry.endpoints[address]
+    active, opened, failures, to_upstream, to_downstream = stat.read()
     return EndpointSnapshot(
         entry.model.name, address, endpoint.weight, endpoint.zone, active, opened, failures, to_upstream, to_downstream,
-        bool(warm_from_ms) and now_ms < warm_from_ms + entry.model.slow_start_ms,
+        now_ms < stat.warm_until_ms,
     )  # fmt: skip
 
 

@@ -223,6 +223,26 @@ class ClusterTls:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterDrain:
+    """Times over which live connections end because of their endpoint, each at a moment of its own; 0: they are left alone."""
+
+    removed_ms: int = 0
+    """It has left the cluster."""
+    unhealthy_ms: int = 0
+    """It fails its health check."""
+    rebalance_ms: int = 0
+    """Others have joined, and it has more connections than its share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """How the process ends: connections have ``time_ms`` to end by themselves, those that are left are closed over ``over_ms``."""
+
+    time_ms: int = 20_000
+    over_ms: int = 5_000
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -246,6 +266,9 @@ class Cluster:
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
     tls: ClusterTls | None = None
     """None is plaintext."""
+    panic_threshold: float = 0.5
+    """Share of the endpoints: while fewer serve, all do."""
+    drain: ClusterDrain = ClusterDrain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +369,7 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

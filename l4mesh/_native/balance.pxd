@@ -14,7 +14,7 @@ from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcpy, memset
 
 from l4mesh._native.address cimport address_hash, address_t, mix64
-from l4mesh._native.atomic cimport add, drop_ref, load
+from l4mesh._native.atomic cimport add, drop_ref, load, load_u
 from l4mesh._native.spiffe cimport pattern_t
 from l4mesh._native.stats cimport endpoint_stat_t
 
@@ -43,7 +43,6 @@ ctypedef struct endpoint_t:
     address_t address
     uint16_t weight
     uint8_t tier
-    uint64_t warm_from_ms    # joined then; 0: was there from the start
     endpoint_stat_t *stat    # owner: the control loop
 
 ctypedef struct cluster_settings_t:
@@ -69,7 +68,6 @@ ctypedef struct cluster_settings_t:
     uint32_t keepalive_interval_s
     uint32_t keepalive_count
     uint32_t user_timeout_ms
-    uint32_t slow_start_ms
     uint32_t bounded_load_percent
 
 ctypedef struct tier_t:
@@ -101,6 +99,7 @@ ctypedef struct pick_t:
     const uint32_t *tried        # indexes that this connection has dialled
     uint32_t n_tried
     const int64_t *cluster_active
+    bint panic                   # endpoints that are out are picked as well
 
 ctypedef struct point_t:
     uint32_t key
@@ -467,20 +466,28 @@ cdef inline bint endpoint_was_tried(const pick_t *pick, uint32_t index) noexcept
     return False
 
 
+cdef inline bint endpoint_is_out(const cluster_t *cluster, const pick_t *pick, uint32_t index) noexcept nogil:
+    return load(&cluster.endpoints[index].stat.out) and not pick.panic
+
+
 cdef inline bint endpoint_is_usable(const cluster_t *cluster, const pick_t *pick, uint32_t index) noexcept nogil:
-    return not endpoint_is_full(cluster, index) and not (pick.n_tried and endpoint_was_tried(pick, index))
+    return (
+        not endpoint_is_out(cluster, pick, index) and not endpoint_is_full(cluster, index)
+        and not (pick.n_tried and endpoint_was_tried(pick, index))
+    )
 
 
 cdef inline uint32_t endpoint_warmth(const cluster_t *cluster, uint32_t index, uint64_t now_ms) noexcept nogil:
-    # Per mille of its weight that an endpoint takes: grows with its age in the cluster, linear as in Envoy and HAProxy.
-    cdef const endpoint_t *endpoint = &cluster.endpoints[index]
-    cdef uint64_t age_ms, warmth
-    if endpoint.warm_from_ms == 0 or cluster.settings.slow_start_ms == 0:
+    # Per mille of its weight that an endpoint takes: grows since it joined or came back, linear as in Envoy and HAProxy.
+    cdef const endpoint_stat_t *stat = cluster.endpoints[index].stat
+    cdef uint64_t until_ms = load_u(&stat.warm_until_ms)
+    cdef uint64_t from_ms, warmth
+    if now_ms >= until_ms:
         return 1000
-    age_ms = now_ms - endpoint.warm_from_ms if now_ms > endpoint.warm_from_ms else 0
-    if age_ms >= cluster.settings.slow_start_ms:
-        return 1000
-    warmth = age_ms * 1000 // cluster.settings.slow_start_ms
+    from_ms = load_u(&stat.warm_from_ms)
+    if now_ms <= from_ms:
+        return SLOW_START_LEAST
+    warmth = (now_ms - from_ms) * 1000 // (until_ms - from_ms)
     return <uint32_t> warmth if warmth > SLOW_START_LEAST else SLOW_START_LEAST
 
 
@@ -624,6 +631,15 @@ cdef inline int32_t tier_pick(const cluster_t *cluster, const tier_t *tier, pick
     return index if index >= 0 else scan_least(cluster, tier, pick, now_ms)
 
 
+cdef inline bint cluster_is_full(const cluster_t *cluster, const pick_t *pick) noexcept nogil:
+    # Nothing could be picked: is there an endpoint that would serve if it were not at its limit?
+    cdef uint32_t i
+    for i in range(cluster.n_endpoints):
+        if cluster.endpoints[i].weight and not endpoint_is_out(cluster, pick, i):
+            return True
+    return False
+
+
 cdef inline int32_t cluster_pick(const cluster_t *cluster, pick_t *pick, uint64_t now_ms) noexcept nogil:
     # Index of an endpoint; PICK_FULL or PICK_NONE. One that was tried only when every usable one was.
     cdef int32_t index
@@ -639,5 +655,5 @@ cdef inline int32_t cluster_pick(const cluster_t *cluster, pick_t *pick, uint64_
                 return index
         if pick.n_tried == 0:
             pick.n_tried = tried
-            return PICK_FULL
+            return PICK_FULL if cluster_is_full(cluster, pick) else PICK_NONE
         pick.n_tried = 0

@@ -30,6 +30,29 @@ cdef class EndpointStat:
     def active(self) -> int:
         return load(&self.stat.active)
 
+    @property
+    def out(self) -> int:
+        """Why workers pick it no more, a bit for each cause; 0: they do."""
+        return load(&self.stat.out)
+
+    @out.setter
+    def out(self, int64_t causes) -> None:
+        store(&self.stat.out, causes)
+
+    @property
+    def warm_until_ms(self) -> int:
+        """The end of its slow start on the monotonic clock; 0 before it had one."""
+        return load_u(&self.stat.warm_until_ms)
+
+    def warm(self, uint64_t from_ms, uint64_t until_ms) -> None:
+        """Slow start: its weight grows from a tenth at ``from_ms`` to the whole at ``until_ms``, on the monotonic clock."""
+        store_u(&self.stat.warm_from_ms, from_ms)
+        store_u(&self.stat.warm_until_ms, until_ms)
+
+    def stay(self) -> None:
+        """Calls ``Engine.leave`` off: connections that have not ended yet, stay."""
+        self.stat.leave_reason = 0
+
     def read(self) -> tuple[int, int, int, int, int]:
         """Active, opened, connect failures, bytes to upstream, bytes to downstream."""
         return (
@@ -64,6 +87,15 @@ cdef class ClusterStat:
     @property
     def active(self) -> int:
         return load(&self.stat.active)
+
+    @property
+    def panic(self) -> bool:
+        """Whether workers pick endpoints that are out as well."""
+        return load(&self.stat.panic) != 0
+
+    @panic.setter
+    def panic(self, bint panic) -> None:
+        store(&self.stat.panic, panic)
 
     def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
         """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets."""

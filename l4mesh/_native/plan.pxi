@@ -37,7 +37,7 @@ cdef class Cluster:
     def __cinit__(
         self, ClusterStat stat not None, list endpoints not None, list peers not None, bytes sni not None, *, **settings
     ):
-        """``endpoints``: (ip, port, weight, tier, warm from ms or 0, EndpointStat). ``peers``: (kind, text) of the identities that
+        """``endpoints``: (ip, port, weight, tier, EndpointStat). ``peers``: (kind, text) of the identities that
         may answer. ``sni``: empty for none. ``settings``: as ``ClusterSettings``."""
         cdef cluster_settings_t compiled
         cdef endpoint_t *table
@@ -66,19 +66,17 @@ cdef class Cluster:
         compiled.keepalive_interval_s = settings["keepalive_interval_s"]
         compiled.keepalive_count = settings["keepalive_count"]
         compiled.user_timeout_ms = settings["user_timeout_ms"]
-        compiled.slow_start_ms = settings["slow_start_ms"]
         compiled.bounded_load_percent = settings["bounded_load_percent"]
         table = <endpoint_t *> calloc(n if n else 1, sizeof(endpoint_t))
         if table == NULL:
             raise MemoryError
         try:
             for i in range(n):
-                ip, port, weight, tier, warm_from_ms, endpoint_stat = endpoints[i]
+                ip, port, weight, tier, endpoint_stat = endpoints[i]
                 fill_ip(table[i].address.ip, ip)
                 table[i].address.port = port
                 table[i].weight = weight
                 table[i].tier = tier
-                table[i].warm_from_ms = warm_from_ms
                 table[i].stat = endpoint_stat.stat
             self.cluster = cluster_build(&compiled, stat.id, stat.stat, table, n)
         finally:
@@ -91,7 +89,7 @@ cdef class Cluster:
             if self.cluster.sni == NULL:
                 raise MemoryError
         self.stat = stat
-        self.endpoint_stats = tuple([endpoint[5] for endpoint in endpoints])
+        self.endpoint_stats = tuple([endpoint[4] for endpoint in endpoints])
 
     def __dealloc__(self):
         if self.cluster != NULL:

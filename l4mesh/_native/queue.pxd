@@ -3,13 +3,19 @@
 from libc.stdint cimport uint8_t, uint32_t
 
 from l4mesh._native.slab cimport conn_at
-from l4mesh._native.types cimport QUEUED_READY, conn_t, queue_t, worker_t
+from l4mesh._native.types cimport QUEUED_HEAVY, QUEUED_READY, conn_t, queue_t, worker_t
 from l4mesh._native.wheel cimport WHEEL_NONE
+
+
+cdef inline queue_t *queue_of(worker_t *worker, uint8_t which) noexcept nogil:
+    if which == QUEUED_READY:
+        return &worker.ready
+    return &worker.heavy if which == QUEUED_HEAVY else &worker.held
 
 
 cdef inline void queue_push(worker_t *worker, conn_t *conn, uint32_t slot, uint8_t which) noexcept nogil:
     # To the end of the list QUEUED_`which`.
-    cdef queue_t *queue = &worker.ready if which == QUEUED_READY else &worker.held
+    cdef queue_t *queue = queue_of(worker, which)
     if conn.queued:
         return
     conn.queued = which
@@ -24,7 +30,7 @@ cdef inline void queue_push(worker_t *worker, conn_t *conn, uint32_t slot, uint8
 
 cdef inline void queue_remove(worker_t *worker, conn_t *conn) noexcept nogil:
     # From whatever list it is on.
-    cdef queue_t *queue = &worker.ready if conn.queued == QUEUED_READY else &worker.held
+    cdef queue_t *queue = queue_of(worker, conn.queued)
     if not conn.queued:
         return
     conn.queued = 0

@@ -3,7 +3,7 @@
 # Owner: the engine, which frees a block when no plan names it and its `active` is 0. A connection that is counted in `active`
 # may hold a pointer to the block.
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     CLOSE_REASONS = 40
@@ -18,7 +18,16 @@ ctypedef struct endpoint_stat_t:
     uint64_t bytes_to_upstream
     uint64_t bytes_to_downstream
     uint64_t id
-    uint64_t pad[2]
+    # Written by the control loop.
+    int64_t out              # why it takes no connections, a bit each; 0: it does
+    uint32_t leave_over_ms   # its connections leave over this time
+    uint16_t leave_permille  # how many of them; 1000 are all, and those that come later as well
+    uint8_t leave_reason     # close_reason_t; 0: they stay
+    uint8_t pad0
+    uint64_t leave_sweep     # of some of them: the sweep that picks them
+    uint64_t warm_from_ms    # slow start: its weight grows from here
+    uint64_t warm_until_ms   # to here; 0: it has its weight
+    uint64_t pad1[5]
 
 ctypedef struct cluster_row_t:
     # One worker's counts of one cluster; that worker alone writes.
@@ -34,6 +43,7 @@ ctypedef struct cluster_row_t:
 
 ctypedef struct cluster_stat_t:
     int64_t active       # of all workers: the cluster's limit counts on it
+    int64_t panic        # written by the control loop: too few endpoints are left, and all of them serve
     uint64_t id
     cluster_row_t *rows  # one a worker, in the same block
 

@@ -438,6 +438,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         node_identity=node.identity or "",
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
+        drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 

@@ -82,6 +82,16 @@ def parse_share(value: object) -> float:
     return share
 
 
+def parse_optional_share(value: object) -> float:
+    """0 to 1; 0 for off."""
+    if is_off(value):
+        return 0.0
+    try:
+        return parse_share(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("such as 50%", "such as 50%, or off")) from None
+
+
 def parse_percentage(value: object) -> float:
     match = _SHARE.fullmatch(value) if isinstance(value, str) else None
     if not match:

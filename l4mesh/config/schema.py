@@ -22,8 +22,10 @@ from l4mesh.model import (
     Capture,
     CaptureFilter,
     Cluster,
+    ClusterDrain,
     ClusterTls,
     Direction,
+    Drain,
     Endpoint,
     Identity,
     Keepalive,
@@ -91,6 +93,7 @@ Switch = Annotated[bool, PlainValidator(q.parse_switch)]
 Duration = Annotated[int, PlainValidator(q.parse_duration_ms)]
 OptionalDuration = Annotated[int, PlainValidator(q.parse_optional_duration_ms)]
 Seconds = Annotated[int, PlainValidator(q.parse_whole_seconds)]
+OptionalShare = Annotated[float, PlainValidator(q.parse_optional_share)]
 Limit = Annotated[int, PlainValidator(q.parse_limit)]
 Weight = Annotated[int, PlainValidator(q.parse_weight)]
 Cidr = Annotated[Network, PlainValidator(q.parse_network)]
@@ -140,6 +143,11 @@ class ProcessLimitsSection(Section):
     connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
     connections_per_source: Limit = 0
     handshakes_per_source: Limit = 512
+
+
+class DrainSection(Section):
+    time: OptionalDuration = 20_000
+    over: OptionalDuration = 5_000
 
 
 class MarksSection(Section):
@@ -324,6 +332,12 @@ class ClusterLimitsSection(Section):
     connections_per_endpoint: Limit = 0
 
 
+class ClusterDrainSection(Section):
+    removed: OptionalDuration = 0
+    unhealthy: OptionalDuration = 0
+    rebalance: OptionalDuration = 0
+
+
 class EndpointSection(Section):
     address: Annotated[tuple[str, int], PlainValidator(q.parse_endpoint_address)]
     weight: Weight = 1
@@ -351,6 +365,8 @@ class ClusterSection(Section):
     slow_start: OptionalDuration = 0
     bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
     tls: ClusterTlsSection | None = None
+    panic_threshold: OptionalShare = 0.5
+    drain: ClusterDrainSection = ClusterDrainSection()
 
 
 class FileSection(Section):
@@ -363,6 +379,7 @@ class FileSection(Section):
     limits: ProcessLimitsSection | None = None
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
+    drain: DrainSection | None = None
     ca: CaSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
@@ -371,9 +388,13 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca",
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca",
 )  # fmt: skip
+
+
+def make_drain(section: DrainSection) -> Drain:
+    return Drain(section.time, section.over)
 
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
@@ -513,6 +534,8 @@ def make_cluster(section: ClusterSection) -> Cluster:
         slow_start_ms=section.slow_start,
         bounded_load=section.bounded_load,
         tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
+        panic_threshold=section.panic_threshold,
+        drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
     )
 
 

@@ -86,7 +86,6 @@ class ClusterSettings(TypedDict):
     keepalive_interval_s: int
     keepalive_count: int
     user_timeout_ms: int
-    slow_start_ms: int
     bounded_load_percent: int
 
 
@@ -158,7 +157,6 @@ def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
         keepalive_interval_s=cluster.keepalive.interval_s,
         keepalive_count=cluster.keepalive.count,
         user_timeout_ms=cluster.user_timeout_ms,
-        slow_start_ms=cluster.slow_start_ms,
         bounded_load_percent=round(cluster.bounded_load * 100),
     )
 

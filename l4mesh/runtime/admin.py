@@ -186,6 +186,10 @@ class AdminServer:
         for endpoint in endpoints:
             shown = dataclasses.asdict(endpoint)
             del shown["cluster"]
+            shown["out"] = [
+                {"cause": out.cause.label, "since_unix_s": round(out.since_unix_s, 3), "why": out.why}
+                for out in self._sources.registry.out(endpoint.cluster, endpoint.address)
+            ]
             by_cluster.setdefault(endpoint.cluster, []).append(shown)
         clusters = [
             {
@@ -197,6 +201,7 @@ class AdminServer:
                 "bytes_to_downstream": cluster.bytes_to_downstream,
                 "connect_attempts": cluster.connect_attempts,
                 "connect_failures": cluster.connect_failures,
+                "panic": self._sources.registry.is_panicking(cluster.name),
                 "connect_ms_mean": _mean_ms(cluster.connect_seconds_sum, sum(cluster.connect_seconds_buckets)),
                 "endpoints": by_cluster.get(cluster.name, []),
             }

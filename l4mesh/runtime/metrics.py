@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from l4mesh import __version__
 from l4mesh.errors import CloseReason
 from l4mesh.identity.store import IdentityStatus
+from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
@@ -36,6 +37,7 @@ class Sources:
     access_log_dropped: Callable[[], int]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
+    registry: EndpointRegistry
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -63,6 +65,7 @@ class MeshCollector(Collector):
         yield from _listener_metrics(snapshot)
         yield from _cluster_metrics(snapshot)
         yield from _endpoint_metrics(self._sources.endpoints())
+        yield from _state_metrics(self._sources.registry.states())
         yield from _tls_metrics(snapshot.tls)
         yield from _identity_metrics(self._sources.identities())
         yield from _renewal_metrics(self._sources.renewals())
@@ -163,6 +166,16 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot]) -> Iterator[Metric]:
         moved.add_metric([*names, "to_upstream"], endpoint.bytes_to_upstream)
         moved.add_metric([*names, "to_downstream"], endpoint.bytes_to_downstream)
     yield from (active, opened, failures, moved)
+
+
+def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
+    out = GaugeMetricFamily("l4mesh_endpoints_out", "Endpoints that take no connections, by cause.", labels=["cluster", "cause"])
+    panic = GaugeMetricFamily("l4mesh_cluster_panic", "1 while so few endpoints are left that all serve.", labels=["cluster"])
+    for state in states:
+        out.add_metric([state.cluster, "ejected"], state.ejected)
+        out.add_metric([state.cluster, "unhealthy"], state.unhealthy)
+        panic.add_metric([state.cluster], int(state.panic))
+    yield from (out, panic)
 
 
 def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:

@@ -48,20 +48,27 @@ class Reloader:
 
     ``apply`` makes a configuration the one in force and returns its generation; it raises CommandError when it can't, and then
     nothing has changed. It is called on a thread of its own of low priority, one call at a time: neither the workers nor the
-    control loop wait for it.
+    control loop wait for it. ``applied`` is called on the control loop with what came into force.
     """
 
     def __init__(
-        self, paths: Sequence[Path], apply: Callable[[Config, Mapping[str, Material]], int], resolve: Callable[[Config], Config]
+        self,
+        paths: Sequence[Path],
+        apply: Callable[[Config, Mapping[str, Material]], int],
+        applied: Callable[[Config], None],
+        resolve: Callable[[Config], Config],
     ) -> None:
         self._paths = list(paths)
         self._apply = apply
+        self._applied = applied
+        self._told: Config | None = None
         self._resolve = resolve
         self._cache = ConfigCache()
         self._materials: dict[str, Material] = {}
         self.identities = IdentityStore()
         self._executor = ThreadPoolExecutor(1, "l4mesh-config", initializer=_be_nice)
         self._lock = asyncio.Lock()
+        self._frozen = False
         self.status = ReloadStatus()
         self.config: Config | None = None
 
@@ -73,16 +80,25 @@ class Reloader:
     async def load_first(self) -> None:
         """Raises ConfigError or CommandError: there is no good plan yet to go on with."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._load, True)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.config is not None and self.config is not self._told:
+            self._told = self.config
+            self._applied(self.config)
 
     async def reload(self) -> None:
         """Looks at the files and applies what changed. A failure is counted, logged and kept in ``status``."""
         async with self._lock:
+            if self._frozen:
+                return
             try:
                 await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False)
             except (ConfigError, CommandError) as error:
                 self._note_failure(str(error).splitlines())
             except MemoryError:
                 self._note_failure(["out of memory; the files are looked at again"])
+            self._tell()
 
     def _load(self, first: bool) -> None:
         try:
@@ -145,6 +161,12 @@ class Reloader:
                 log.warning("config_watch_interrupted", error=str(error))
                 await asyncio.sleep(1)
                 await self.reload()
+
+    async def freeze(self) -> None:
+        """What is in force stays so: the process ends."""
+        self._frozen = True
+        async with self._lock:
+            pass
 
     def _folders(self) -> list[Path]:
         files = [Path(file) for identity in self.config.identities.values() for file in identity.files] if self.config else []

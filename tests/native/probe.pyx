@@ -10,7 +10,7 @@ from l4mesh._native.balance cimport (
 )
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
-from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
 from l4mesh._native.types cimport record_t, ring_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
@@ -60,15 +60,15 @@ cdef class Balancer:
     cdef uint64_t cursor
     cdef int64_t active
     cdef uint32_t n
+    cdef public bint panic
 
     def __cinit__(self, list endpoints, int balance, uint64_t seed=1, uint64_t cursor=0, **settings):
-        """``endpoints``: (16 bytes of ip, port, weight, tier, warm from ms)."""
+        """``endpoints``: (16 bytes of ip, port, weight, tier, warm from ms or 0)."""
         cdef cluster_settings_t compiled
         cdef endpoint_t *table
         cdef uint32_t i, _i
         memset(&compiled, 0, sizeof(compiled))
         compiled.balance = balance
-        compiled.slow_start_ms = settings.get("slow_start_ms", 0)
         compiled.bounded_load_percent = settings.get("bounded_load_percent", 0)
         compiled.max_connections_per_endpoint = settings.get("max_connections_per_endpoint", 0)
         self.n = len(endpoints)
@@ -82,7 +82,8 @@ cdef class Balancer:
             table[i].address.port = port
             table[i].weight = weight
             table[i].tier = tier
-            table[i].warm_from_ms = warm_from_ms
+            self.stats[i].warm_from_ms = warm_from_ms
+            self.stats[i].warm_until_ms = warm_from_ms + <uint64_t> settings.get("slow_start_ms", 0) if warm_from_ms else 0
             table[i].stat = &self.stats[i]
         self.cluster = cluster_build(&compiled, 1, NULL, table, self.n)
         free(table)
@@ -101,6 +102,9 @@ cdef class Balancer:
         self.stats[index].active += count
         self.active += count
 
+    def set_out(self, uint32_t index, bint out):
+        self.stats[index].out = out
+
     def pick(self, uint64_t source_hash=0, tuple tried=(), uint64_t now_ms=1):
         cdef pick_t pick
         cdef uint32_t indexes[16]
@@ -114,6 +118,7 @@ cdef class Balancer:
         pick.tried = indexes
         pick.n_tried = len(tried)
         pick.cluster_active = &self.active
+        pick.panic = self.panic
         return cluster_pick(self.cluster, &pick, now_ms)
 
     def count(self, uint32_t picks, uint64_t now_ms=1):
@@ -187,6 +192,9 @@ cdef class Ring:
         value = record.total_us
         ring_pop(&self.ring)
         return value
+
+    def park(self):
+        return ring_park(&self.ring)
 
     def woken(self):
         cdef uint64_t count

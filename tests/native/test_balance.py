@@ -207,6 +207,34 @@ def test_a_new_endpoint_warms_up(balance: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("balance", ALL)
+@pytest.mark.parametrize("n", [4, 40])
+def test_an_endpoint_that_is_out_is_picked_in_a_panic_only(balance: int, n: int) -> None:
+    balancer = probe.Balancer(endpoints([1] * n, tiers=[i % 2 for i in range(n)]), balance, seed=3)
+    for index in range(0, n, 2):
+        balancer.set_out(index, True)
+    counts = balancer.count(200 * n)
+    assert [count > 0 for count in counts] == [i % 2 == 1 for i in range(n)]
+    balancer.panic = True
+    counts = balancer.count(200 * n)
+    assert [count > 0 for count in counts] == [i % 2 == 0 for i in range(n)]
+    balancer.panic = False
+    for index in range(n):
+        balancer.set_out(index, True)
+    assert balancer.pick(7) == NONE
+    balancer.set_out(0, False)
+    assert balancer.pick(7) == 0
+
+
+def test_out_and_full_are_told_apart() -> None:
+    balancer = probe.Balancer(endpoints([1, 1, 0]), LEAST, max_connections_per_endpoint=1)
+    balancer.add(0, 1)
+    balancer.set_out(1, True)
+    assert balancer.pick(1) == FULL
+    balancer.set_out(0, True)
+    assert balancer.pick(1) == NONE
+
+
+@pytest.mark.parametrize("balance", ALL)
 def test_ten_thousand_endpoints(balance: int) -> None:
     balancer = probe.Balancer(endpoints([1] * 10_000), balance)
     counts = balancer.count(100_000)
