@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -35,9 +36,9 @@ from tests.support.peers import FIN, RST, Server, connect, make_bytes, read_to_e
 from tests.support.waiting import wait_until
 
 OWN, OPENSSL, SOCKET, ACCEPT, PIPE, EPOLL, CONNECT, SEND, BIND, EVENTFD = (1 << bit for bit in range(10))
-MEMORY = OWN | OPENSSL
 FAILURES: dict[str, list[tuple[int, int]]] = {
-    "memory": [(OWN, errno.ENOMEM), (OPENSSL, errno.ENOMEM)],
+    "own": [(OWN, errno.ENOMEM)],
+    "openssl": [(OPENSSL, errno.ENOMEM)],
     "system": [
         (SOCKET, errno.EMFILE), (SOCKET, errno.ENFILE), (SOCKET, errno.ENOBUFS), (SOCKET, errno.ENOMEM),
         (ACCEPT, errno.EMFILE), (ACCEPT, errno.ENFILE), (ACCEPT, errno.ENOBUFS), (ACCEPT, errno.ENOMEM), (ACCEPT, errno.ECONNABORTED),
@@ -45,7 +46,9 @@ FAILURES: dict[str, list[tuple[int, int]]] = {
         (CONNECT, errno.EADDRNOTAVAIL), (CONNECT, errno.ENOBUFS), (CONNECT, errno.EAGAIN), (SEND, errno.ENOBUFS), (SEND, errno.ENOMEM),
     ],
 }  # fmt: skip
-PAYLOAD = make_bytes(1_500_000)
+PAYLOAD = make_bytes(1 << 20) * 7
+"""More than sockets hold."""
+SOME = 300_000
 
 
 class Shim:
@@ -83,7 +86,13 @@ class Node:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, config: Config, like: "Node | None" = None) -> None:
         self._loop = loop
-        self._materials = like._materials if like else IdentityStore().refresh(config.identities)
+        if like:
+            self._materials = like._materials
+        else:
+            revoked = tuple((b"nobody", bytes([serial])) for serial in range(9))
+            self._materials = {
+                name: replace(material, revoked=revoked) for name, material in IdentityStore().refresh(config.identities).items()
+            }
         self.records: list[ConnectionRecord] = []
         self.listeners = Listeners(1)
         self.datapath = Datapath(1, 2048, self.records.extend, ring_records=1024)
@@ -108,14 +117,14 @@ class Node:
         self.datapath.apply(config, sockets, own, 1000, self._materials)
         self.ports = {name: binds[0][0].port for name, binds in sockets.items()}
 
-    def wait_until_stalled(self) -> None:
-        """Until nothing moves any more, or all is over."""
-        moved = [-1, -1]
+    def wait_until_stalled(self, accepted: int) -> None:
+        """Until a connection that came after the first ``accepted`` moves nothing any more, or is over."""
+        moved = [-1] * 4
 
         def has_stalled() -> bool:
             worker = self.datapath.snapshot().workers[0]
             moved.append(worker.bytes_copied + worker.bytes_spliced + worker.turns)
-            return worker.active == 0 or len({*moved[-6:]}) == 1
+            return worker.accepted > accepted and (worker.active == 0 or len({*moved[-4:]}) == 1)
 
         wait_until(has_stalled, "nothing moves")
 
@@ -139,14 +148,16 @@ class Node:
 
 
 def answer(peer: socket.socket) -> None:
-    """Echoes a line, without the PROXY header before it; answers "large" with much."""
+    """Echoes a line, without the PROXY header before it; answers "some" with a little stream, "large" and "huge" with more."""
     line = b""
     while part := peer.recv(200):
         line += part
         line = line.partition(b"\r\n")[2] if line.startswith(b"PROXY ") and b"\r\n" in line else line
         if line.endswith(b"\n") and not line.startswith(b"PROXY "):
             break
-    peer.sendall(PAYLOAD if line == b"large\n" else line)
+    pieces = {b"some\n": [PAYLOAD[:SOME]], b"large\n": [PAYLOAD], b"huge\n": [PAYLOAD] * 4}
+    for piece in pieces.get(line, [line]):
+        peer.sendall(piece)
     peer.shutdown(socket.SHUT_WR)
     while peer.recv(1 << 16):
         pass
@@ -161,11 +172,12 @@ class Play:
 
     def ask(self, port: int, text: bytes = b"hello\n", wanted: bytes | None = b"hello\n", slow_at: "Node | None" = None) -> None:
         """``wanted`` None: whatever it is. ``slow_at``: reads nothing until that node can't go on."""
+        accepted = slow_at.datapath.snapshot().workers[0].accepted if slow_at else 0
         try:
             with connect(port, rcvbuf=4096 if slow_at else 0) as client:
                 client.sendall(text)
                 if slow_at:
-                    slow_at.wait_until_stalled()
+                    slow_at.wait_until_stalled(accepted)
                 got, end = read_to_end(client)
                 wanted = got if wanted is None else wanted
                 assert wanted.startswith(got), f"wrong bytes: {got[:100]!r}"
@@ -242,9 +254,10 @@ class Stage:
                     "clusters": [
                         {"name": "plain", "endpoints": [self.server.address], "timeouts": {"lifetime": "1h"}},
                         {"name": "proxied", "endpoints": [self.server.address], "proxy_protocol": "v1"},
-                        {"name": "full", "endpoints": [far], "tls": {"peers": [REDIS], "resumption": False, "sni": "far.example.org"}},
+                        {"name": "full", "endpoints": [far], "tls": {"peers": [REDIS], "resumption": "off", "sni": "far.example.org"}},
                         {"name": "resumed", "endpoints": [far], "tls": {"peers": [REDIS]}},
-                        {"name": "wrong", "endpoints": [far], "tls": {"peers": [WEB]}},
+                        {"name": "wrong", "endpoints": [far], "tls": {"peers": [WEB], "resumption": "off"}},
+                        {"name": "original_destination"},
                         *({"name": f"{balance}{word}", "endpoints": many, "balance": balance} for balance in balances for word in more),
                     ],
                 }
@@ -274,6 +287,12 @@ class Stage:
     def tls_large(self) -> Play:
         play = Play()
         play.ask(self.near.ports["resumed"], b"large\n", PAYLOAD, slow_at=self.near)
+        return play
+
+    def tls_parked(self) -> Play:
+        """More than all sockets on the way hold, so that TLS has to keep some."""
+        play = Play()
+        play.ask(self.near.ports["resumed"], b"huge\n", PAYLOAD * 4, slow_at=self.near)
         return play
 
     def page(self) -> Play:
@@ -314,11 +333,12 @@ class Stage:
         try:
             node = Node(self.loop, self.small, self.near)
         except (MemoryError, ValueError, OSError):
-            play.cut += 1
+            play.cut += 10
         if node:
+            play.ask(node.ports["wrong"], b"", b"")
             for name in ("plain", "full", "resumed"):
                 play.ask(node.ports[name])
-            play.ask(node.ports["plain"], b"large\n", PAYLOAD)
+            play.ask(node.ports["plain"], b"some\n", PAYLOAD[:SOME])
             node.close()
         return play
 
@@ -379,8 +399,10 @@ class Stage:
         for _ in range(3):
             live, descriptors = self.live(), self.descriptors()
         hit: set[int] = set()
-        cuts = misnamed = 0
-        for number in numbers:
+        cuts = misnamed = rounds = 0
+        runs = len(numbers)
+        while numbers:
+            number = numbers.pop(0)
             print(f"{name} {kind} {error} {number}", file=sys.stderr, flush=True)
             before, blamed = self.closed(), self.blamed()
             play, called, failed = self.run(name, kind, number, error)
@@ -388,39 +410,45 @@ class Stage:
             if play.cut > whole.cut:
                 cuts += 1
                 reasons = self.closed() - before
-                if name in ("plain", "tls", "tls_large") and not reasons[CloseReason.LOCAL_EXHAUSTED]:
+                if name in ("plain", "tls", "tls_large", "tls_parked") and not reasons[CloseReason.LOCAL_EXHAUSTED]:
                     misnamed += 1
                     assert kind == OPENSSL, (number, reasons)
             assert name != "plain" or self.blamed() == blamed, "our trouble is not the endpoint's fault"
             wait_until(lambda: self.descriptors() <= descriptors, "all descriptors are back")
             wait_until(lambda: self.live() <= live, f"{name} {number}: all memory is free")
+            if not numbers and rounds < 5 and kind == OWN:
+                # Two workers and the loader don't always take turns alike: what was missed is looked for again.
+                _, sites, _ = self.run(name, kind, -2)
+                numbers = sorted({sites.index(site) for site in {*sites} - hit})
+                rounds += 1
         after, _, _ = self.run(name)
         assert (after.exact, after.cut) == (whole.exact, whole.cut), "traffic does not go on as before"
         return {
-            "scenario": name, "kind": kind, "error": errno.errorcode[error], "calls": len(sites), "runs": len(numbers), "cut": cuts,
+            "scenario": name, "kind": kind, "error": errno.errorcode[error], "calls": len(sites), "runs": runs, "cut": cuts,
             "misnamed": misnamed, "places": [site >> 1 for site in hit if site & 1],
         }  # fmt: skip
 
 
 def choose(sites: list[int], samples: int, rng: random.Random) -> list[int]:
-    """Numbers of the calls to fail: all of them when that is few enough, else some of each place in the code, and more by chance."""
+    """Numbers of the calls to fail: all of them when that is few enough; else one for each place in the code, and more by chance."""
     if len(sites) <= samples:
         return list(range(len(sites)))
     first: dict[int, int] = {}
     for number, site in enumerate(sites):
         first.setdefault(site, number)
-    some = rng.sample(sorted(first.values()), min(samples // 2, len(first)))
+    some = rng.sample(sorted(first.values()), min(samples, len(first)))
     return sorted({*some, *rng.sample(range(len(sites)), samples - len(some))})
 
 
 def main() -> None:
-    """FOLDER SEED SAMPLES memory|system SCENARIO …: one line of JSON for each sweep."""
-    folder, seed, samples, what, *scenarios = sys.argv[1:]
+    """FOLDER SEED (own|openssl|system):SCENARIO:SAMPLES …: one line of JSON for each sweep."""
+    folder, seed, *sweeps = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     stage = Stage(Path(folder))
     stage.shim.track()
     rng = random.Random(int(seed))
-    for scenario in scenarios:
+    for each in sweeps:
+        what, scenario, samples = each.split(":")
         for kind, error in FAILURES[what]:
             started = time.monotonic()
             done = stage.sweep(scenario, kind, error, int(samples), rng)
