@@ -230,7 +230,6 @@ ctypedef struct dial_t:
     uint64_t left_at_ms              # downstream has ended without a byte: when we believe that it left; 0: no
     uint64_t attempt_started_ns
     uint32_t tried[MAX_ATTEMPTS]
-    int32_t last_errno
     uint8_t last_reason
     uint8_t handshaking              # connected; TLS with the upstream is under way
 
@@ -463,7 +462,6 @@ ctypedef struct record_t:
     uint64_t ended_unix_ms
     uint64_t listener_id
     uint64_t cluster_id
-    uint64_t endpoint_id
     address_t source
     address_t destination
     address_t endpoint
