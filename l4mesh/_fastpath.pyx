@@ -31,6 +31,9 @@ from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
+from l4mesh._native.overload cimport (
+    SHARE_BUCKETS, overload_ends, overload_pauses, overload_source_limit, share_least, sources_measure,
+)
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
@@ -219,6 +222,7 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
     cdef epoll_event event
     cdef uint32_t i
     worker.accept_paused_until_ms = 0
+    worker.accept_spent = 0
     for i in range(worker.n_armed):
         event.events = EPOLLIN
         event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
@@ -257,7 +261,10 @@ cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil
     cdef uint32_t taken = 0
     cdef int fd
     while taken < armed.burst:
-        if load(&worker.engine.active) >= worker.plan.max_connections:
+        if load(&worker.engine.active) >= worker.plan.max_connections or (
+            # Not where all that waits has to be taken.
+            armed.burst <= ACCEPT_BURST_MAX and overload_pauses(worker)
+        ):
             accept_pause(worker)
             return
         size = sizeof(storage)
@@ -270,6 +277,7 @@ cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil
             # Anything else is an error of the one connection that was to be accepted (accept(2)).
             return
         taken += 1
+        worker.accept_spent += 1
         if not conn_accept(worker, listener, fd, &storage):
             accept_pause(worker)
             return
@@ -399,10 +407,11 @@ cdef int listener_tls_mode(const plan_t *plan, const listener_t *listener, uint1
 cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener) noexcept nogil:
     # Limits; then the first bytes, where they decide something; then the route.
     cdef const plan_t *plan = worker.plan
-    if plan.max_connections_per_source and not source_take(
-        worker.engine.sources, &conn.source, plan.max_connections_per_source, &conn.source_count
-    ):
-        conn_refuse(worker, conn, slot, CLOSE_LIMIT_SOURCE)
+    cdef int64_t limit = plan.max_connections_per_source
+    cdef bint lowered = overload_source_limit(worker, &limit)
+    if limit and not source_take(worker.engine.sources, &conn.source, limit, &conn.source_count):
+        worker.shed[<int> SHED_SOURCE] += lowered
+        conn_refuse(worker, conn, slot, CLOSE_OVERLOAD if lowered else CLOSE_LIMIT_SOURCE)
         return
     conn.tls_mode = <uint8_t> listener_tls_mode(plan, listener, conn.destination.port)
     if (
@@ -1242,6 +1251,8 @@ cdef void worker_sweep(worker_t *worker) noexcept nogil:
         if conn.state == CONN_RELAYING or (conn.state == CONN_DIALLING and conn.attempts):
             if worker.sweep_trust and not conn_still_trusted(worker, conn, &reason):
                 conn_finish(worker, conn, worker.sweep_slot, reason, True)
+            elif conn.state == CONN_RELAYING and overload_ends(worker, conn):
+                conn_finish(worker, conn, worker.sweep_slot, CLOSE_OVERLOAD, True)
             else:
                 conn_look(worker, conn, worker.sweep_slot, True)
         worker.sweep_slot += 1

@@ -312,6 +312,13 @@ cdef enum:
     ACCEPT_OFF = 2                   # what waits is left to somebody else who has the sockets
 
 cdef enum:
+    # worker_t.shed: what was done about overload
+    SHED_IDLE = 0                    # connections that ended
+    SHED_SOURCE = 1                  # connections that were refused
+    SHED_ACCEPTS = 2                 # pauses
+    SHED_ACTIONS = 3
+
+cdef enum:
     TLS_MODE_OFF = 0
     TLS_MODE_PERMISSIVE = 1
     TLS_MODE_STRICT = 2
@@ -555,6 +562,9 @@ ctypedef struct engine_t:
     uint64_t sweep                   # grows when live connections are to be looked at
     uint32_t leave_over_ms           # all connections leave over this time
     uint8_t leave_reason             # close_reason_t; 0: they stay
+    int64_t idle_cap_ms              # overload: a sweep ends what has been idle for longer; 0: nothing
+    int64_t source_share             # overload: live connections that a source may have; 0: they need not be counted
+    int64_t accept_budget            # overload: connections that a worker accepts between two pauses; 0: any number
 
 ctypedef struct worker_t:
     engine_t *engine
@@ -610,4 +620,6 @@ ctypedef struct worker_t:
     uint32_t sweep_end               # 0: none are left
     uint8_t sweep_trust              # trust has changed: are they still let in?
     int64_t accept_mode              # ACCEPT_*, as it is
+    uint64_t accept_spent            # accepted since the last pause
+    uint64_t shed[SHED_ACTIONS]
     epoll_event events[MAX_EVENTS]

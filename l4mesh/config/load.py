@@ -439,6 +439,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
         drain=schema.make_drain(single["drain"] or schema.DrainSection()),
+        overload=schema.make_overload(single["overload"] or schema.OverloadSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 

@@ -35,6 +35,7 @@ from l4mesh.model import (
     LogWhen,
     Mark,
     Network,
+    Overload,
     Peers,
     Policy,
     ProxyProtocol,
@@ -148,6 +149,20 @@ class ProcessLimitsSection(Section):
 class DrainSection(Section):
     time: OptionalDuration = 20_000
     over: OptionalDuration = 5_000
+
+
+class OverloadSection(Section):
+    connections: OptionalShare = 0.85
+    descriptors: OptionalShare = 0.85
+    memory: OptionalShare = 0.85
+    memory_limit: Annotated[int, PlainValidator(q.parse_auto_size)] = 0
+    cpu: OptionalShare = 0.0
+    accept_queue: OptionalShare = 0.0
+    idle: Duration = 10_000
+
+
+def _overload_off(value: object) -> object:
+    return OverloadSection.model_construct(connections=0.0, descriptors=0.0, memory=0.0) if q.is_off(value) else value
 
 
 class MarksSection(Section):
@@ -380,6 +395,7 @@ class FileSection(Section):
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
     drain: DrainSection | None = None
+    overload: Annotated[OverloadSection, BeforeValidator(_overload_off)] | None = None
     ca: CaSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
@@ -388,13 +404,19 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca",
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca",
 )  # fmt: skip
 
 
 def make_drain(section: DrainSection) -> Drain:
     return Drain(section.time, section.over)
+
+
+def make_overload(section: OverloadSection) -> Overload:
+    return Overload(
+        section.connections, section.descriptors, section.memory, section.memory_limit, section.cpu, section.accept_queue, section.idle
+    )
 
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:

@@ -154,6 +154,7 @@ class AdminServer:
                 "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
                 "closed": closed,
                 "access_log_dropped": self._sources.access_log_dropped(),
+                "overload": dataclasses.asdict(self._sources.overload()),
             }
         )
 

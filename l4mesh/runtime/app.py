@@ -26,6 +26,7 @@ from l4mesh.runtime.admin import AdminServer, Facts
 from l4mesh.runtime.endpoints import EndpointRegistry
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
@@ -99,6 +100,7 @@ class App:
         self._datapath: Datapath | None = None
         self._endpoints: EndpointRegistry | None = None
         self._listeners: Listeners | None = None
+        self._overload: OverloadMonitor | None = None
         self._access_log: AccessLog | None = None
         self._descriptors = raise_descriptor_limit()
         self._n_workers = 0
@@ -169,6 +171,7 @@ class App:
             self._datapath = Datapath(self._n_workers, self._descriptors, self._log_records)
             self._endpoints = EndpointRegistry(self._datapath)
             self._listeners = Listeners(self._n_workers)
+            self._overload = OverloadMonitor(self._datapath, self._listeners.sockets, usable_cpus())
         else:
             self._warn_of_fixed(config)
         sockets = self._listeners.open(config)
@@ -228,6 +231,7 @@ class App:
             lambda: self._access_log.dropped if self._access_log else 0,
             self._take_lag,
             self._endpoints,
+            lambda: self._overload.status if self._overload else OverloadStatus(),
         )
 
     def _is_ready(self) -> bool:
@@ -261,6 +265,8 @@ class App:
         drain = self._reloader.config.drain
         self._ready = False
         await self._reloader.freeze()
+        if self._overload:
+            self._overload.stop()
         await self._datapath.stop_accepting()
         self._listeners.close()
         log.info("draining", connections=self._datapath.active, time_s=drain.time_ms / 1000, over_s=drain.over_ms / 1000)
@@ -294,6 +300,8 @@ class App:
             self._lag_max_s = max(self._lag_max_s, self._lag_s)
             assert self._datapath is not None
             self._datapath.tick()
+            if self._overload and self._reloader.config and not self._terminated.is_set():
+                self._overload.look(self._reloader.config)
             if self._resolver.is_due:
                 await self._reloader.reload()
             if time.monotonic() >= expiry_at:
