@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.health import ENDPOINTS, INTERVAL_S
 from bench.proxies import KINDS
 from bench.reload import CLUSTERS_A_FILE, ENDPOINTS_A_CLUSTER, FILES, RATE
 from bench.results import LATENCIES
@@ -24,6 +25,8 @@ def render(result: dict[str, Any]) -> str:
         parts.append(_reload_table(result["reload"]["median"]))
     if result.get("storm"):
         parts.append(_storm_table(result["storm"]["entries"]))
+    if result.get("health"):
+        parts.append(_health_table(result["health"]["entries"]))
     if result["errors"]:
         parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {error}" for name, error in result["errors"].items()))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -149,6 +152,12 @@ def _storm_table(entries: dict[str, dict[str, float]]) -> str:
         shares = {key: entries["l4mesh"][key] / entries["envoy"][key] for key in keys if key.startswith("storm")}
         text += f"\n\nUnder the storm l4mesh's are {', '.join(f'{share:.2f}' for share in shares.values())} × Envoy's."
     return text
+
+
+def _health_table(entries: list[dict[str, Any]]) -> str:
+    lines = [[f"{one['check']}, {_name(one['entry'])}", f"{one['core']:.1%}", _number(one["check_us"])] for one in entries]
+    header = ["health check", "share of a core", "CPU of a check, µs"]
+    return f"{ENDPOINTS:,} endpoints, each every {INTERVAL_S:g} s, and no traffic:\n\n" + _table(header, lines)
 
 
 def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -55,6 +55,17 @@ class ProxyProtocol(StrEnum):
     V2 = "v2"
 
 
+class HealthKind(StrEnum):
+    """What a health check speaks with an endpoint."""
+
+    TCP = "tcp"
+    TLS = "tls"
+    HTTP = "http"
+    REDIS = "redis"
+    POSTGRESQL = "postgresql"
+    MYSQL = "mysql"
+
+
 class TlsMode(StrEnum):
     """What a listener takes: TLS with a client certificate only, that or plaintext, or plaintext only."""
 
@@ -259,6 +270,45 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """What must come in an answer, anywhere: ``wanted``, or what this regular expression (RE2, over bytes) matches."""
+
+    wanted: bytes
+    is_regex: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """How the endpoints of a cluster are checked. Equal checks of one address are made once."""
+
+    kind: HealthKind
+    interval_ms: int
+    fast_interval_ms: int
+    """While results contradict the state."""
+    timeout_ms: int
+    """Of the whole check."""
+    rise: int
+    fall: int
+    jitter: float
+    """Share of an interval, 0 to 1, by up to which it is shortened or lengthened at random."""
+    starts_up: bool
+    """Whether an endpoint serves until its first check."""
+    port: int
+    """0 is the endpoint's own."""
+    tls: bool
+    """Under the cluster's own terms if it has TLS, else without looking at certificates."""
+    sni: str
+    send: bytes
+    expect: Expect | None
+    path: str
+    host: str
+    """"" is the endpoint's address."""
+    status: tuple[tuple[int, int], ...]
+    """Ranges, both ends included."""
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -285,6 +335,7 @@ class Cluster:
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
     drain: ClusterDrain = ClusterDrain()
+    health_check: HealthCheck | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from l4mesh.config import schema
 from l4mesh.config.quantities import shown
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
 from l4mesh.errors import ConfigError, Problem
-from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, Identity, Listener, Policy, TlsMode, Workload
+from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, HealthKind, Identity, Listener, Policy, TlsMode, Workload
 
 Finding = tuple[str, KeyPath, str]
 """File, key path and message: a problem whose line is not known yet."""
@@ -180,6 +180,9 @@ def _read_clusters(
                 continue
             cluster = schema.make_cluster(section)
             findings += [(file, ("clusters", index, *path), message) for path, message in _check_cluster(cluster)]
+            if section.health_check:
+                checks = _check_health(cluster, section.health_check)
+                findings += [(file, ("clusters", index, "health_check", *path), message) for path, message in checks]
         clusters.append(cluster)
         known[cluster.name] = (item, cluster)
     return clusters, known
@@ -222,6 +225,31 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
         yield ("slow_start",), f"does not go with balance {cluster.balance}, which gives each source one endpoint"
     if cluster.tls and not cluster.tls.peers:
         yield ("tls", "peers"), 'is missing: name the identities that may answer, or say "*" for any of the trust domain'
+
+
+_OF_KINDS = {
+    "send": [HealthKind.TCP], "expect": [HealthKind.TCP], "path": [HealthKind.HTTP], "host": [HealthKind.HTTP],
+    "status": [HealthKind.HTTP], "user": [HealthKind.POSTGRESQL, HealthKind.MYSQL],
+}  # fmt: skip
+"""Keys of a health check that only some kinds have."""
+
+
+def _check_health(cluster: Cluster, section: schema.HealthCheckSection) -> Iterator[tuple[KeyPath, str]]:
+    check = cluster.health_check
+    assert check is not None
+    if cluster.name == ORIGINAL_DESTINATION:
+        yield (), "can't be here: this cluster has no endpoints that could be checked"
+    for key, kinds in _OF_KINDS.items():
+        if key in section.model_fields_set and check.kind not in kinds:
+            yield (key,), f"goes with type {' or '.join(kinds)} only; here it is {check.kind}"
+    if check.send and not check.expect:
+        yield ("send",), "needs expect: without an answer the check sees no more than a connection"
+    if check.kind == HealthKind.TLS and not check.tls:
+        yield ("tls",), "can't be off with type tls"
+    if section.sni and not check.tls:
+        yield ("sni",), "goes with tls: on or type tls only"
+    if check.fast_interval_ms > check.interval_ms:
+        yield ("fast_interval",), "must not be longer than interval"
 
 
 def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath, str]]:
@@ -312,6 +340,9 @@ def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding
         for index, cluster in enumerate(file.clusters):
             if cluster.tls:
                 references.append((("clusters", index, "tls", "identity"), cluster.tls.identity))
+                if cluster.health_check and cluster.health_check.tls and not (cluster.tls.identity or node_has_one):
+                    where = ("clusters", index, "health_check")
+                    yield file.file, where, "has no certificate to show: add identity under the cluster's tls, or under node"
         for path, name in references:
             if name and name not in identities:
                 yield file.file, path, f"{shown(name)} is not an identity; there are: {known}"

@@ -5,11 +5,15 @@ All raise ValueError whose text goes on after the key: "must be …; got …".
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import socket
+from typing import Any
 
-from l4mesh.model import Endpoint, Mark, Network, SocketAddress
+import re2
+
+from l4mesh.model import Endpoint, Expect, Mark, Network, SocketAddress
 
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)(ms|s|m|h|d)")
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -20,6 +24,7 @@ _SIZE = re.compile(r"(\d{1,12})(KiB|MiB|GiB)")
 _SIZE_BITS = {"KiB": 10, "MiB": 20, "GiB": 30}
 MAX_DURATION_MS = 366 * 86_400_000
 MAX_WEIGHT = 256
+MAX_PAYLOAD_BYTES = 4096
 
 
 def shown(value: object) -> str:
@@ -283,6 +288,88 @@ def parse_ip(value: object) -> str:
         return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
     except ValueError:
         raise ValueError(f"must be an IP address; got {shown(value)}") from None
+
+
+def parse_payload(value: object) -> bytes:
+    """``{text: …}`` or ``{hex: …}``"""
+    kind, payload = _read_payload(value, "text", "hex")
+    return _payload_bytes(kind, payload)
+
+
+def parse_expect(value: object) -> Expect:
+    """``{text: …}``, ``{hex: …}`` or ``{regex: …}``"""
+    kind, payload = _read_payload(value, "text", "hex", "regex")
+    wanted = _payload_bytes(kind, payload)
+    if kind == "regex":
+        try:
+            compile_regex(wanted)
+        except re2.error as error:
+            reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+            raise ValueError(f"must have a regular expression that RE2 understands: {reason}") from None
+    return Expect(wanted, kind == "regex")
+
+
+def _read_payload(value: object, *kinds: str) -> tuple[str, str]:
+    if isinstance(value, dict) and len(value) == 1:
+        kind, payload = next(iter(value.items()))
+        if kind in kinds and isinstance(payload, str) and payload:
+            return kind, payload
+    forms = " or ".join(f'{{{kind}: "…"}}' for kind in kinds)
+    raise ValueError(f"must be {forms}; got {shown(next(iter(value.values())) if isinstance(value, dict) and value else value)}")
+
+
+def _payload_bytes(kind: str, payload: str) -> bytes:
+    try:
+        content = bytes.fromhex(payload) if kind == "hex" else payload.encode()
+    except ValueError:
+        raise ValueError(f"must have pairs of hexadecimal digits; got {shown(payload)}") from None
+    if not 0 < len(content) <= MAX_PAYLOAD_BYTES:
+        raise ValueError(f"must be of 1 to {MAX_PAYLOAD_BYTES} bytes; got {len(content)}")
+    return content
+
+
+@functools.lru_cache(1024)
+def compile_regex(pattern: bytes) -> Any:
+    """Over bytes, and in time that grows with the input only: RE2 does not go back. Raises re2.error."""
+    options = re2.Options()
+    options.encoding = re2.Options.Encoding.LATIN1
+    options.log_errors = False
+    options.dot_nl = True
+    return re2.compile(pattern, options)
+
+
+def parse_http_path(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not text.startswith("/") or len(text) > 2048 or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"must be a path such as /healthz, of visible ASCII characters; got {shown(value)}")
+    return text
+
+
+def parse_http_host(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not 0 < len(text) <= 255 or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"must be a host name, with or without a port; got {shown(value)}")
+    return text
+
+
+def parse_status(value: object) -> tuple[int, int]:
+    """An HTTP status, or an inclusive range of them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        first = last = value
+    elif isinstance(value, str) and re.fullmatch(r"\d{3}-\d{3}", value):
+        first, last = map(int, value.split("-"))
+    else:
+        first = last = 0
+    if not 100 <= first <= last <= 599:
+        raise ValueError(f'must be a status from 100 to 599, or a range such as "200-399"; got {shown(value)}')
+    return first, last
+
+
+def parse_user(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not 0 < len(text.encode()) <= 63 or not text.isprintable():
+        raise ValueError(f"must be the name of a user; got {shown(value)}")
+    return text
 
 
 def parse_mark(value: object) -> Mark:

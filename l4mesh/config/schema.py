@@ -27,6 +27,9 @@ from l4mesh.model import (
     Direction,
     Drain,
     Endpoint,
+    Expect,
+    HealthCheck,
+    HealthKind,
     Identity,
     Keepalive,
     Listener,
@@ -366,6 +369,30 @@ def _read_endpoint(value: object, section: Callable[[object], EndpointSection]) 
     return Endpoint(*long_form.address, long_form.weight, long_form.zone)
 
 
+class HealthCheckSection(Section):
+    type: Annotated[str, PlainValidator(_one_of(*HealthKind))] = "tcp"
+    interval: Duration = 2000
+    fast_interval: Duration | None = None
+    timeout: Duration = 1000
+    rise: Annotated[int, PlainValidator(_whole(1, 100))] = 2
+    fall: Annotated[int, PlainValidator(_whole(1, 100))] = 3
+    jitter: Annotated[float, PlainValidator(q.parse_share)] = 0.1
+    initial: Annotated[str, PlainValidator(_one_of("up", "down"))] = "up"
+    port: Annotated[int, PlainValidator(_whole(1, 65535))] = 0
+    tls: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
+    sni: Annotated[str, PlainValidator(q.parse_server_name)] = ""
+    send: Annotated[bytes, PlainValidator(q.parse_payload)] = b""
+    expect: Annotated[Expect | None, PlainValidator(q.parse_expect)] = None
+    path: Annotated[str, PlainValidator(q.parse_http_path)] = "/"
+    host: Annotated[str, PlainValidator(q.parse_http_host)] = ""
+    status: Annotated[list[Annotated[tuple[int, int], PlainValidator(q.parse_status)]], Field(min_length=1)] = [(200, 399)]
+    user: Annotated[str, PlainValidator(q.parse_user)] = "l4mesh"
+
+
+def _health_check_off(value: object) -> object:
+    return None if q.is_off(value) else value
+
+
 class ClusterSection(Section):
     name: Name
     endpoints: list[Annotated[EndpointSection, WrapValidator(_read_endpoint)]] = []
@@ -382,6 +409,7 @@ class ClusterSection(Section):
     tls: ClusterTlsSection | None = None
     panic_threshold: OptionalShare = 0.5
     drain: ClusterDrainSection = ClusterDrainSection()
+    health_check: Annotated[HealthCheckSection | None, BeforeValidator(_health_check_off)] = None
 
 
 class FileSection(Section):
@@ -558,6 +586,36 @@ def make_cluster(section: ClusterSection) -> Cluster:
         tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
         panic_threshold=section.panic_threshold,
         drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
+        health_check=make_health_check(section) if section.health_check else None,
+    )
+
+
+def make_health_check(cluster: ClusterSection) -> HealthCheck:
+    section = cluster.health_check
+    assert section is not None
+    kind = HealthKind(section.type)
+    secured = cluster.tls is not None and cluster.tls.mode == "mutual"
+    # Another port is another server, of which the cluster's TLS says nothing.
+    talks_as_the_cluster = secured and not section.port and (kind != HealthKind.TCP or section.expect is not None)
+    tls = section.tls if section.tls is not None else kind == HealthKind.TLS or talks_as_the_cluster
+    return HealthCheck(
+        kind=kind,
+        interval_ms=section.interval,
+        fast_interval_ms=section.fast_interval or max(1, section.interval // 4),
+        timeout_ms=section.timeout,
+        rise=section.rise,
+        fall=section.fall,
+        jitter=section.jitter,
+        starts_up=section.initial == "up",
+        port=section.port,
+        tls=tls,
+        sni=section.sni or (cluster.tls.sni or "" if cluster.tls and tls else ""),
+        send=section.send,
+        expect=section.expect,
+        path=section.path,
+        host=section.host,
+        status=tuple(section.status),
+        user=section.user,
     )
 
 

@@ -191,6 +191,8 @@ class AdminServer:
                 {"cause": out.cause.label, "since_unix_s": round(out.since_unix_s, 3), "why": out.why}
                 for out in self._sources.registry.out(endpoint.cluster, endpoint.address)
             ]
+            verdict = self._sources.health.verdict(endpoint.cluster, endpoint.address)
+            shown["health"] = dataclasses.asdict(verdict) if verdict else None
             by_cluster.setdefault(endpoint.cluster, []).append(shown)
         clusters = [
             {

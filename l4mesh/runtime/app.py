@@ -23,7 +23,8 @@ from l4mesh.identity.svid import Material
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
-from l4mesh.runtime.endpoints import EndpointRegistry
+from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
+from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus
@@ -38,6 +39,8 @@ EXPIRY_LOOK_EVERY_S = 3600.0
 RESERVED_DESCRIPTORS = 256
 """Kept for files, the admin server and everything else that is not a connection."""
 POOLED_PIPES_DESCRIPTORS = 128
+CHECKS_MAX = 2048
+"""Health checks under way at once, where there are descriptors enough."""
 DESCRIPTORS_PER_CONNECTION = 2.5
 """Two sockets, and a pipe for one in four (HAProxy's ratio); a half that gets no pipe copies."""
 
@@ -79,9 +82,14 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def connections_within(descriptors: int, workers: int) -> int:
-    """How many connections the descriptors are enough for."""
-    free = descriptors - RESERVED_DESCRIPTORS - workers * POOLED_PIPES_DESCRIPTORS
+def checks_within(descriptors: int) -> int:
+    """How many health checks may be under way at once."""
+    return max(16, min(CHECKS_MAX, descriptors // 16))
+
+
+def connections_within(descriptors: int, workers: int, checks: int) -> int:
+    """How many connections the descriptors are enough for, beside so many health checks."""
+    free = descriptors - RESERVED_DESCRIPTORS - workers * POOLED_PIPES_DESCRIPTORS - checks
     return max(16, int(free / DESCRIPTORS_PER_CONNECTION))
 
 
@@ -104,6 +112,7 @@ class App:
         self._access_log: AccessLog | None = None
         self._descriptors = raise_descriptor_limit()
         self._n_workers = 0
+        self._health = HealthChecker(self._note_health, lambda: self._reloader.materials, checks_within(self._descriptors))
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -119,6 +128,7 @@ class App:
             assert config is not None
             assert self._datapath is not None
             self._datapath.start()
+            self._health.start()
             await self._published()
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
@@ -154,6 +164,7 @@ class App:
             log.info("stopped")
 
     def _close(self) -> None:
+        self._health.close()
         if self._datapath:
             self._datapath.stop()
         if self._listeners:
@@ -196,7 +207,15 @@ class App:
         """Called by the reloader on the control loop."""
         assert self._endpoints is not None
         self._endpoints.configure(config)
+        self._health.configure(config)
         self._renewer.configure(config)
+
+    def _note_health(self, cluster: str, address: str, healthy: bool, why: str) -> None:
+        assert self._endpoints is not None
+        if healthy:
+            self._endpoints.put_back(cluster, address, OutCause.UNHEALTHY)
+        else:
+            self._endpoints.take_out(cluster, address, OutCause.UNHEALTHY, why)
 
     async def _published(self) -> None:
         """Waits until the workers, which have just started, have the first plan: then every listener is served."""
@@ -204,7 +223,8 @@ class App:
         await asyncio.to_thread(self._datapath.wait_until_seen)
 
     def _max_connections(self, config: Config) -> int:
-        most = connections_within(self._descriptors, self._n_workers)
+        checks = any(cluster.health_check for cluster in config.clusters.values())
+        most = connections_within(self._descriptors, self._n_workers, checks_within(self._descriptors) if checks else 0)
         return min(config.max_connections, most) if config.max_connections else most
 
     def _warn_of_fixed(self, config: Config) -> None:
@@ -231,6 +251,7 @@ class App:
             lambda: self._access_log.dropped if self._access_log else 0,
             self._take_lag,
             self._endpoints,
+            self._health,
             lambda: self._overload.status if self._overload else OverloadStatus(),
         )
 

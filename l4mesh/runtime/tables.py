@@ -37,6 +37,9 @@ def cluster_table(clusters: list[dict[str, Any]]) -> Table:
     for cluster in clusters:
         for endpoint in cluster["endpoints"]:
             state = "warming" if endpoint["warming"] else "drained" if endpoint["weight"] == 0 else "serving"
+            if (health := endpoint["health"]) and not endpoint["out"]:
+                since = f" since {show_time(health['since_unix_s'])}" if health["state"] == "healthy" else ""
+                state += f", {health['state']}{since}"
             if endpoint["out"]:
                 state = "; ".join(f"{out['cause']} since {show_time(out['since_unix_s'])}: {out['why']}" for out in endpoint["out"])
                 state += " (serves: panic)" if cluster["panic"] else ""
