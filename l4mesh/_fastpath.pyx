@@ -72,6 +72,8 @@ cdef enum:
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
     EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     TUNE_BYTES = 1048576          # what makes a half a stream, whose socket is worth a look
+    LATE_MS = 500                 # by which no timer is late while the worker runs
+    LATE_TURNS = 1000             # that timers wait at most for events to be heard
     SWEEP_STEP = 256              # live connections that a sweep looks at in one turn
 
 
@@ -1607,6 +1609,17 @@ cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
             worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
 
 
+cdef bint worker_is_behind(worker_t *worker, int n) noexcept nogil:
+    # Whether it stood still (a stopped process, a machine that was paused) and has not heard yet all who have said something since:
+    # nobody's time is up before that. `n`: events of this turn, -1 when a signal ended the wait.
+    cdef uint64_t due = wheel_next_ms(&worker.wheel)
+    if due and worker.now_ms >= due + LATE_MS and (n < 0 or n == MAX_EVENTS or worker.heavy.head != WHEEL_NONE):
+        worker.late_turns += 1
+        return worker.late_turns < LATE_TURNS
+    worker.late_turns = 0
+    return False
+
+
 cdef void worker_turn(worker_t *worker) noexcept nogil:
     # One turn: wait, adopt a new plan, serve events, then those that used up their budget, then streams that were held long enough,
     # then handshakes, then timers.
@@ -1652,10 +1665,11 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     while worker.held.head != WHEEL_NONE and conn_at(worker, worker.held.head).held_until_ns <= worker.now_ns:
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
     worker_serve_heavy(worker)
-    slot = wheel_expire(&worker.wheel, worker.now_ms)
-    while slot != WHEEL_NONE:
-        conn_timeout(worker, conn_at(worker, slot), slot)
+    if not worker_is_behind(worker, n):
         slot = wheel_expire(&worker.wheel, worker.now_ms)
+        while slot != WHEEL_NONE:
+            conn_timeout(worker, conn_at(worker, slot), slot)
+            slot = wheel_expire(&worker.wheel, worker.now_ms)
     if worker.sweep_end:
         worker_sweep(worker)
     if load_acquire(<uint64_t *> &worker.page.state) == 1:

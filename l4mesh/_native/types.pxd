@@ -621,5 +621,6 @@ ctypedef struct worker_t:
     uint8_t sweep_trust              # trust has changed: are they still let in?
     int64_t accept_mode              # ACCEPT_*, as it is
     uint64_t accept_spent            # accepted since the last pause
+    uint64_t late_turns              # in a row, in which timers waited for events
     uint64_t shed[SHED_ACTIONS]
     epoll_event events[MAX_EVENTS]

@@ -339,6 +339,8 @@ class Stage:
             for name in ("plain", "full", "resumed"):
                 play.ask(node.ports[name])
             play.ask(node.ports["plain"], b"some\n", PAYLOAD[:SOME])
+            blamed = sum(endpoint.connect_failures for endpoint in node.datapath.endpoints("plain"))
+            assert blamed == 0, "our trouble is not the endpoint's fault"
             node.close()
         return play
 
