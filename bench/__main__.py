@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 import click
 
+from bench.bandwidth import run_bandwidth, summarize_bandwidth
+from bench.ejection import REPEATS as EJECTION_REPEATS
+from bench.ejection import run_ejection, summarize_ejection
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.health import run_health, summarize_health
@@ -39,7 +42,10 @@ PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
 STORM = "storm"
 HEALTH = "health"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM, HEALTH)
+BANDWIDTH = "bandwidth"
+EJECTION = "ejection"
+SCENARIOS = (RELOAD, STORM, HEALTH, BANDWIDTH, EJECTION)
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -110,9 +116,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "versions": describe_versions(proxies),
         "rows": [],
         "growth": [],
-        "reload": None,
-        "storm": None,
-        "health": None,
+        **dict.fromkeys(SCENARIOS),
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
@@ -165,6 +169,13 @@ def measure_all(
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
         )
+    if "l4mesh" in proxies:
+        attempt(
+            BANDWIDTH,
+            "limits of bandwidth",
+            partial(run_bandwidth, machine, 3 if effort.discard_first else 1),
+            lambda flows: result.update(bandwidth=summarize_bandwidth(flows)),
+        )
     attempt(
         STORM,
         "connections with a wrong certificate beside good traffic",
@@ -176,6 +187,12 @@ def measure_all(
         "health checks of many endpoints",
         partial(run_health, machine, proxies, 3 if effort.discard_first else 1),
         lambda checked: result.update(health=summarize_health(checked)),
+    )
+    attempt(
+        EJECTION,
+        "connections that fail when endpoints turn bad",
+        partial(run_ejection, machine, proxies, EJECTION_REPEATS if effort.discard_first else 1, seed),
+        lambda seen: result.update(ejection=summarize_ejection(seen)),
     )
 
 

@@ -27,10 +27,17 @@ from l4mesh._native.authz cimport filing_key, masked_hash, verdict_allows, verdi
 from l4mesh._native.balance cimport (
     PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
 )
+from l4mesh._native.bandwidth cimport (
+    OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_share, lane_t,
+)
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
+from l4mesh._native.outlier cimport (
+    outlier_connected, outlier_dial_failed, outlier_ended, outlier_finished, outlier_lived, outlier_next, outlier_refused_tls,
+    outlier_take,
+)
 from l4mesh._native.overload cimport (
     SHARE_BUCKETS, overload_ends, overload_pauses, overload_source_limit, share_least, sources_measure,
 )
@@ -38,7 +45,10 @@ from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
-from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find
+from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find, route_match
+from l4mesh._native.shaping cimport (
+    fault_choose, fault_time_ms, shaping_free, shaping_is_due, shaping_next_ms, shaping_open, shaping_waits,
+)
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free
 from l4mesh._native.sources cimport source_give, source_take
@@ -46,7 +56,8 @@ from l4mesh._native.spiffe cimport (
     PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,
 )
 from l4mesh._native.stats cimport (
-    CLOSE_REASONS, CONNECT_BUCKETS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t, listener_stat_t,
+    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, SIGNALS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t,
+    listener_row_t, listener_stat_t,
 )
 from l4mesh._native.tls cimport (
     HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes_chain, tls_bio_ctrl, tls_bio_read,
@@ -492,6 +503,8 @@ cdef void conn_route(
     conn.phase.dial.cluster = cluster
     conn.phase.dial.last_reason = CLOSE_NO_ENDPOINT
     conn.routed = 1
+    if plan.faults != NULL:
+        conn_choose_fault(worker, conn, listener, hello, index)
     if conn.tls_mode == TLS_MODE_OFF:
         conn_enter(worker, conn, slot)
     else:
@@ -512,7 +525,175 @@ cdef void conn_enter(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
         return
     conn.phase.dial.deadline_ms = worker.now_ms + cluster.settings.connect_budget_ms
     conn_copy_settings(worker, conn, &cluster.settings)
+    if conn.shaping != NULL and conn_inject(worker, conn, slot):
+        return
     conn_dial(worker, conn, slot)
+
+
+# -- injected faults ---------------------------------------------------------------------------------------------------------
+
+cdef void conn_choose_fault(
+    worker_t *worker, conn_t *conn, const listener_t *listener, const hello_t *hello, int32_t cluster
+) noexcept nogil:
+    # After the route: by its rules, then by the cluster's. Without memory there is no fault.
+    cdef const plan_t *plan = worker.plan
+    cdef uint32_t route = route_match(plan, listener, &conn.destination, &conn.source, hello)
+    cdef const fault_t *fault
+    cdef span_t of_route
+    memset(&of_route, 0, sizeof(of_route))
+    if route:
+        of_route = plan.routes[route - 1].faults
+    fault = fault_choose(plan, of_route, plan.cluster_faults[cluster], conn.source.ip, worker_random(worker))
+    if fault != NULL and shaping_open(conn) != NULL:
+        conn.shaping.fault = fault[0]
+
+
+cdef void conn_injected(worker_t *worker, conn_t *conn) noexcept nogil:
+    conn.shaping.injected = 1
+    conn.cluster_stat.rows[worker.index].faults[<int> conn.shaping.fault.kind] += 1
+
+
+cdef bint conn_inject(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # What comes before the dial. True: the connection waits, or has ended. While it waits it is DIALLING without an attempt.
+    cdef shaping_t *shaping = conn.shaping
+    cdef int kind = shaping.fault.kind
+    if kind == FAULT_REFUSE:
+        conn_injected(worker, conn)
+        conn_refuse(worker, conn, slot, CLOSE_FAULT)
+        return True
+    if kind != FAULT_DELAY and kind != FAULT_BLACK_HOLE:
+        return False
+    conn_injected(worker, conn)
+    shaping.until_ms = worker.now_ms + fault_time_ms(&shaping.fault, worker_random(worker))
+    if shaping.fault.from_ms == 0:
+        # A black hole until the client gives up, as it may without a word.
+        shaping.until_ms = worker.now_ms + conn.idle_ms if conn.idle_ms else <uint64_t> -1
+    if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+    elif shaping.until_ms != <uint64_t> -1:
+        conn_arm(worker, conn, slot, shaping.until_ms)
+    return True
+
+
+cdef void conn_inject_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # The wait of conn_inject, looked at by its timer.
+    cdef shaping_t *shaping = conn.shaping
+    if worker.now_ms < shaping.until_ms:
+        if shaping.until_ms != <uint64_t> -1:
+            conn_arm(worker, conn, slot, shaping.until_ms)
+    elif shaping.fault.kind == FAULT_BLACK_HOLE:
+        conn_finish(worker, conn, slot, CLOSE_FAULT, True)
+    else:
+        shaping.until_ms = 0
+        conn.phase.dial.deadline_ms = worker.now_ms + conn.phase.dial.cluster.settings.connect_budget_ms
+        conn_dial(worker, conn, slot)
+
+
+cdef void conn_inject_half_closed(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # In a black hole, a client that has sent something and ended may be gone, or wait for its answer: bounded as in the relay.
+    cdef shaping_t *shaping = conn.shaping
+    if shaping.fault.kind == FAULT_BLACK_HOLE and conn.half_closed_ms and worker.now_ms + conn.half_closed_ms < shaping.until_ms:
+        shaping.until_ms = worker.now_ms + conn.half_closed_ms
+        conn_arm(worker, conn, slot, shaping.until_ms)
+
+
+cdef void conn_break(worker_t *worker, conn_t *conn, uint32_t slot, int side) noexcept nogil:
+    # Ends the connection as if this side had reset it: what it had sent until now has been handed over and is still delivered.
+    conn_injected(worker, conn)
+    queue_remove(worker, conn)
+    half_drop(worker, &conn.phase.half[DOWNSTREAM])
+    half_drop(worker, &conn.phase.half[UPSTREAM])
+    conn.end_reason = CLOSE_FAULT
+    conn.state = CONN_RESETTING
+    conn.first_end = <uint8_t> side
+    conn.linger_ms = 1
+    conn.ends_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
+    conn_drain(worker, conn, slot)
+
+
+# -- bandwidth ---------------------------------------------------------------------------------------------------------------
+
+cdef bint conn_shape(worker_t *worker, conn_t *conn) noexcept nogil:
+    # Connected: what limits its halves, and faults that begin now. False: no memory.
+    cdef const plan_t *plan = worker.plan
+    cdef const cluster_settings_t *settings = &conn.phase.dial.cluster.settings
+    cdef const workload_t *source = plan_workload(plan, conn.source.ip)
+    cdef const workload_t *target = plan_workload(plan, conn.endpoint.ip)
+    cdef const listener_t *listener = conn_listener(worker, conn)
+    cdef const fault_t *fault = &conn.shaping.fault if conn.shaping != NULL else NULL
+    cdef bucket_t *from_source
+    cdef bucket_t *to_target
+    cdef uint64_t rate, burst
+    cdef lane_t *lane
+    cdef int h
+    for h in range(2):
+        rate = settings.rates[h]
+        burst = settings.burst
+        if listener != NULL and listener.rates[h] and (rate == 0 or listener.rates[h] < rate):
+            rate = listener.rates[h]
+            burst = listener.burst
+        if fault != NULL and fault.kind == FAULT_SLOW and (rate == 0 or fault.rate < rate):
+            rate = fault.rate
+            burst = 0
+        # A workload's buckets are of what comes in and what goes out.
+        from_source = source.buckets[1 - h] if source != NULL else NULL
+        to_target = target.buckets[h] if target != NULL else NULL
+        if rate == 0 and from_source == NULL and to_target == NULL:
+            continue
+        if shaping_open(conn) == NULL:
+            return False
+        lane = &conn.shaping.lanes[h]
+        if rate:
+            bucket_set(&lane.own, rate, burst, bucket_quantum(rate, OWN_PER_S, OWN_QUANTUM_MIN))
+        lane_share(lane, from_source)
+        lane_share(lane, to_target)
+    if fault != NULL and fault.kind == FAULT_SLOW:
+        conn_injected(worker, conn)
+    elif fault != NULL and fault.kind == FAULT_STALL and fault.bytes == 0:
+        conn_stall(worker, conn)
+    elif fault != NULL and fault.kind == FAULT_RESET and fault.bytes == 0:
+        conn.shaping.until_ms = worker.now_ms + fault_time_ms(fault, worker_random(worker))
+    return True
+
+
+cdef void conn_stall(worker_t *worker, conn_t *conn) noexcept nogil:
+    conn_injected(worker, conn)
+    conn.shaping.until_ms = worker.now_ms + fault_time_ms(&conn.shaping.fault, worker_random(worker))
+
+
+cdef bint conn_shaped(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # RELAYING and RESETTING, when the halves have gone as far as they may. True: a fault has changed the state.
+    cdef int h = conn.shaping.fault.half
+    cdef const tls_t *tls = conn.side[1 - h].tls
+    cdef uint64_t at
+    if shaping_is_due(conn, h):
+        if conn.shaping.fault.kind == FAULT_STALL:
+            conn_stall(worker, conn)
+        elif tls == NULL or tls.out_length == 0:
+            conn_break(worker, conn, slot, h)
+            return True
+    at = shaping_next_ms(worker, conn)
+    if at:
+        conn_arm(worker, conn, slot, at)
+    return False
+
+
+cdef bint conn_shaping_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # RELAYING: a turn may have come, or the end of a stall. True: the connection does not relay any more.
+    cdef shaping_t *shaping = conn.shaping
+    if shaping.until_ms and worker.now_ms >= shaping.until_ms:
+        shaping.until_ms = 0
+        if shaping.fault.kind == FAULT_RESET:
+            conn_injected(worker, conn)
+            conn_finish(worker, conn, slot, CLOSE_FAULT, True)
+            return True
+    conn_relay(worker, conn, slot)
+    if conn.state != CONN_RELAYING:
+        return True
+    if shaping_waits(worker, conn):
+        # It is we who make it wait: it is not idle. One that is stalled is: so is one whose peer is silent.
+        conn.active_ms = worker.now_ms
+    return False
 
 
 # -- downstream TLS ----------------------------------------------------------------------------------------------------------
@@ -835,6 +1016,7 @@ cdef void dial_failed(worker_t *worker, conn_t *conn, int error) noexcept nogil:
         row.connect_failures += 1
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
+        outlier_dial_failed(worker, conn, error)
     dial_abandon(conn)
 
 
@@ -901,6 +1083,8 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
         # moment, the client has left.
         conn.phase.dial.left_at_ms = worker.now_ms + LEFT_GRACE_MS
         conn_arm(worker, conn, slot, conn.phase.dial.left_at_ms)
+    elif events & EPOLLRDHUP and conn.shaping != NULL:
+        conn_inject_half_closed(worker, conn, slot)
 
 
 # -- upstream TLS ------------------------------------------------------------------------------------------------------------
@@ -971,10 +1155,14 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     cdef cluster_t *cluster = conn.phase.dial.cluster
     cdef uint64_t took_ns = clock_ns(CLOCK_MONOTONIC) - conn.phase.dial.attempt_started_ns
     cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
+    if (worker.plan.limits_bandwidth or conn.shaping != NULL) and not conn_shape(worker, conn):
+        conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+        return
     row.connect_ns += took_ns
     row.connect_buckets[connect_bucket(took_ns)] += 1
     if conn.endpoint_stat != NULL:
         add_u(&conn.endpoint_stat.opened, 1)
+        outlier_connected(conn, took_ns)
     conn.errno_seen = 0
     conn.tls_cause = TLS_OK
     conn.alert = 0
@@ -1098,6 +1286,8 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
                     CLOSE_DOWNSTREAM_CLOSED if conn.first_end == DOWNSTREAM else CLOSE_UPSTREAM_CLOSED, False,
                 )
                 return
+            if h == UPSTREAM:
+                outlier_ended(worker, conn)
             shutdown(conn.side[1 - h].fd, SHUT_WR)
             half.flags |= HALF_SHUT
             conn.first_end = <uint8_t> h
@@ -1112,9 +1302,12 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
         elif flow == FLOW_EXHAUSTED:
             conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
             return
-    for h in range(2):
-        if half_pace(conn, h, moved[h], moved[1 - h], expired):
-            more = True
+    if conn.shaping == NULL:
+        for h in range(2):
+            if half_pace(conn, h, moved[h], moved[1 - h], expired):
+                more = True
+    elif conn_shaped(worker, conn, slot):
+        return
     if more:
         queue_push(worker, conn, slot, QUEUED_READY)
     elif (conn.phase.half[DOWNSTREAM].flags | conn.phase.half[UPSTREAM].flags) & HALF_PACED:
@@ -1130,15 +1323,16 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
     cdef const tls_t *tls = conn.side[side].tls
     if tls == NULL or tls.cause == TLS_OK:
         return False
-    conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
+    conn.end_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
     worker.tls_failures[side][<int> tls.cause] += 1
     if tls.cause == TLS_INTERNAL:
-        conn.reset_reason = CLOSE_LOCAL_EXHAUSTED
+        conn.end_reason = CLOSE_LOCAL_EXHAUSTED
     elif side == UPSTREAM and not tls.flags & TLS_ANSWERED:
         # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
+        outlier_refused_tls(worker, conn)
     return True
 
 
@@ -1147,9 +1341,9 @@ cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) no
     cdef bint lost = conn.errno_seen == ETIMEDOUT or conn.errno_seen == EHOSTUNREACH or conn.errno_seen == ENETUNREACH
     if not conn_blame_tls(worker, conn, side):
         if side == DOWNSTREAM:
-            conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
+            conn.end_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
         else:
-            conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
+            conn.end_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
     conn.side[side].flags |= SIDE_RESET | SIDE_READABLE
     queue_remove(worker, conn)
     half_drop(worker, &conn.phase.half[1 - side])
@@ -1169,14 +1363,19 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     if not half.flags & (HALF_SHUT | HALF_DROPPED):
         flow = half_step(worker, conn, side)
     if (
-        flow == FLOW_SOURCE_RESET and conn.reset_reason != CLOSE_DOWNSTREAM_TLS and conn.reset_reason != CLOSE_UPSTREAM_TLS
-        and conn.reset_reason != CLOSE_LOCAL_EXHAUSTED
+        flow == FLOW_SOURCE_RESET and conn.end_reason != CLOSE_DOWNSTREAM_TLS and conn.end_reason != CLOSE_UPSTREAM_TLS
+        and conn.end_reason != CLOSE_LOCAL_EXHAUSTED
     ):
         # A peer that refuses us says why, and resets: the write that met the reset came before the read that finds the alert.
         conn_blame_tls(worker, conn, side)
     if flow == FLOW_MORE:
         queue_push(worker, conn, slot, QUEUED_READY)
     elif flow == FLOW_BLOCKED:
+        if conn.shaping != NULL:
+            if conn_shaped(worker, conn, slot):
+                return
+            if shaping_waits(worker, conn):
+                conn.ends_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
         conn_arm(worker, conn, slot, conn.ends_at_ms)
     elif (
         (flow == FLOW_END or flow == FLOW_SOURCE_RESET)
@@ -1190,7 +1389,7 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
         if conn.linger_ms < LINGER_MAX_MS:
             conn.linger_ms *= 2
     else:
-        conn_finish(worker, conn, slot, conn.reset_reason, True)
+        conn_finish(worker, conn, slot, conn.end_reason, True)
 
 
 # -- ends that can wait -------------------------------------------------------------------------------------------------------
@@ -1281,6 +1480,7 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
     if conn.routed:
         cluster_drop(conn.phase.dial.cluster)
     elif conn.state == CONN_RELAYING or conn.state == CONN_RESETTING:
+        outlier_finished(worker, conn, reason)
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.bytes_to_upstream, conn.phase.half[DOWNSTREAM].bytes)
             add_u(&conn.endpoint_stat.bytes_to_downstream, conn.phase.half[UPSTREAM].bytes)
@@ -1299,6 +1499,8 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
     socket_close(conn.side[DOWNSTREAM].fd, reset)
     wheel_remove(&worker.wheel, &conn.timer)
     queue_remove(worker, conn)
+    if conn.shaping != NULL:
+        shaping_free(conn)
     worker.active -= 1
     add(&worker.engine.active, -1)
     slab_give(worker, conn, slot)
@@ -1346,6 +1548,7 @@ cdef void conn_record(worker_t *worker, conn_t *conn, int reason) noexcept nogil
     tcp_figures(conn.side[UPSTREAM].fd if relayed else -1, &record.upstream_rtt_us, &record.upstream_retransmits)
     record.policy = conn.policy
     record.dry_policy = conn.dry_policy
+    record.fault = conn.shaping.fault.kind if conn.shaping != NULL and conn.shaping.injected else <uint8_t> FAULT_NONE
     record.cause = conn.tls_cause
     record.alert = conn.alert
     for side in range(2):
@@ -1400,7 +1603,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
         conn_dialling(worker, conn, slot, side, events)
     elif conn.state == CONN_RESETTING:
         if events & EPOLLERR and side != conn.first_end:
-            conn_finish(worker, conn, slot, conn.reset_reason, True)
+            conn_finish(worker, conn, slot, conn.end_reason, True)
         else:
             conn_drain(worker, conn, slot)
     elif conn.state == CONN_HANDSHAKE:
@@ -1427,6 +1630,8 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     elif conn.state == CONN_DIALLING:
         if conn.phase.dial.left_at_ms and worker.now_ms >= conn.phase.dial.left_at_ms:
             conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
+        elif conn.shaping != NULL and conn.shaping.until_ms:
+            conn_inject_timeout(worker, conn, slot)
         elif worker.now_ms >= conn.phase.dial.attempt_at_ms:
             if conn.phase.dial.handshaking:
                 dial_failed_tls(worker, conn, TLS_TIMEOUT)
@@ -1436,11 +1641,13 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
         else:
             conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     elif conn.state == CONN_RESETTING:
-        if worker.now_ms >= conn.ends_at_ms:
-            conn_finish(worker, conn, slot, conn.reset_reason, True)
+        if worker.now_ms >= conn.ends_at_ms and not (conn.shaping != NULL and shaping_waits(worker, conn)):
+            conn_finish(worker, conn, slot, conn.end_reason, True)
         else:
             conn_drain(worker, conn, slot)
     else:
+        if conn.shaping != NULL and conn_shaping_timeout(worker, conn, slot):
+            return
         if conn.ends_at_ms and worker.now_ms >= conn.ends_at_ms:
             conn_finish(worker, conn, slot, conn.end_reason, True)
             return
@@ -1458,6 +1665,7 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
             return
         if not conn.settled:
             conn_settle(conn)
+            outlier_lived(worker, conn)
             at = conn_deadline(worker, conn)
         if at:
             conn_arm(worker, conn, slot, at)
@@ -1703,6 +1911,7 @@ cdef int worker_run(worker_t *worker) noexcept nogil:
 # -- the Python face ---------------------------------------------------------------------------------------------------------
 
 include "_native/counters.pxi"
+include "_native/buckets.pxi"
 include "_native/gcm.pxi"
 include "_native/identity.pxi"
 include "_native/plan.pxi"

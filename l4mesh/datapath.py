@@ -15,16 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from l4mesh import _fastpath
-from l4mesh.errors import CloseReason, InternalError, TlsCause
+from l4mesh.errors import CloseReason, Fault, InternalError, TlsCause
 from l4mesh.identity.svid import Material
 from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress, Workload
 from l4mesh.policy.authz import add_policies
+from l4mesh.policy.outlier import Counts
 from l4mesh.policy.plan import (
+    compile_fault,
     compile_flags,
     compile_listener_tls,
     compile_pattern,
+    compile_rates,
     compile_route,
     compile_settings,
+    compile_watch,
     endpoint_tier,
     own_addresses,
     pack_ip,
@@ -32,6 +36,7 @@ from l4mesh.policy.plan import (
 )
 from l4mesh.snapshot import (
     CONNECT_BUCKETS_S,
+    SIGNALS,
     ClusterSnapshot,
     ConnectionRecord,
     ConnectionSnapshot,
@@ -49,6 +54,7 @@ COLLECT_DEADLINE_S = 10.0
 _STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting"}
 _REASONS = tuple(CloseReason)
 _CAUSES = tuple(TlsCause)
+_FAULTS = tuple(Fault)
 _NO_ALLOW = 0xFFFFFFFF
 """Stands in for the dry-run policy when it is that none of them allows."""
 _LOG_WHEN = {LogWhen.NEVER: 0, LogWhen.ERRORS: 1, LogWhen.ALWAYS: 2}
@@ -112,9 +118,12 @@ class Datapath:
         self._identity_ids: dict[str, int] = {}
         self._policy_ids: dict[str, int] = {}
         self._policy_names: dict[int, str] = {0: "", _NO_ALLOW: "(no policy allows)"}
+        self._buckets: dict[tuple[str, str], tuple[tuple[int, int], _fastpath.Bucket]] = {}
         self._contexts: dict[str, tuple[tuple[bytes, int], _fastpath.TlsContext]] = {}
         self._trusted: tuple[object, ...] = ()
         self._trust = 0
+        self.on_told: Callable[[list[int]], None] = lambda ids: None
+        """Called on the control loop with endpoints that have just failed as often in a row as their clusters put up with."""
         self._threads: list[threading.Thread] = []
         self._woken: asyncio.Event | None = None
         self._gathering: asyncio.Handle | None = None
@@ -187,7 +196,12 @@ class Datapath:
                 trust=self._trust,
             )
             self._add_trust(plan, config, materials)
-            listeners = {name: self._add_listener(plan, listener, sockets[name], index) for name, listener in config.listeners.items()}
+            if config.faults_enabled and config.fault_rules:
+                plan.set_cluster_faults([[compile_fault(rule) for rule in cluster.faults] for cluster in config.clusters.values()])
+            listeners = {
+                name: self._add_listener(plan, listener, sockets[name], index, config.faults_enabled)
+                for name, listener in config.listeners.items()
+            }
             self._engine.publish(plan)
             self._generation += 1
             self._max_connections = max_connections
@@ -236,13 +250,42 @@ class Datapath:
         revoked = {entry for material in materials.values() for entry in material.revoked}
         plan.set_revoked(sorted(revoked), self._engine.revocation_seed)
         sets = add_policies(plan, config.policies, config.workloads, self._policy_id)
+        self._renew_buckets(config.workloads)
         plan.set_workloads(
             [
-                (pack_ip(address), self._identity_id(workload.identity or config.node_identity), policies)
+                (
+                    pack_ip(address),
+                    self._identity_id(workload.identity or config.node_identity),
+                    policies,
+                    self._bucket(workload, "receive"),
+                    self._bucket(workload, "send"),
+                )
                 for workload, policies in zip(config.workloads, sets.of_workload, strict=True)
                 for address in workload.addresses
             ]
         )
+
+    def _renew_buckets(self, workloads: Sequence[Workload]) -> None:
+        """The bandwidth of workloads, for live connections as well; those that have their first limit in this plan are not found
+        by it."""
+        before, self._buckets = self._buckets, {}
+        for workload in workloads:
+            for direction in ("receive", "send"):
+                limit = getattr(workload.bandwidth, direction), workload.bandwidth.burst
+                if not limit[0]:
+                    continue
+                key = (workload.name, direction)
+                set_to, bucket = before.pop(key, ((0, 0), None))
+                bucket = bucket or _fastpath.Bucket()
+                if set_to != limit:
+                    bucket.set(*limit)
+                self._buckets[key] = limit, bucket
+        for _, bucket in before.values():
+            bucket.set(0, 0)
+
+    def _bucket(self, workload: Workload, direction: str) -> _fastpath.Bucket | None:
+        entry = self._buckets.get((workload.name, direction))
+        return entry[1] if entry else None
 
     # -- endpoints, between two plans ----------------------------------------------------------------------------------
     # On the control loop, which must not wait for a plan that is being compiled: no lock. A new plan goes on with the same counters.
@@ -321,6 +364,22 @@ class Datapath:
         if entry:
             entry.compiled.stat.panic = panic
 
+    def endpoint_ids(self, cluster: str) -> dict[int, str]:
+        """By the numbers that ``on_told`` gets."""
+        entry = self._clusters.get(cluster)
+        return {stat.id: address for address, stat in entry.endpoints.items()} if entry else {}
+
+    def outlier_counts(self, cluster: str) -> dict[str, Counts]:
+        """What outlier detection goes by, by address."""
+        entry = self._clusters.get(cluster)
+        return {address: _count_outlier(stat) for address, stat in entry.endpoints.items()} if entry else {}
+
+    def forget_failures(self, cluster: str, address: str) -> None:
+        """Failures in a row count from 0 again."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            stat.forget_failures()
+
     def wait_until_seen(self) -> None:
         """Waits until every worker serves the current plan. Raises InternalError after ten seconds."""
         with self._lock:
@@ -349,11 +408,12 @@ class Datapath:
         peers = [compile_pattern(pattern) for pattern in cluster.tls.peers] if cluster.tls else []
         sni = cluster.tls.sni.encode() if cluster.tls else b""
         identity = self._identity_id(cluster.tls.identity) if cluster.tls else 0
+        stat.watch(*compile_watch(cluster.outlier_detection))
         compiled = _fastpath.Cluster(stat, rows, peers, sni, **compile_settings(cluster, identity))
         return _ClusterEntry(cluster, zone, compiled, endpoints)
 
     def _add_listener(
-        self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int]
+        self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int], faults: bool
     ) -> _fastpath.ListenerStat:
         stat = self._listeners.get(listener.name)
         if stat is None:
@@ -370,7 +430,9 @@ class Datapath:
                 max_connections=listener.max_connections,
                 proxy_from=[pack_prefix(network) for network in listener.proxy_protocol_from],
                 proxy_timeout_ms=listener.proxy_protocol_timeout_ms,
-                routes=[compile_route(route, index) for route in listener.routes],
+                routes=[compile_route(route, index, faults) for route in listener.routes],
+                rates=compile_rates(listener.bandwidth),
+                burst=listener.bandwidth.burst,
                 **compile_listener_tls(listener, self._identity_id(listener.tls.identity)),
             )
         return stat
@@ -439,7 +501,7 @@ class Datapath:
             removed = self._removed
             self._removed = _Removed(
                 compiled=[cluster for cluster in removed.compiled if cluster.dials],
-                endpoints=[stat for stat in removed.endpoints if stat.active],
+                endpoints=[stat for stat in removed.endpoints if stat.in_use],
             )
             for name, stat, was_idle in removed.clusters:
                 if stat.active or not was_idle:
@@ -541,6 +603,8 @@ class Datapath:
 
     def _wake(self) -> None:
         os.eventfd_read(self._engine.fileno())
+        if told := self._engine.take_told():
+            self.on_told(told)
         if self._woken is not None:
             self._woken.set()
         if self._gathering is None:
@@ -572,15 +636,14 @@ class Datapath:
     def _name_record(self, worker: int, record: _fastpath.Record) -> ConnectionRecord:
         ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]
         to_upstream, to_downstream, rtt, retransmits, upstream_rtt, upstream_retransmits = record[12:18]
-        identity, version, resumed, upstream_identity, upstream_version, upstream_resumed, cause, alert, policy, dry_policy = record[
-            18:
-        ]
+        identity, version, resumed, upstream_identity, upstream_version, upstream_resumed = record[18:24]
+        cause, alert, policy, dry_policy, fault = record[24:]
         return ConnectionRecord(
             ended, worker, self._names.get(listener, ""), self._names.get(cluster, ""), endpoint, source, destination,
             _REASONS[reason], attempts, errno, connect, first_byte, total, to_upstream, to_downstream, rtt, retransmits,
             upstream_rtt, upstream_retransmits, identity, _show_version(version, resumed=resumed), upstream_identity,
             _show_version(upstream_version, resumed=upstream_resumed), _CAUSES[cause], alert, self._policy_names.get(policy, ""),
-            self._policy_names.get(dry_policy, ""),
+            self._policy_names.get(dry_policy, ""), _FAULTS[fault],
         )  # fmt: skip
 
 
@@ -605,10 +668,10 @@ def _count_reasons(counts: list[int], before: Mapping[CloseReason, int]) -> dict
 def _add_cluster(name: str, before: ClusterSnapshot | None, counts: _fastpath.ClusterCounts | None) -> ClusterSnapshot:
     """``counts`` as a snapshot, on top of ``before``."""
     if before is None:
-        before = ClusterSnapshot(name, 0, 0, {}, 0, 0, 0, 0, 0.0, (0,) * (len(CONNECT_BUCKETS_S) + 1))
+        before = ClusterSnapshot(name, 0, 0, {}, 0, 0, 0, 0, 0.0, (0,) * (len(CONNECT_BUCKETS_S) + 1), (0,) * len(_FAULTS))
     if counts is None:
         return before
-    active, opened, closed, to_upstream, to_downstream, attempts, failures, connect_ns, buckets = counts
+    active, opened, closed, to_upstream, to_downstream, attempts, failures, connect_ns, buckets, faults = counts
     return ClusterSnapshot(
         name,
         before.active + active,
@@ -620,6 +683,7 @@ def _add_cluster(name: str, before: ClusterSnapshot | None, counts: _fastpath.Cl
         before.connect_failures + failures,
         before.connect_seconds_sum + connect_ns / 1e9,
         tuple(map(int.__add__, before.connect_seconds_buckets, buckets)),
+        tuple(map(int.__add__, before.faults, faults)),
     )
 
 
@@ -628,13 +692,23 @@ def _add_listener(before: ListenerSnapshot, counts: tuple[int, int, list[int]]) 
     return ListenerSnapshot(before.name, before.active + active, before.opened + opened, _count_reasons(closed, before.closed))
 
 
+def _count_outlier(stat: _fastpath.EndpointStat) -> Counts:
+    opened, connect_ns, failures, failed_connects, failed_answers = stat.read_outlier()
+    before_connect = failures[SIGNALS.index("connect_failure")] + failures[SIGNALS.index("tls_failure")]
+    return Counts(opened + before_connect, sum(failures), opened, connect_ns, failed_connects, failed_answers)
+
+
+def _name_failures(failures: list[int]) -> dict[str, int]:
+    return {signal: count for signal, count in zip(SIGNALS, failures, strict=True) if count}
+
+
 def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> EndpointSnapshot:
     address = endpoint.address
     stat = entry.endpoints[address]
     active, opened, failures, to_upstream, to_downstream = stat.read()
     return EndpointSnapshot(
         entry.model.name, address, endpoint.weight, endpoint.zone, active, opened, failures, to_upstream, to_downstream,
-        now_ms < stat.warm_until_ms,
+        now_ms < stat.warm_until_ms, _name_failures(stat.read_outlier()[2]),
     )  # fmt: skip
 
 

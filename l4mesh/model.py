@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 
+from l4mesh.errors import Fault
+
 Network = IPv4Network | IPv6Network
 
 ORIGINAL_DESTINATION = "original_destination"
@@ -154,6 +156,41 @@ class CaClient:
 
 
 @dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes a second to upstream and to downstream, of each connection. 0 is off."""
+
+    to_upstream: int = 0
+    to_downstream: int = 0
+    burst: int = 0
+    """Bytes that may pass at once after a pause; 0: as few as keep the rate exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadBandwidth:
+    """Bytes a second of all connections of a workload together. 0 is off."""
+
+    receive: int = 0
+    send: int = 0
+    burst: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRule:
+    """A fault for a share, 0 to 1, of the connections from these sources; () is everybody."""
+
+    kind: Fault
+    share: float
+    sources: tuple[Network, ...]
+    to_upstream: bool = False
+    """Which bytes are counted, where any are."""
+    after_bytes: int = 0
+    from_ms: int = 0
+    """For how long at least, or when it happens if not by bytes; 0: for ever."""
+    to_ms: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Something that runs on this node. Addresses are IP literals; ``identity`` is a name or ""."""
 
@@ -162,6 +199,7 @@ class Workload:
     addresses: tuple[str, ...]
     identity: str
     labels: tuple[tuple[str, str], ...] = ()
+    bandwidth: WorkloadBandwidth = WorkloadBandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +347,60 @@ class HealthCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class SuccessRateDetector:
+    """An endpoint whose success rate is more than ``factor`` standard deviations, and more than ``margin`` (0 to 1), below the mean."""
+
+    factor: float
+    margin: float
+    minimum_endpoints: int
+    minimum_connections: int
+    """That an endpoint must have had in the interval to be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePercentageDetector:
+    threshold: float
+    """Share of an endpoint's connections, 0 to 1, that must fail."""
+    minimum_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyDetector:
+    """An endpoint that takes longer to connect to than the median of its zone, by ``factor`` median absolute deviations and by
+    ``floor``."""
+
+    factor: float
+    floor: int
+    """Milliseconds."""
+    minimum_endpoints: int
+    minimum_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutlierDetection:
+    """Which endpoints of a cluster are ejected, and for how long."""
+
+    consecutive_failures: int
+    """0 is off."""
+    interval_ms: int
+    base_ejection_ms: int
+    max_ejection_ms: int
+    max_ejected: float
+    """Share of the endpoints, above 0 to 1; at least one may be ejected."""
+    enforce: float
+    """Share of the detections that lead to an ejection; the others are only said."""
+    probe: bool
+    """An ejected endpoint returns only when it can be connected."""
+    connect_failure: bool
+    tls_failure: bool
+    early_reset_ms: int
+    no_answer_ms: int
+    success_rate: SuccessRateDetector | None
+    failure_percentage: FailurePercentageDetector | None
+    latency: LatencyDetector | None
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -332,10 +424,13 @@ class Cluster:
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
     tls: ClusterTls | None = None
     """None is plaintext."""
+    bandwidth: Bandwidth = Bandwidth()
+    faults: tuple[FaultRule, ...] = ()
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
     drain: ClusterDrain = ClusterDrain()
     health_check: HealthCheck | None = None
+    outlier_detection: OutlierDetection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +450,7 @@ class Route:
     match: RouteMatch
     split: tuple[tuple[str, int], ...]
     """(cluster, weight); a plain ``cluster:`` is one with weight 1."""
+    faults: tuple[FaultRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +483,7 @@ class Listener:
     user_timeout_ms: int
     backlog: int
     tls: ListenerTls = ListenerTls()
+    bandwidth: Bandwidth = Bandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,6 +533,8 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    faults_enabled: bool = False
+    """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()
     overload: Overload = Overload()
     digest: str = field(default="", compare=False)
@@ -445,3 +544,9 @@ class Config:
     def own_mark(self) -> int:
         """The mark of the sockets that we dial with; 0 where nothing is captured, since marking needs a capability."""
         return self.mark.value if any(listener.capture != Capture.NONE for listener in self.listeners.values()) else 0
+
+    @property
+    def fault_rules(self) -> int:
+        """How many faults are configured, in force or not."""
+        of_routes = sum(len(route.faults) for listener in self.listeners.values() for route in listener.routes)
+        return of_routes + sum(len(cluster.faults) for cluster in self.clusters.values())

@@ -9,12 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from l4mesh.errors import CloseReason, TlsCause
+from l4mesh.errors import CloseReason, Fault, TlsCause
 
 CONNECT_BUCKETS_S: tuple[float, ...] = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 """Upper bounds of the connect-time histogram, seconds; one more bucket, +Inf, follows."""
+
+
+SIGNALS = ("connect_failure", "tls_failure", "early_reset", "no_answer", "tls_refusal")
+"""What outlier detection counts against an endpoint; the places are those of ``SIGNAL_*`` in ``_native/stats.pxd``. The last is a
+refusal by a TLS 1.3 endpoint, which comes when the handshake is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class WorkerSnapshot:
     bytes_spliced: int
     holds: int
     """Times that a stream was left for a moment to gather more bytes."""
+    throttles: int
+    """Times that a half waited for its bandwidth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ class ClusterSnapshot:
     connect_seconds_sum: float
     connect_seconds_buckets: tuple[int, ...]
     """Counts per bucket of ``CONNECT_BUCKETS_S`` and +Inf, not cumulative."""
+    faults: tuple[int, ...]
+    """Injected, by ``Fault``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,8 @@ class EndpointSnapshot:
     bytes_to_downstream: int
     warming: bool
     """In slow start."""
+    failures: dict[str, int]
+    """By ``SIGNALS``; counted only where outlier detection is on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +192,5 @@ class ConnectionRecord(NamedTuple):
     """The policy that decided, or ""."""
     dry_run_policy: str
     """The dry-run policy that would have refused what passed, or ""."""
+    fault: Fault
+    """That was injected."""

@@ -69,6 +69,8 @@ ctypedef struct cluster_settings_t:
     uint32_t keepalive_count
     uint32_t user_timeout_ms
     uint32_t bounded_load_percent
+    uint64_t rates[2]        # of each connection, by half: bytes a second; 0: no limit
+    uint64_t burst
 
 ctypedef struct tier_t:
     uint32_t *members        # indexes of its endpoints with a weight

@@ -23,12 +23,17 @@ cdef class EndpointStat:
 
     def __dealloc__(self):
         # A block that a connection still counts in is left behind rather than pulled from under it.
-        if self.stat != NULL and load(&self.stat.active) == 0:
+        if self.stat != NULL and not self.in_use:
             free(self.stat)
 
     @property
     def active(self) -> int:
         return load(&self.stat.active)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a connection counts in it, or the engine has yet to tell of it."""
+        return load(&self.stat.active) != 0 or load(&self.stat.told) != 0
 
     @property
     def out(self) -> int:
@@ -59,6 +64,19 @@ cdef class EndpointStat:
             load(&self.stat.active), load_u(&self.stat.opened), load_u(&self.stat.connect_failures),
             load_u(&self.stat.bytes_to_upstream), load_u(&self.stat.bytes_to_downstream),
         )
+
+    def read_outlier(self) -> tuple[int, int, list[int], int, int]:
+        """Opened, ns of the dials that succeeded, failures by signal; failed connects in a row, and failed answers."""
+        cdef int i
+        return (
+            load_u(&self.stat.opened), load_u(&self.stat.connect_ns), [load_u(&self.stat.failures[i]) for i in range(<int> SIGNALS)],
+            load_u(&self.stat.failed_connects), load_u(&self.stat.failed_answers),
+        )
+
+    def forget_failures(self) -> None:
+        """Begins to count in a row anew."""
+        store_u(&self.stat.failed_connects, 0)
+        store_u(&self.stat.failed_answers, 0)
 
 
 cdef class ClusterStat:
@@ -97,14 +115,24 @@ cdef class ClusterStat:
     def panic(self, bint panic) -> None:
         store(&self.stat.panic, panic)
 
-    def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
-        """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets."""
+    def watch(self, uint64_t signals, uint64_t consecutive, uint64_t early_reset_ms, uint64_t no_answer_ms) -> None:
+        """What workers watch the endpoints for: a bit set of SIGNAL_*, 0 for nothing; failures in a row of which ``Engine.take_told``
+        tells, 0 for none; windows."""
+        store_u(&self.stat.outlier.consecutive, consecutive)
+        store_u(&self.stat.outlier.early_reset_ms, early_reset_ms)
+        store_u(&self.stat.outlier.no_answer_ms, no_answer_ms)
+        store_u(&self.stat.outlier.signals, signals)
+
+    def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int], list[int]]:
+        """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets, faults."""
         cdef uint32_t i
         cdef int j
         cdef cluster_row_t *row
         cdef uint64_t opened = 0, up = 0, down = 0, attempts = 0, failures = 0, ns = 0
         cdef uint64_t closed[CLOSE_REASONS]
         cdef uint64_t buckets[CONNECT_BUCKETS]
+        cdef uint64_t faults[FAULT_KINDS]
+        memset(faults, 0, sizeof(faults))
         memset(closed, 0, sizeof(closed))
         memset(buckets, 0, sizeof(buckets))
         for i in range(self.n_workers):
@@ -119,9 +147,11 @@ cdef class ClusterStat:
             ns += load_u(&row.connect_ns)
             for j in range(CONNECT_BUCKETS):
                 buckets[j] += load_u(&row.connect_buckets[j])
+            for j in range(FAULT_KINDS):
+                faults[j] += load_u(&row.faults[j])
         return (
             load(&self.stat.active), opened, [closed[j] for j in range(CLOSE_REASONS)], up, down, attempts, failures, ns,
-            [buckets[j] for j in range(CONNECT_BUCKETS)],
+            [buckets[j] for j in range(CONNECT_BUCKETS)], [faults[j] for j in range(FAULT_KINDS)],
         )
 
 

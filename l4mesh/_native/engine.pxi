@@ -258,25 +258,25 @@ cdef class Engine:
     def active(self) -> int:
         return load(&self.engine.active)
 
-    def read_no_cluster(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
+    def read_no_cluster(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int], list[int]]:
         """The counters of connections that ended before a cluster was known, as ``ClusterStat.read``."""
         return self.no_cluster.read()
 
-    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int, int]:
-        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced, holds."""
+    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int, int, int]:
+        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced, holds, throttles."""
         cdef worker_t *worker = self.workers[index]
         return (
             load(&worker.active), load_u(&worker.accepted), load_u(&worker.accept_pauses),
             load_u(&worker.accept_paused_until_ms) != 0, load_u(&worker.ring.dropped), load_u(&worker.pipes),
             load_u(&worker.turns), load_u(&worker.bytes_copied), load_u(&worker.bytes_spliced),
-            load_u(&worker.holds),
+            load_u(&worker.holds), load_u(&worker.throttles),
         )
 
     def take_records(self, uint32_t index, int limit) -> list[tuple[object, ...]]:
         """Up to ``limit`` records of one worker, oldest first: (unix ms, listener id, cluster id, endpoint, source, destination,
         reason, attempts, errno, connect us, first byte us, total us, bytes to upstream, to downstream, downstream rtt us,
         retransmits, upstream rtt us, retransmits, downstream identity, TLS 1.x, resumed, upstream identity, TLS 1.x, resumed,
-        TLS cause, alert, policy id, dry-run policy id)."""
+        TLS cause, alert, policy id, dry-run policy id, fault)."""
         cdef ring_t *ring = &self.workers[index].ring
         cdef record_t *r
         cdef list records = []
@@ -289,7 +289,7 @@ cdef class Engine:
                 address_text(&r.destination), r.reason, r.attempts, r.errno_seen, r.connect_us, r.first_byte_us, r.total_us,
                 r.bytes_to_upstream, r.bytes_to_downstream, r.downstream_rtt_us, r.downstream_retransmits,
                 r.upstream_rtt_us, r.upstream_retransmits, text_or_empty(r.peers[0]), r.versions[0], bool(r.resumed[0]),
-                text_or_empty(r.peers[1]), r.versions[1], bool(r.resumed[1]), r.cause, r.alert, r.policy, r.dry_policy,
+                text_or_empty(r.peers[1]), r.versions[1], bool(r.resumed[1]), r.cause, r.alert, r.policy, r.dry_policy, r.fault,
             ))
             free(r.peers[0])
             free(r.peers[1])
@@ -300,6 +300,19 @@ cdef class Engine:
     def park_records(self, uint32_t index) -> bool:
         """Makes the eventfd tell of the next record of one worker; false when it is there already. Until then it doesn't."""
         return ring_park(&self.workers[index].ring)
+
+    def take_told(self) -> list[int]:
+        """Ids of the endpoints that have failed as often in a row as their clusters put up with, since the last call. The eventfd wakes
+        for them."""
+        cdef endpoint_stat_t *stat
+        cdef list ids = []
+        if load_pointer(<void **> &self.engine.told) == NULL:
+            return ids
+        stat = outlier_take(&self.engine)
+        while stat != NULL:
+            ids.append(stat.id)
+            stat = outlier_next(stat)
+        return ids
 
     def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
         """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""
@@ -367,6 +380,14 @@ def close_reasons() -> dict[str, int]:
         "LIMIT_RATE": CLOSE_LIMIT_RATE, "QUEUE_TIMEOUT": CLOSE_QUEUE_TIMEOUT, "OVERLOAD": CLOSE_OVERLOAD,
         "ENDPOINT_REMOVED": CLOSE_ENDPOINT_REMOVED, "ENDPOINT_UNHEALTHY": CLOSE_ENDPOINT_UNHEALTHY,
         "REBALANCED": CLOSE_REBALANCED, "HANDED_OVER": CLOSE_HANDED_OVER, "FAULT": CLOSE_FAULT,
+    }
+
+
+def faults() -> dict[str, int]:
+    """The numbers that the compiled code uses for ``errors.Fault``."""
+    return {
+        "NONE": FAULT_NONE, "DELAY": FAULT_DELAY, "REFUSE": FAULT_REFUSE, "RESET": FAULT_RESET, "BLACK_HOLE": FAULT_BLACK_HOLE,
+        "SLOW": FAULT_SLOW, "STALL": FAULT_STALL,
     }
 
 

@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from l4mesh._native.address cimport address_t
 from l4mesh._native.balance cimport cluster_t
+from l4mesh._native.bandwidth cimport bucket_t, lane_t
 from l4mesh._native.linux cimport epoll_event
 from l4mesh._native.openssl cimport BIO, SSL, SSL_CTX, SSL_SESSION
 from l4mesh._native.spiffe cimport pattern_t
@@ -237,6 +238,31 @@ ctypedef union phase_t:
     dial_t dial            # until the relay: the cluster from the route on
     half_t half[2]         # RELAYING and RESETTING
 
+# errors.Fault has the same numbers; a test compares them.
+cdef enum fault_kind_t:
+    FAULT_NONE = 0
+    FAULT_DELAY = 1
+    FAULT_REFUSE = 2
+    FAULT_RESET = 3
+    FAULT_BLACK_HOLE = 4
+    FAULT_SLOW = 5
+    FAULT_STALL = 6
+
+ctypedef struct fault_t:
+    uint8_t kind           # fault_kind_t
+    uint8_t half           # RESET and STALL: whose bytes are counted
+    uint64_t bytes         # of it, before that happens; 0: at once, or by time
+    uint64_t from_ms       # DELAY, STALL, BLACK_HOLE: for how long, at least; RESET: when, if not by bytes. 0: for ever
+    uint64_t to_ms         # and at most
+    uint64_t rate          # SLOW: bytes a second, each way
+
+ctypedef struct shaping_t:
+    # What slows a connection down or breaks it on purpose; only those that this happens to have it. Owner: the connection.
+    lane_t lanes[2]        # limits, by half
+    fault_t fault          # a copy: a connection outlives its plan
+    uint64_t until_ms      # end of a delay, a black hole or a stall; or when a reset is due; 0: none of that
+    uint8_t injected       # the fault has happened, or has begun
+
 ctypedef struct source_t:
     # Live connections of one source address, in the table of sources; freed at 0.
     source_t *next
@@ -252,6 +278,7 @@ ctypedef struct conn_t:
     listener_stat_t *listener_stat   # likewise
     source_t *source_count
     source_t *handshake_count        # while a handshake with the downstream is under way
+    shaping_t *shaping               # malloc'd; NULL: no limit of bandwidth and no fault
     uint64_t accepted_ns
     uint64_t active_ms               # the last byte either way
     uint64_t ends_at_ms              # whatever it does then; 0: never. RESETTING: the latest end of that
@@ -264,16 +291,22 @@ ctypedef struct conn_t:
     uint32_t idle_ms                 # 0: off
     uint32_t half_closed_ms
     uint32_t user_timeout_ms
+    uint32_t queue_next              # also links free slots
+    uint32_t queue_prev
+    uint32_t generation              # of the slot: events and handles of earlier connections don't match
+    int32_t errno_seen
     uint16_t keepalive_idle_s
     uint16_t keepalive_interval_s
+    address_t source
+    address_t destination
+    address_t endpoint
     uint8_t keepalive_count
     uint8_t state
     uint8_t attempts
     uint8_t settled                  # keepalive is set on the upstream
     uint8_t listener_flags           # LISTENER_*, copied: a connection outlives its listener
     uint8_t first_end                # side whose FIN came first
-    uint8_t reset_reason             # RESETTING: what the connection will end with
-    uint8_t end_reason               # of ends_at_ms
+    uint8_t end_reason               # of ends_at_ms; RESETTING: what the connection will end with
     uint8_t leave_reason             # of leaves_at_ms
     uint8_t linger_ms                # RESETTING: step between two looks at the send queue
     uint8_t queued                   # QUEUED_*: the list that it is on, if any
@@ -285,13 +318,6 @@ ctypedef struct conn_t:
     uint8_t routed                   # owns a reference to the dial's cluster: from the route to the relay
     uint8_t close_expired
     uint8_t local                    # the endpoint is a workload of this node: its policies apply, and no TLS
-    uint32_t queue_next              # also links free slots
-    uint32_t queue_prev
-    uint32_t generation              # of the slot: events and handles of earlier connections don't match
-    int32_t errno_seen
-    address_t source
-    address_t destination
-    address_t endpoint
 
 cdef enum:
     LOG_NEVER = 0
@@ -374,6 +400,7 @@ ctypedef struct workload_t:
     uint8_t ip[16]
     uint32_t identity                # id; 0: none
     uint32_t policies                # index of its set
+    bucket_t *buckets[2]             # bandwidth in and out; NULL: no limit
     uint8_t taken                    # the place in the table is
 
 ctypedef struct prefix_t:
@@ -395,6 +422,13 @@ ctypedef struct route_t:
     uint32_t targets, targets_end
     span_t names                     # of SNI; PATTERN_SUFFIX is "*." with its dot
     span_t protocols                 # of ALPN
+    span_t faults
+
+ctypedef struct fault_rule_t:
+    # A fault, and whom it is for.
+    fault_t fault
+    uint64_t share                   # of 2^32
+    span_t sources                   # prefixes; empty: everybody
 
 ctypedef struct exact_route_t:
     # One address and one port (0: every port) to the first route that takes them.
@@ -416,6 +450,8 @@ ctypedef struct listener_t:
     uint32_t handshake_ms
     span_t strict, permissive, plain         # ports with a mode of their own
     span_t server_first                      # ports on which permissive waits for nothing
+    uint64_t rates[2]                        # of each connection, by half: bytes a second; 0: no limit
+    uint64_t burst
     uint32_t identity                        # id; 0: the destination workload's, or the node's
     uint8_t tls_mode
     uint8_t tls_v12
@@ -464,6 +500,9 @@ ctypedef struct plan_t:
     uint32_t revoked_mask
     uint64_t trust                   # live connections are looked at again when this changes
     int64_t max_handshakes_per_source
+    uint8_t limits_bandwidth         # of some listener, cluster or workload
+    fault_rule_t *faults             # NULL: none are in force
+    span_t *cluster_faults           # by index of the cluster
 
 ctypedef struct record_t:
     uint64_t ended_unix_ms
@@ -491,6 +530,7 @@ ctypedef struct record_t:
     uint8_t alert
     uint32_t policy
     uint32_t dry_policy
+    uint8_t fault                    # fault_kind_t that was injected
 
 ctypedef struct ring_t:
     # Records of one worker on their way up. One producer, one consumer; positions only grow.
@@ -562,6 +602,7 @@ ctypedef struct engine_t:
     uint64_t sweep                   # grows when live connections are to be looked at
     uint32_t leave_over_ms           # all connections leave over this time
     uint8_t leave_reason             # close_reason_t; 0: they stay
+    endpoint_stat_t *told            # endpoints that failed too often in a row: a list that workers push to and the loop takes whole
     int64_t idle_cap_ms              # overload: a sweep ends what has been idle for longer; 0: nothing
     int64_t source_share             # overload: live connections that a source may have; 0: they need not be counted
     int64_t accept_budget            # overload: connections that a worker accepts between two pauses; 0: any number
@@ -603,6 +644,7 @@ ctypedef struct worker_t:
     uint64_t handshakes[2][2]        # by side; full and resumed
     uint64_t tls_failures[2][TLS_CAUSES]
     uint64_t dry_denied
+    uint64_t throttles               # times that a half waited for its bandwidth
     uint8_t *plain                   # PLAIN_BYTES: of a read where TLS is on either side
     uint8_t *cipher                  # CIPHER_BYTES: records on their way to one send
     uint8_t *feed                    # TLS_LARGE_BYTES: of a large read, on their way into OpenSSL

@@ -7,6 +7,7 @@ same is not parsed, and a cluster whose data is the same keeps its object.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,24 @@ from l4mesh.config import schema
 from l4mesh.config.quantities import shown
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
 from l4mesh.errors import ConfigError, Problem
-from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, HealthKind, Identity, Listener, Policy, TlsMode, Workload
+from l4mesh.model import (
+    ORIGINAL_DESTINATION,
+    Capture,
+    Cluster,
+    Config,
+    HealthKind,
+    Identity,
+    Listener,
+    OutlierDetection,
+    Policy,
+    TlsMode,
+    Workload,
+)
+
+BURSTS_PER_S = 20
+"""Of at least so short a time must a burst be, for a rate to be kept by a timer of a millisecond on a busy machine."""
+MIN_INTERVAL_MS = 100
+"""Of outlier detection: each costs the control loop a look at every endpoint of the cluster."""
 
 Finding = tuple[str, KeyPath, str]
 """File, key path and message: a problem whose line is not known yet."""
@@ -179,10 +197,11 @@ def _read_clusters(
                     clusters.append(_placeholder(name))
                 continue
             cluster = schema.make_cluster(section)
-            findings += [(file, ("clusters", index, *path), message) for path, message in _check_cluster(cluster)]
             if section.health_check:
                 checks = _check_health(cluster, section.health_check)
                 findings += [(file, ("clusters", index, "health_check", *path), message) for path, message in checks]
+            problems = (*_check_cluster(cluster), *_check_faults(section.faults), *_check_bandwidth(section.bandwidth_per_connection))
+            findings += [(file, ("clusters", index, *path), message) for path, message in problems]
         clusters.append(cluster)
         known[cluster.name] = (item, cluster)
     return clusters, known
@@ -225,6 +244,34 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
         yield ("slow_start",), f"does not go with balance {cluster.balance}, which gives each source one endpoint"
     if cluster.tls and not cluster.tls.peers:
         yield ("tls", "peers"), 'is missing: name the identities that may answer, or say "*" for any of the trust domain'
+    if cluster.outlier_detection:
+        yield from _check_outlier_detection(cluster, cluster.outlier_detection)
+
+
+def _check_outlier_detection(cluster: Cluster, outlier: OutlierDetection) -> Iterator[tuple[KeyPath, str]]:
+    key = "outlier_detection"
+    rate = outlier.success_rate
+    if cluster.name == ORIGINAL_DESTINATION:
+        yield (key,), "does not go with original_destination, where there is no other endpoint to go to"
+    if outlier.interval_ms < MIN_INTERVAL_MS:
+        yield (key, "interval"), f"must be at least {MIN_INTERVAL_MS}ms"
+    if outlier.base_ejection_ms > outlier.max_ejection_ms:
+        yield (key, "base_ejection"), "must not be longer than max_ejection"
+    if not outlier.max_ejected:
+        yield (key, "max_ejected"), "must be above 0%: one endpoint may always be ejected; enforce: 0% ejects none and only says so"
+    if not (outlier.consecutive_failures or rate or outlier.failure_percentage or outlier.latency):
+        yield (key,), "has every detector off: turn one on, or leave it out"
+    if not (outlier.connect_failure or outlier.tls_failure or outlier.early_reset_ms or outlier.no_answer_ms or outlier.latency):
+        yield (key, "signals"), "must not all be off: nothing would ever count as a failure"
+    if outlier.failure_percentage and not outlier.failure_percentage.threshold:
+        yield (key, "failure_percentage", "threshold"), "must be above 0%: else every endpoint is over it"
+    # Samuelson 1968: of n values none is further from their mean than sqrt(n - 1) standard deviations.
+    if rate and rate.factor >= math.sqrt(rate.minimum_endpoints - 1):
+        yield (
+            (key, "success_rate", "factor"),
+            f"must be below {math.sqrt(rate.minimum_endpoints - 1):.2f}: of {rate.minimum_endpoints} endpoints none can be further "
+            "below their mean; lower it, or raise minimum_endpoints",
+        )
 
 
 _OF_KINDS = {
@@ -269,6 +316,32 @@ def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath,
             yield ("routes", index), "must have one of cluster or split"
         elif route.split and not any(part.weight for part in route.split):
             yield ("routes", index, "split"), "must have a weight above 0"
+        yield from ((("routes", index, *path), message) for path, message in _check_faults(route.faults))
+    yield from _check_bandwidth(listener.bandwidth_per_connection)
+
+
+def _check_faults(faults: Sequence[schema.FaultSection]) -> Iterator[tuple[KeyPath, str]]:
+    for index, fault in enumerate(faults):
+        if len(fault.kinds) != 1:
+            got = f"got {' and '.join(fault.kinds)}" if fault.kinds else "got none"
+            yield ("faults", index), f"must have one of delay, refuse, reset, black_hole, slow or stall; {got}"
+        if fault.reset and fault.reset.direction and not fault.reset.after[0]:
+            yield ("faults", index, "reset", "direction"), "goes with a number of bytes after which to reset only"
+        if fault.stall and fault.stall.direction and not fault.stall.after:
+            yield ("faults", index, "stall", "direction"), "goes with after only: it says whose bytes are counted"
+    total = sum(fault.share for fault in faults if not fault.sources)
+    if total > 1.000001:
+        yield ("faults",), f"must not be for more than 100% of the connections; these add up to {total * 100:g}%"
+
+
+def _check_bandwidth(section: schema.BandwidthSection | schema.WorkloadBandwidthSection) -> Iterator[tuple[KeyPath, str]]:
+    key = "bandwidth" if isinstance(section, schema.WorkloadBandwidthSection) else "bandwidth_per_connection"
+    rates = [rate for name, rate in section if name != "burst" and rate]
+    if section.burst and not rates:
+        yield (key, "burst"), "goes with a rate only"
+    elif section.burst and section.burst * BURSTS_PER_S < max(rates):
+        least = -(-max(rates) // BURSTS_PER_S)
+        yield (key, "burst"), f"must be auto, or at least {least}B, a twentieth of a second of the rate: less would not reach it"
 
 
 def _check_whole(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding]:
@@ -315,6 +388,9 @@ def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding
                 seen.setdefault(item.name, file.file)
     owners: dict[str, str] = {}
     for file in parsed:
+        for index, section in enumerate(file.section.workloads):
+            for path, message in _check_bandwidth(section.bandwidth):
+                yield file.file, ("workloads", index, *path), message
         for index, workload in enumerate(file.workloads):
             for address in workload.addresses:
                 if owners.setdefault(address, workload.name) != workload.name:
@@ -469,6 +545,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         node_identity=node.identity or "",
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
+        faults_enabled=bool(single["faults"] and single["faults"].enabled),
         drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         overload=schema.make_overload(single["overload"] or schema.OverloadSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),

@@ -17,6 +17,18 @@ from l4mesh.model import Endpoint, Expect, Mark, Network, SocketAddress
 
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)(ms|s|m|h|d)")
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([kKMG]i?B|B)")
+_SIZE_BYTES = {
+    "B": 1,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "kiB": 1 << 10,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+}
 _SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)%")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 _MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|\d{1,10})/(0x[0-9a-fA-F]{1,8}|\d{1,10})")
@@ -25,6 +37,9 @@ _SIZE_BITS = {"KiB": 10, "MiB": 20, "GiB": 30}
 MAX_DURATION_MS = 366 * 86_400_000
 MAX_WEIGHT = 256
 MAX_PAYLOAD_BYTES = 4096
+MAX_SIZE = 1 << 40
+MIN_RATE = 1000
+MAX_RATE = 100 * 10**9
 
 
 def shown(value: object) -> str:
@@ -72,6 +87,50 @@ def parse_optional_duration_ms(value: object) -> int:
         return parse_duration_ms(value)
     except ValueError as error:
         raise ValueError(str(error).replace("1h or 1d", "1h, 1d, or off")) from None
+
+
+def parse_duration_range_ms(value: object) -> tuple[int, int]:
+    """Least and greatest, milliseconds; a single duration is both."""
+    least, dash, most = value.partition("-") if isinstance(value, str) else ("", "", "")
+    try:
+        pair = parse_duration_ms(least), parse_duration_ms(most if dash else least)
+    except ValueError:
+        raise ValueError(f"must be a duration such as 250ms, or a range such as 100ms-2s; got {shown(value)}") from None
+    if pair[0] > pair[1]:
+        raise ValueError(f"must have the shorter duration first; got {shown(value)}")
+    return pair
+
+
+def parse_size(value: object) -> int:
+    """Bytes, at least 1."""
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"must be a size with its unit, such as 512B, 64KiB or 10MB; got {shown(value)}")
+    size = round(float(match[1]) * _SIZE_BYTES[match[2]])
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"must be between 1B and 1024GiB; got {shown(value)}")
+    return size
+
+
+def parse_rate(value: object) -> int:
+    """Bytes a second."""
+    try:
+        rate = parse_size(value.removesuffix("/s")) if isinstance(value, str) and value.endswith("/s") else 0
+    except ValueError:
+        rate = 0
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"must be a rate from 1kB/s to 100GB/s, such as 10MiB/s; got {shown(value)}")
+    return rate
+
+
+def parse_optional_rate(value: object) -> int:
+    """Bytes a second; 0 for off."""
+    if is_off(value):
+        return 0
+    try:
+        return parse_rate(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be off or")) from None
 
 
 def parse_whole_seconds(value: object) -> int:
@@ -126,6 +185,12 @@ def parse_bounded_load(value: object) -> float:
     if not 1 <= share <= 100:
         raise ValueError(f"must be off or between 100% and 10000%; got {shown(value)}")
     return share
+
+
+def parse_factor(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
+        raise ValueError(f"must be a number above 0, at most 1000; got {shown(value)}")
+    return float(value)
 
 
 def parse_whole(value: object, least: int, most: int) -> int:

@@ -13,11 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from l4mesh.config import quantities as q
 from l4mesh.config.yaml import KeyPath
+from l4mesh.errors import Fault
 from l4mesh.model import (
     ORIGINAL_DESTINATION,
     AccessLog,
     Action,
     Balance,
+    Bandwidth,
     CaClient,
     Capture,
     CaptureFilter,
@@ -28,16 +30,20 @@ from l4mesh.model import (
     Drain,
     Endpoint,
     Expect,
+    FailurePercentageDetector,
+    FaultRule,
     HealthCheck,
     HealthKind,
     Identity,
     Keepalive,
+    LatencyDetector,
     Listener,
     ListenerTls,
     LogFormat,
     LogWhen,
     Mark,
     Network,
+    OutlierDetection,
     Overload,
     Peers,
     Policy,
@@ -45,8 +51,10 @@ from l4mesh.model import (
     Route,
     RouteMatch,
     SocketAddress,
+    SuccessRateDetector,
     TlsMode,
     Workload,
+    WorkloadBandwidth,
 )
 
 T = TypeVar("T")
@@ -200,10 +208,109 @@ class SplitSection(Section):
     weight: Weight
 
 
+def _parse_burst(value: object) -> int:
+    if value == "auto":
+        return 0
+    try:
+        return q.parse_size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+
+
+Rate = Annotated[int, PlainValidator(q.parse_rate)]
+OptionalRate = Annotated[int, PlainValidator(q.parse_optional_rate)]
+Burst = Annotated[int, PlainValidator(_parse_burst)]
+
+
+class BandwidthSection(Section):
+    to_upstream: OptionalRate = 0
+    to_downstream: OptionalRate = 0
+    burst: Burst = 0
+
+
+class WorkloadBandwidthSection(Section):
+    receive: OptionalRate = 0
+    send: OptionalRate = 0
+    burst: Burst = 0
+
+
+DurationRange = Annotated[tuple[int, int], PlainValidator(q.parse_duration_range_ms)]
+
+
+def _parse_after(value: object) -> tuple[int, int]:
+    """(bytes, 0) or (0, ms)."""
+    try:
+        return q.parse_size(value), 0
+    except ValueError:
+        pass
+    try:
+        return 0, q.parse_duration_ms(value)
+    except ValueError:
+        raise ValueError(f"must be a size such as 64KiB, or a duration such as 5s; got {q.shown(value)}") from None
+
+
+def _parse_black_hole(value: object) -> int:
+    """Milliseconds; 0: until the client gives up."""
+    if value is True or value == "on":
+        return 0
+    try:
+        return q.parse_duration_ms(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be on, or")) from None
+
+
+def _parse_refuse(value: object) -> bool:
+    if value is not True and value != "on":
+        raise ValueError(f"must be on; got {q.shown(value)}: without this fault leave its entry out")
+    return True
+
+
+ByteDirection = Annotated[str | None, PlainValidator(_one_of("to_upstream", "to_downstream"))]
+
+
+class ResetFaultSection(Section):
+    after: Annotated[tuple[int, int], PlainValidator(_parse_after)]
+    direction: ByteDirection = None
+
+
+class StallFaultSection(Section):
+    for_: DurationRange = Field(alias="for")
+    after: Annotated[int, PlainValidator(q.parse_size)] = 0
+    direction: ByteDirection = None
+
+
+def _parse_fault_share(value: object) -> float:
+    share = q.parse_share(value)
+    if share == 0:
+        raise ValueError("must be above 0%: without this fault leave its entry out")
+    return share
+
+
+class FaultSection(Section):
+    share: Annotated[float, PlainValidator(_parse_fault_share)]
+    sources: Annotated[list[Cidr] | None, Field(min_length=1)] = None
+    delay: DurationRange | None = None
+    refuse: Annotated[bool, PlainValidator(_parse_refuse)] | None = None
+    reset: ResetFaultSection | None = None
+    black_hole: Annotated[int, PlainValidator(_parse_black_hole)] | None = None
+    slow: Rate | None = None
+    stall: StallFaultSection | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those that are given."""
+        return [kind.label for kind in Fault if kind and getattr(self, kind.label) is not None]
+
+
+class FaultsSection(Section):
+    enabled: Switch = False
+
+
 class RouteSection(Section):
     match: MatchSection = MatchSection()
     cluster: Name | None = None
     split: list[SplitSection] = []
+    faults: list[FaultSection] = []
 
 
 class FilterSection(Section):
@@ -289,6 +396,7 @@ class WorkloadSection(Section):
     addresses: Annotated[list[Annotated[str, PlainValidator(q.parse_ip)]], Field(min_length=1)]
     identity: Name | None = None
     labels: Labels = ()
+    bandwidth: WorkloadBandwidthSection = WorkloadBandwidthSection()
 
 
 class PeersSection(Section):
@@ -330,6 +438,7 @@ class ListenerSection(Section):
     user_timeout: OptionalDuration = 0
     backlog: Annotated[int, PlainValidator(_whole(1, 65535))] = 4096
     tls: ListenerTlsSection | None = None
+    bandwidth_per_connection: BandwidthSection = BandwidthSection()
 
 
 class ConnectSection(Section):
@@ -393,6 +502,70 @@ def _health_check_off(value: object) -> object:
     return None if q.is_off(value) else value
 
 
+def _or_off(parse: Callable[[object], int]) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        if q.is_off(value):
+            return 0
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(str(error).replace("must be", "must be off or")) from None
+
+    return read
+
+
+class SignalsSection(Section):
+    connect_failure: Switch = True
+    tls_failure: Switch = True
+    early_reset: OptionalDuration = 1000
+    no_answer: OptionalDuration = 1000
+
+
+Factor = Annotated[float, PlainValidator(q.parse_factor)]
+Volume = Annotated[int, PlainValidator(_whole(1, 1_000_000))]
+Few = Annotated[int, PlainValidator(_whole(3, 1_000_000))]
+
+
+class SuccessRateSection(Section):
+    factor: Factor = 1.9
+    margin: Annotated[float, PlainValidator(q.parse_share)] = 0.1
+    minimum_endpoints: Few = 5
+    minimum_connections: Volume = 100
+
+
+class FailurePercentageSection(Section):
+    threshold: Annotated[float, PlainValidator(q.parse_share)] = 0.85
+    minimum_connections: Volume = 50
+
+
+class LatencySection(Section):
+    factor: Factor = 5.0
+    floor: Duration = 100
+    minimum_endpoints: Few = 3
+    minimum_connections: Volume = 10
+
+
+def _switched(value: object) -> object:
+    """A section that may be ``off``, or ``on`` with its defaults."""
+    if q.is_off(value):
+        return None
+    return {} if value is True or value == "on" else value
+
+
+class OutlierSection(Section):
+    consecutive_failures: Annotated[int, PlainValidator(_or_off(_whole(1, 1_000_000)))] = 5
+    interval: Duration = 10_000
+    base_ejection: Duration = 30_000
+    max_ejection: Duration = 300_000
+    max_ejected: Annotated[float, PlainValidator(q.parse_share)] = 0.5
+    enforce: Annotated[float, PlainValidator(q.parse_share)] = 1.0
+    probe: Switch = False
+    signals: SignalsSection = SignalsSection()
+    success_rate: Annotated[SuccessRateSection | None, BeforeValidator(_switched)] = SuccessRateSection()
+    failure_percentage: Annotated[FailurePercentageSection | None, BeforeValidator(_switched)] = None
+    latency: Annotated[LatencySection | None, BeforeValidator(_switched)] = None
+
+
 class ClusterSection(Section):
     name: Name
     endpoints: list[Annotated[EndpointSection, WrapValidator(_read_endpoint)]] = []
@@ -410,6 +583,9 @@ class ClusterSection(Section):
     panic_threshold: OptionalShare = 0.5
     drain: ClusterDrainSection = ClusterDrainSection()
     health_check: Annotated[HealthCheckSection | None, BeforeValidator(_health_check_off)] = None
+    bandwidth_per_connection: BandwidthSection = BandwidthSection()
+    faults: list[FaultSection] = []
+    outlier_detection: Annotated[OutlierSection | None, BeforeValidator(_switched)] = None
 
 
 class FileSection(Section):
@@ -425,6 +601,7 @@ class FileSection(Section):
     drain: DrainSection | None = None
     overload: Annotated[OverloadSection, BeforeValidator(_overload_off)] | None = None
     ca: CaSection | None = None
+    faults: FaultsSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
     policies: list[PolicySection] = []
@@ -432,8 +609,10 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca",
+SINGLE_KEYS: tuple[
+    Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "faults"], ...
+] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "faults",
 )  # fmt: skip
 
 
@@ -457,9 +636,35 @@ def make_filter(section: FilterSection) -> CaptureFilter:
 
 def make_route(section: RouteSection) -> Route:
     match = RouteMatch(**{key: tuple(values) for key, values in section.match})
-    if section.cluster:
-        return Route(match, ((section.cluster, 1),))
-    return Route(match, tuple((part.cluster, part.weight) for part in section.split))
+    split = ((section.cluster, 1),) if section.cluster else tuple((part.cluster, part.weight) for part in section.split)
+    return Route(match, split, make_faults(section.faults))
+
+
+def make_faults(sections: Sequence[FaultSection]) -> tuple[FaultRule, ...]:
+    """Those of one kind; any other is a mistake that is named elsewhere."""
+    return tuple(_make_fault(section) for section in sections if len(section.kinds) == 1)
+
+
+def _make_fault(section: FaultSection) -> FaultRule:
+    kind = Fault[section.kinds[0].upper()]
+    least = most = after = rate = 0
+    direction = None
+    if section.delay:
+        least, most = section.delay
+    elif section.reset:
+        after, least = section.reset.after
+        most, direction = least, section.reset.direction
+    elif section.black_hole:
+        least = most = section.black_hole
+    elif section.slow:
+        rate = section.slow
+    elif section.stall:
+        (least, most), after, direction = section.stall.for_, section.stall.after, section.stall.direction
+    return FaultRule(kind, section.share, tuple(section.sources or ()), direction == "to_upstream", after, least, most, rate)
+
+
+def make_bandwidth(section: BandwidthSection) -> Bandwidth:
+    return Bandwidth(section.to_upstream, section.to_downstream, section.burst)
 
 
 def make_listener(section: ListenerSection) -> Listener:
@@ -483,6 +688,7 @@ def make_listener(section: ListenerSection) -> Listener:
         user_timeout_ms=section.user_timeout,
         backlog=section.backlog,
         tls=make_listener_tls(section.tls) if section.tls else ListenerTls(),
+        bandwidth=make_bandwidth(section.bandwidth_per_connection),
     )
 
 
@@ -545,7 +751,8 @@ def place_identity(identity: Identity, ca: CaClient | None) -> Identity:
 
 
 def make_workload(section: WorkloadSection) -> Workload:
-    return Workload(section.name, section.namespace, tuple(section.addresses), section.identity or "", section.labels)
+    bandwidth = WorkloadBandwidth(section.bandwidth.receive, section.bandwidth.send, section.bandwidth.burst)
+    return Workload(section.name, section.namespace, tuple(section.addresses), section.identity or "", section.labels, bandwidth)
 
 
 def make_policy(section: PolicySection) -> Policy:
@@ -587,6 +794,9 @@ def make_cluster(section: ClusterSection) -> Cluster:
         panic_threshold=section.panic_threshold,
         drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
         health_check=make_health_check(section) if section.health_check else None,
+        bandwidth=make_bandwidth(section.bandwidth_per_connection),
+        faults=make_faults(section.faults),
+        outlier_detection=make_outlier_detection(section.outlier_detection) if section.outlier_detection else None,
     )
 
 
@@ -616,6 +826,26 @@ def make_health_check(cluster: ClusterSection) -> HealthCheck:
         host=section.host,
         status=tuple(section.status),
         user=section.user,
+    )
+
+
+def make_outlier_detection(section: OutlierSection) -> OutlierDetection:
+    signals, rate, failures, latency = section.signals, section.success_rate, section.failure_percentage, section.latency
+    return OutlierDetection(
+        consecutive_failures=section.consecutive_failures,
+        interval_ms=section.interval,
+        base_ejection_ms=section.base_ejection,
+        max_ejection_ms=section.max_ejection,
+        max_ejected=section.max_ejected,
+        enforce=section.enforce,
+        probe=section.probe,
+        connect_failure=signals.connect_failure,
+        tls_failure=signals.tls_failure,
+        early_reset_ms=signals.early_reset,
+        no_answer_ms=signals.no_answer,
+        success_rate=SuccessRateDetector(**dict(rate)) if rate else None,
+        failure_percentage=FailurePercentageDetector(**dict(failures)) if failures else None,
+        latency=LatencyDetector(**dict(latency)) if latency else None,
     )
 
 

@@ -9,16 +9,20 @@ from typing import TypedDict
 from l4mesh.model import (
     ORIGINAL_DESTINATION,
     Balance,
+    Bandwidth,
     Capture,
     Cluster,
     Direction,
+    FaultRule,
     Listener,
     Network,
+    OutlierDetection,
     ProxyProtocol,
     Route,
     SocketAddress,
     TlsMode,
 )
+from l4mesh.snapshot import SIGNALS
 
 Packed = bytes
 """16 bytes: an IPv6 address, or an IPv4 address in its mapped form."""
@@ -26,7 +30,9 @@ Prefix = tuple[Packed, int]
 Target = tuple[int, int]
 Pattern = tuple[int, bytes]
 """Kind and text: exact, prefix, suffix, any."""
-RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Pattern], list[Pattern], list[Target]]
+FaultRow = tuple[int, int, int, int, int, int, int, list[Prefix]]
+"""Kind, half whose bytes are counted, after how many, from ms, to ms, bytes a second, share of 2^32, sources."""
+RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Pattern], list[Pattern], list[Target], list[FaultRow]]
 
 LISTENER_REDIRECT = 1
 LISTENER_TPROXY = 2
@@ -87,6 +93,8 @@ class ClusterSettings(TypedDict):
     keepalive_count: int
     user_timeout_ms: int
     bounded_load_percent: int
+    rates: list[int]
+    burst: int
 
 
 def pack_ip(host: str) -> Packed:
@@ -158,7 +166,36 @@ def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
         keepalive_count=cluster.keepalive.count,
         user_timeout_ms=cluster.user_timeout_ms,
         bounded_load_percent=round(cluster.bounded_load * 100),
+        rates=compile_rates(cluster.bandwidth),
+        burst=cluster.bandwidth.burst,
     )
+
+
+def compile_rates(bandwidth: Bandwidth) -> list[int]:
+    """By half."""
+    return [bandwidth.to_upstream, bandwidth.to_downstream]
+
+
+def compile_fault(rule: FaultRule) -> FaultRow:
+    half = 0 if rule.to_upstream else 1
+    sources = [pack_prefix(network) for network in rule.sources]
+    share = max(1, round(rule.share * 2**32))
+    return int(rule.kind), half, rule.after_bytes, rule.from_ms, rule.to_ms, rule.rate, share, sources
+
+
+def compile_watch(outlier: OutlierDetection | None) -> tuple[int, int, int, int]:
+    """The arguments of ``ClusterStat.watch``."""
+    if outlier is None:
+        return 0, 0, 0, 0
+    signals = (
+        int(outlier.connect_failure) << SIGNALS.index("connect_failure")
+        | int(outlier.tls_failure) << SIGNALS.index("tls_failure")
+        | int(outlier.early_reset_ms > 0) << SIGNALS.index("early_reset")
+        | int(outlier.no_answer_ms > 0) << SIGNALS.index("no_answer")
+        # Latency alone: dials are timed when there is anything to watch for.
+        | 1 << len(SIGNALS)
+    )
+    return signals, outlier.consecutive_failures, outlier.early_reset_ms, outlier.no_answer_ms
 
 
 def endpoint_tier(cluster: Cluster, endpoint_zone: str, node_zone: str) -> int:
@@ -166,7 +203,8 @@ def endpoint_tier(cluster: Cluster, endpoint_zone: str, node_zone: str) -> int:
     return int(cluster.zone_preference and bool(node_zone) and endpoint_zone != node_zone)
 
 
-def compile_route(route: Route, cluster_index: Mapping[str, int]) -> RouteRow:
+def compile_route(route: Route, cluster_index: Mapping[str, int], faults: bool) -> RouteRow:
+    """``faults``: whether they are in force."""
     return (
         [pack_prefix(network) for network in route.match.destinations],
         list(route.match.ports),
@@ -174,6 +212,7 @@ def compile_route(route: Route, cluster_index: Mapping[str, int]) -> RouteRow:
         [compile_pattern(name) for name in route.match.sni],
         [(EXACT, protocol.encode()) for protocol in route.match.alpn],
         [(cluster_index[name], weight) for name, weight in route.split if weight],
+        [compile_fault(rule) for rule in route.faults if faults],
     )
 
 

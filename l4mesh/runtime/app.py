@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import os
+import random
 import resource
 import signal
 import sys
@@ -27,6 +28,7 @@ from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
@@ -107,6 +109,7 @@ class App:
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
         self._endpoints: EndpointRegistry | None = None
+        self._outliers: OutlierDetector | None = None
         self._listeners: Listeners | None = None
         self._overload: OverloadMonitor | None = None
         self._access_log: AccessLog | None = None
@@ -133,7 +136,9 @@ class App:
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
                 self._admin_address = await admin.start(config.admin)
-            tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
+            assert self._outliers is not None
+            works = (self._reloader.watch(), self._renewer.run(), self._outliers.run(), self._tick())
+            tasks = [loop.create_task(work) for work in works]
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
             gc.freeze()
@@ -181,6 +186,8 @@ class App:
             self._access_log = AccessLog(config.access_log)
             self._datapath = Datapath(self._n_workers, self._descriptors, self._log_records)
             self._endpoints = EndpointRegistry(self._datapath)
+            self._outliers = OutlierDetector(self._datapath, self._endpoints, random.random)
+            self._datapath.on_told = self._outliers.told
             self._listeners = Listeners(self._n_workers)
             self._overload = OverloadMonitor(self._datapath, self._listeners.sockets, usable_cpus())
         else:
@@ -201,13 +208,16 @@ class App:
             raise CommandError(f"the configuration can't be taken into use: {error or 'out of memory; it is tried again'}") from error
         self._bound = bound
         self._listeners.close_unused(config)
+        _say_faults(config)
         return generation
 
     def _applied(self, config: Config) -> None:
         """Called by the reloader on the control loop."""
         assert self._endpoints is not None
+        assert self._outliers is not None
         self._endpoints.configure(config)
         self._health.configure(config)
+        self._outliers.configure(config)
         self._renewer.configure(config)
 
     def _note_health(self, cluster: str, address: str, healthy: bool, why: str) -> None:
@@ -242,6 +252,7 @@ class App:
     def _sources(self) -> Sources:
         assert self._datapath is not None
         assert self._endpoints is not None
+        assert self._outliers is not None
         return Sources(
             self._datapath.snapshot,
             self._datapath.endpoints,
@@ -249,9 +260,11 @@ class App:
             self._reloader.identities.status,
             self._renewer.status,
             lambda: self._access_log.dropped if self._access_log else 0,
+            lambda: bool(self._reloader.config and self._reloader.config.faults_enabled),
             self._take_lag,
             self._endpoints,
             self._health,
+            self._outliers,
             lambda: self._overload.status if self._overload else OverloadStatus(),
         )
 
@@ -333,3 +346,11 @@ class App:
         for name, left_s in self._reloader.identities.expiring(time.time()):
             state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
             log.warning("identity_expires", identity=name, state=state, left_s=round(left_s))
+
+
+def _say_faults(config: Config) -> None:
+    """At every plan, so that they can't be left on unseen."""
+    if config.faults_enabled:
+        log.warning("faults_enabled", rules=config.fault_rules, means="connections are delayed or broken on purpose")
+    elif config.fault_rules:
+        log.info("faults_not_enabled", rules=config.fault_rules, means="they do nothing; faults: {enabled: on} puts them in force")

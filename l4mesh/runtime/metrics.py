@@ -15,10 +15,11 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from l4mesh import __version__
-from l4mesh.errors import CloseReason
+from l4mesh.errors import CloseReason, Fault
 from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
 from l4mesh.runtime.health import HealthChecker
+from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.overload import OverloadStatus
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
@@ -37,10 +38,12 @@ class Sources:
     identities: Callable[[], list[IdentityStatus]]
     renewals: Callable[[], list[RenewalStatus]]
     access_log_dropped: Callable[[], int]
+    faults_enabled: Callable[[], bool]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
     registry: EndpointRegistry
     health: HealthChecker
+    outliers: OutlierDetector
     overload: Callable[[], OverloadStatus]
 
 
@@ -71,6 +74,7 @@ class MeshCollector(Collector):
         yield from _endpoint_metrics(self._sources.endpoints(), self._sources.health)
         yield from _state_metrics(self._sources.registry.states())
         yield from _health_metrics(self._sources.health)
+        yield _outlier_metric(self._sources.outliers.totals())
         yield from _tls_metrics(snapshot.tls)
         yield from _identity_metrics(self._sources.identities())
         yield from _renewal_metrics(self._sources.renewals())
@@ -103,6 +107,7 @@ class MeshCollector(Collector):
             "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.",
             self._sources.access_log_dropped(),
         )  # fmt: skip
+        yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(self._sources.faults_enabled()))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
@@ -159,6 +164,12 @@ def _cluster_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         failures.add_metric([cluster.name], cluster.connect_failures)
         connect.add_metric([cluster.name], _buckets(cluster), cluster.connect_seconds_sum)
     yield from (opened, active, closed, moved, attempts, failures, connect)
+    faults = CounterMetricFamily("l4mesh_faults_injected", "Connections that a fault was injected into.", labels=["cluster", "fault"])
+    for cluster in (*snapshot.clusters, snapshot.retired):
+        for fault in Fault:
+            if cluster.faults[fault]:
+                faults.add_metric([cluster.name, fault.label], cluster.faults[fault])
+    yield faults
 
 
 def _buckets(cluster: ClusterSnapshot) -> list[tuple[str, float]]:
@@ -179,6 +190,9 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot], health: HealthChecker) 
         "l4mesh_endpoint_bytes", "Bytes of connections that ended.", labels=["cluster", "endpoint", "direction"]
     )
     healthy = GaugeMetricFamily("l4mesh_endpoint_healthy", "0 while health checks fail; of endpoints that are checked.", labels=labels)
+    wrong = CounterMetricFamily(
+        "l4mesh_endpoint_failures", "What outlier detection counts against an endpoint.", labels=["cluster", "endpoint", "signal"]
+    )
     for endpoint in endpoints:
         verdict = health.verdict(endpoint.cluster, endpoint.address)
         unhealthy = verdict is not None and verdict.state == "unhealthy"
@@ -192,7 +206,9 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot], health: HealthChecker) 
         failures.add_metric(names, endpoint.connect_failures)
         moved.add_metric([*names, "to_upstream"], endpoint.bytes_to_upstream)
         moved.add_metric([*names, "to_downstream"], endpoint.bytes_to_downstream)
-    yield from (active, opened, failures, moved, healthy)
+        for signal, count in endpoint.failures.items():
+            wrong.add_metric([*names, signal], count)
+    yield from (active, opened, failures, moved, healthy, wrong)
 
 
 def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
@@ -217,6 +233,16 @@ def _health_metrics(health: HealthChecker) -> Iterator[Metric]:
     )
 
 
+def _outlier_metric(totals: list[tuple[str, str, str, int]]) -> Metric:
+    family = CounterMetricFamily(
+        "l4mesh_outlier_ejections", "Endpoints found to be outliers, by whether they were ejected or why not.",
+        labels=["cluster", "detector", "result"],
+    )  # fmt: skip
+    for cluster, detector, result, count in totals:
+        family.add_metric([cluster, detector, result], count)
+    return family
+
+
 def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
     figures: list[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, str, str]] = [
         (GaugeMetricFamily, "worker_connections_active", "Live connections.", "active"),
@@ -229,6 +255,7 @@ def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         (CounterMetricFamily, "bytes_copied", "Bytes moved through user memory.", "bytes_copied"),
         (CounterMetricFamily, "bytes_spliced", "Bytes moved inside the kernel.", "bytes_spliced"),
         (CounterMetricFamily, "stream_holds", "Times that a stream was left for a moment to gather more bytes.", "holds"),
+        (CounterMetricFamily, "bandwidth_waits", "Times that one direction of a connection waited for its bandwidth.", "throttles"),
     ]
     for kind, name, text, field in figures:
         family = kind(f"l4mesh_{name}", text, labels=["worker"])

@@ -109,6 +109,9 @@ def print_status(console: Console, status: dict[str, Any], clusters: list[dict[s
     console.print(cluster_table(clusters))
     if status["identities"]:
         console.print(identity_table(status["identities"]))
+    if status["faults"]["enabled"]:
+        injected = ", ".join(f"{count} {fault}" for fault, count in status["faults"]["injected"].items())
+        console.print(f"faults are enabled: {status['faults']['configured']} rules; injected: {injected or 'none yet'}")
     if status["closed"]:
         console.print(reason_table(status["closed"]))
 

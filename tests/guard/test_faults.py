@@ -58,13 +58,13 @@ FAULTS: dict[tuple[int, str], list[str]] = {
         "netns/test_rules.py::test_removed_without_a_trace_and_foreign_rules_untouched",
     ],
     (30, "clock jumps, long pauses"): [
-        "flow/test_faults.py::test_a_wall_clock_that_jumps_ends_nothing_and_delays_nothing",
-        "flow/test_faults.py::test_a_process_that_stood_still_hears_everybody_before_it_counts_their_time",
+        "flow/test_process.py::test_a_wall_clock_that_jumps_ends_nothing_and_delays_nothing",
+        "flow/test_process.py::test_a_process_that_stood_still_hears_everybody_before_it_counts_their_time",
         "unit/runtime/test_health.py::test_a_process_that_stood_still_blames_nobody",
     ],
     (31, "storm of reloads"): [
         "flow/test_reload.py::test_a_thousand_rewrites_leak_nothing",
-        "flow/test_faults.py::test_a_storm_of_hang_ups_is_one_look_at_the_files",
+        "flow/test_process.py::test_a_storm_of_hang_ups_is_one_look_at_the_files",
     ],
     (32, "log full or blocked"): ["flow/test_observe.py::test_a_log_that_is_stuck_costs_lines_and_never_traffic"],
     (33, "admin server"): [
@@ -87,7 +87,7 @@ FAULTS: dict[tuple[int, str], list[str]] = {
         "flow/test_shortage.py::test_every_system_call_may_lack_something",
         "flow/test_limits.py::test_our_own_trouble_is_not_booked_on_the_endpoint",
     ],
-    (37, "one worker gets all"): ["flow/test_faults.py::test_every_worker_gets_connections_and_the_metrics_tell_how_many"],
+    (37, "one worker gets all"): ["flow/test_process.py::test_every_worker_gets_connections_and_the_metrics_tell_how_many"],
     (38, "stale events of a reused descriptor"): [
         "flow/test_relay.py::test_many_short_connections_leave_nothing",
         "flow/test_soak.py::test_hostile_traffic_loses_no_byte_and_leaves_nothing",

@@ -8,12 +8,17 @@ from l4mesh._native.address cimport address_t
 from l4mesh._native.balance cimport (
     cluster_build, cluster_drop, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t, pick_random,
 )
+from l4mesh._native.bandwidth cimport (
+    OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_allow, lane_end,
+    lane_settle, lane_share, lane_t, lane_waits,
+)
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
+from l4mesh._native.outlier cimport outlier_lived_ms, outlier_next, outlier_take, outlier_tell
 from l4mesh._native.overload cimport SHARE_BUCKETS, share_bucket, share_least
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
-from l4mesh._native.types cimport record_t, ring_t
+from l4mesh._native.types cimport conn_t, engine_t, record_t, ring_t, worker_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
 
 
@@ -137,6 +142,71 @@ cdef class Balancer:
         return counts
 
 
+cdef class SharedBucket:
+    cdef bucket_t *bucket
+
+    def __cinit__(self, uint64_t rate, uint64_t now_ns):
+        self.bucket = <bucket_t *> calloc(1, sizeof(bucket_t))
+        self.bucket.refs = 1
+        bucket_change(self.bucket, rate, 0, now_ns)
+
+    def __dealloc__(self):
+        bucket_drop(self.bucket)
+
+    def change(self, uint64_t rate, uint64_t now_ns):
+        bucket_change(self.bucket, rate, 0, now_ns)
+
+    @property
+    def refs(self):
+        return self.bucket.refs
+
+    @property
+    def next_ns(self):
+        return self.bucket.next_ns
+
+
+cdef class Lane:
+    """One half of a connection, as its limits see it."""
+
+    cdef lane_t lane
+    cdef bint ended
+
+    def __cinit__(self, uint64_t rate=0, uint64_t burst=0, tuple shared=()):
+        cdef SharedBucket one
+        if rate:
+            bucket_set(&self.lane.own, rate, burst, bucket_quantum(rate, OWN_PER_S, OWN_QUANTUM_MIN))
+        for one in shared:
+            lane_share(&self.lane, one.bucket)
+
+    def __dealloc__(self):
+        self.end()
+
+    def allow(self, uint64_t now_ns):
+        return lane_allow(&self.lane, now_ns)
+
+    def spend(self, int n):
+        self.lane.left -= n
+
+    def settle(self, uint64_t now_ns):
+        lane_settle(&self.lane, now_ns)
+
+    def waits(self, uint64_t now_ns):
+        return lane_waits(&self.lane, now_ns)
+
+    def end(self):
+        if not self.ended:
+            self.ended = True
+            lane_end(&self.lane)
+
+    @property
+    def at_ns(self):
+        return self.lane.at_ns
+
+    @property
+    def left(self):
+        return self.lane.left
+
+
 cdef void pick_random_of(uint64_t *state):
     cdef pick_t pick
     pick.random = state
@@ -218,3 +288,53 @@ def bucket_of(uint64_t ns):
 
 def n_buckets():
     return CONNECT_BUCKETS
+
+
+cdef class Told:
+    """The list of endpoints that failed too often, with as many endpoints as there are ids."""
+
+    cdef engine_t *engine
+    cdef endpoint_stat_t *stats
+
+    def __cinit__(self, uint32_t n):
+        cdef uint32_t i
+        self.engine = <engine_t *> calloc(1, sizeof(engine_t))
+        self.engine.up_fd = eventfd(0, EFD_NONBLOCK)
+        self.stats = <endpoint_stat_t *> calloc(n, sizeof(endpoint_stat_t))
+        for i in range(n):
+            self.stats[i].id = i
+
+    def __dealloc__(self):
+        close(self.engine.up_fd)
+        free(self.engine)
+        free(self.stats)
+
+    def tell(self, uint32_t i):
+        with nogil:
+            outlier_tell(self.engine, &self.stats[i])
+
+    def take(self):
+        """Ids of the endpoints on the list."""
+        cdef endpoint_stat_t *stat = outlier_take(self.engine)
+        cdef list ids = []
+        while stat != NULL:
+            ids.append(stat.id)
+            stat = outlier_next(stat)
+        return ids
+
+    def wakes(self):
+        """How often the eventfd was written since the last call."""
+        cdef uint64_t count = 0
+        return count if read(self.engine.up_fd, &count, sizeof(count)) > 0 else 0
+
+
+def lived_ms(uint64_t now_ns, uint64_t accepted_ns, uint32_t connected_us):
+    cdef worker_t *worker = <worker_t *> calloc(1, sizeof(worker_t))
+    cdef conn_t *conn = <conn_t *> calloc(1, sizeof(conn_t))
+    worker.now_ns = now_ns
+    conn.accepted_ns = accepted_ns
+    conn.connected_us = connected_us
+    lived = outlier_lived_ms(worker, conn)
+    free(worker)
+    free(conn)
+    return lived
