@@ -30,6 +30,7 @@ from l4mesh.errors import CloseReason
 from l4mesh.identity.store import IdentityStore
 from l4mesh.model import Config
 from l4mesh.runtime.listeners import Listeners
+from l4mesh.runtime.overload import COUNT_ONLY
 from l4mesh.snapshot import ConnectionRecord
 from tests.support.certificates import REDIS, WEB, Authority
 from tests.support.peers import FIN, RST, Server, connect, make_bytes, read_to_end
@@ -223,7 +224,8 @@ class Stage:
 
     def near_config(self, *more: str) -> Config:
         far = f"127.0.0.1:{self.far.ports['tls']}"
-        listeners = ["plain", "proxied", "full", "resumed", "wrong"]
+        listeners = ["plain", "proxied", "shaped", "delayed", "full", "resumed", "wrong"]
+        rate = {"to_upstream": "1GiB/s", "to_downstream": "1GiB/s"}
         balances = ["maglev", "source_hash", "round_robin", "least_connections", "random"]
         many = [f"10.9.{i >> 8}.{i & 255}:80" for i in range(20)]
         return parse_config(
@@ -232,6 +234,7 @@ class Stage:
                     "workers": 1,
                     "access_log": {"when": "always"},
                     "limits": {"connections_per_source": 1000},
+                    "faults": {"enabled": "on"},
                     "node": {"identity": "web"},
                     "identities": [self.web],
                     "workloads": [{"name": "web", "addresses": ["10.7.0.1", "10.7.0.2"], "labels": {"app": "web"}, "identity": "web"}],
@@ -254,7 +257,14 @@ class Stage:
                     "clusters": [
                         {"name": "plain", "endpoints": [self.server.address], "timeouts": {"lifetime": "1h"}},
                         {"name": "proxied", "endpoints": [self.server.address], "proxy_protocol": "v1"},
-                        {"name": "full", "endpoints": [far], "tls": {"peers": [REDIS], "resumption": "off", "sni": "far.example.org"}},
+                        {"name": "shaped", "endpoints": [self.server.address], "bandwidth_per_connection": rate},
+                        {"name": "delayed", "endpoints": [self.server.address], "faults": [{"share": "100%", "delay": "1ms"}]},
+                        {
+                            "name": "full",
+                            "endpoints": [far],
+                            "tls": {"peers": [REDIS], "resumption": "off", "sni": "far.example.org"},
+                            "bandwidth_per_connection": rate,
+                        },
                         {"name": "resumed", "endpoints": [far], "tls": {"peers": [REDIS]}},
                         {"name": "wrong", "endpoints": [far], "tls": {"peers": [WEB], "resumption": "off"}},
                         {"name": "original_destination"},
@@ -269,7 +279,8 @@ class Stage:
     def plain(self) -> Play:
         play = Play()
         play.ask(self.near.ports["plain"])
-        play.ask(self.near.ports["proxied"])
+        for name in ("proxied", "shaped", "delayed"):
+            play.ask(self.near.ports[name])
         play.ask(self.near.ports["plain"], b"large\n", PAYLOAD, slow_at=self.near)
         play.ask(self.far.ports["both"], b"large\n", PAYLOAD, slow_at=self.far)
         return play
@@ -301,6 +312,10 @@ class Stage:
             with connect(self.near.ports["full"]) as client:
                 client.sendall(b"x")
                 wait_until(lambda: self.far.active == 1 or self.near.active == 0, "the connection is there, or gone")
+                # Sources are counted late: by a sweep, under pressure.
+                self.far.datapath.shed(0, COUNT_ONLY, 0, True)
+                wait_until(lambda: self.far.datapath.measure_sources() is not None, "the far node has looked at all")
+                self.far.datapath.shed(0, 0, 0, False)
                 for node in (self.near, self.far):
                     try:
                         assert node.connections() <= 1
