@@ -1,8 +1,8 @@
-/* Preloaded into a process under test: fails the n-th allocation, or the n-th system call of a kind, that l4mesh's compiled code or
-   OpenSSL makes. Whose a call is, its return address tells. Driven by tests/support/shortage.py through ctypes. */
+/* Loaded into a process under test: fails the n-th allocation, or the n-th system call of a kind, that l4mesh's compiled code or OpenSSL
+   makes. It puts functions of its own in the places through which these libraries call the C library's, so that nobody else's calls are
+   touched and a sanitizer keeps its allocator. Driven by tests/support/shortage.py through ctypes. */
 
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <link.h>
 #include <sched.h>
@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -76,7 +77,6 @@ static int fails(unsigned kind, const void *caller)
 
 void shortage_arm(unsigned kinds, long from, long to, int error)
 {
-    if (n_ranges == 0) dl_iterate_phdr(add_range, NULL);
     seen = failed = 0; first = from; last = to; error_code = error;
     __atomic_store_n(&armed, kinds, __ATOMIC_RELEASE);
 }
@@ -91,12 +91,6 @@ long shortage_disarm(long *failures)
 uintptr_t shortage_site(long number) { return number < MAX_SITES ? sites[number] : 0; }
 
 /* -- blocks that are not freed ------------------------------------------------------------------------------------------------ */
-
-void shortage_track(void)
-{
-    if (n_ranges == 0) dl_iterate_phdr(add_range, NULL);
-    __atomic_store_n(&tracking, 1, __ATOMIC_RELEASE);
-}
 
 long shortage_live(void) { return __atomic_load_n(&n_live, __ATOMIC_RELAXED); }
 
@@ -137,133 +131,137 @@ static void forget(void *block)
 
 #define CALLER __builtin_return_address(0)
 
-/* dlsym allocates before the real functions are known. */
-static char early[1 << 16];
-static size_t early_used;
-
-static int is_early(const void *block) { return (const char *) block >= early && (const char *) block < early + sizeof(early); }
-
-static void *early_take(size_t size)
+static void *our_malloc(size_t size)
 {
-    char *block = early + early_used;
-    early_used += (size + 31) & ~(size_t) 15;
-    if (early_used > sizeof(early)) abort();
-    return block;
-}
-
-#define NEXT(name) \
-    static __typeof__(name) *next_##name; \
-    static __typeof__(name) *real_##name(void) \
-    { \
-        static __thread int looking; \
-        if (!next_##name && !looking) { looking = 1; next_##name = (__typeof__(name) *) dlsym(RTLD_NEXT, #name); looking = 0; } \
-        return next_##name; \
-    }
-
-NEXT(malloc)
-NEXT(calloc)
-NEXT(realloc)
-NEXT(free)
-NEXT(posix_memalign)
-NEXT(strdup)
-NEXT(socket)
-NEXT(accept4)
-NEXT(pipe2)
-NEXT(epoll_ctl)
-NEXT(epoll_create1)
-NEXT(eventfd)
-NEXT(connect)
-NEXT(bind)
-NEXT(send)
-
-void *malloc(size_t size)
-{
-    void *block;
-    if (!real_malloc()) return early_take(size);
-    block = fails(0, CALLER) ? NULL : next_malloc(size);
+    void *block = fails(0, CALLER) ? NULL : malloc(size);
     note(block, CALLER);
     return block;
 }
 
-void *calloc(size_t count, size_t size)
+static void *our_calloc(size_t count, size_t size)
 {
-    void *block;
-    if (!real_calloc()) return early_take(count * size);
-    block = fails(0, CALLER) ? NULL : next_calloc(count, size);
+    void *block = fails(0, CALLER) ? NULL : calloc(count, size);
     note(block, CALLER);
     return block;
 }
 
-void *realloc(void *before, size_t size)
+static void *our_realloc(void *before, size_t size)
 {
     void *block;
-    if (is_early(before) || !real_realloc()) {
-        block = malloc(size);
-        if (block && before) memcpy(block, before, size);
-        return block;
-    }
     if (fails(0, CALLER)) return NULL;
     forget(before);
-    block = next_realloc(before, size);
+    block = realloc(before, size);
     note(block, CALLER);
     return block;
 }
 
-void free(void *block)
+static void our_free(void *block)
 {
-    if (block == NULL || is_early(block)) return;
     forget(block);
-    real_free()(block);
+    free(block);
 }
 
-int posix_memalign(void **block, size_t alignment, size_t size)
+static int our_posix_memalign(void **block, size_t alignment, size_t size)
 {
     int rc;
     if (fails(0, CALLER)) return ENOMEM;
-    rc = real_posix_memalign()(block, alignment, size);
+    rc = posix_memalign(block, alignment, size);
     if (rc == 0) note(*block, CALLER);
     return rc;
 }
 
-char *strdup(const char *text)
+static char *our_strdup(const char *text)
 {
-    char *copy = fails(0, CALLER) ? NULL : real_strdup()(text);
+    char *copy = fails(0, CALLER) ? NULL : strdup(text);
     note(copy, CALLER);
     return copy;
 }
 
-int socket(int domain, int type, int protocol)
+static int our_socket(int domain, int type, int protocol) { return fails(SOCKET, CALLER) ? -1 : socket(domain, type, protocol); }
+
+static int our_accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 {
-    return fails(SOCKET, CALLER) ? -1 : real_socket()(domain, type, protocol);
+    return fails(ACCEPT, CALLER) ? -1 : accept4(fd, address, length, flags);
 }
 
-int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
+static int our_pipe2(int *fds, int flags) { return fails(PIPE, CALLER) ? -1 : pipe2(fds, flags); }
+
+static int our_epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
 {
-    return fails(ACCEPT, CALLER) ? -1 : real_accept4()(fd, address, length, flags);
+    return operation == EPOLL_CTL_ADD && fails(EPOLL, CALLER) ? -1 : epoll_ctl(epoll, operation, fd, event);
 }
 
-int pipe2(int fds[2], int flags) { return fails(PIPE, CALLER) ? -1 : real_pipe2()(fds, flags); }
+static int our_epoll_create1(int flags) { return fails(EVENTFD, CALLER) ? -1 : epoll_create1(flags); }
 
-int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
+static int our_eventfd(unsigned int value, int flags) { return fails(EVENTFD, CALLER) ? -1 : eventfd(value, flags); }
+
+static int our_connect(int fd, const struct sockaddr *address, socklen_t length)
 {
-    return operation == EPOLL_CTL_ADD && fails(EPOLL, CALLER) ? -1 : real_epoll_ctl()(epoll, operation, fd, event);
+    return fails(CONNECT, CALLER) ? -1 : connect(fd, address, length);
 }
 
-int epoll_create1(int flags) { return fails(EVENTFD, CALLER) ? -1 : real_epoll_create1()(flags); }
-
-int eventfd(unsigned int value, int flags) { return fails(EVENTFD, CALLER) ? -1 : real_eventfd()(value, flags); }
-
-int connect(int fd, const struct sockaddr *address, socklen_t length)
+static int our_bind(int fd, const struct sockaddr *address, socklen_t length)
 {
-    return fails(CONNECT, CALLER) ? -1 : real_connect()(fd, address, length);
+    return fails(BIND, CALLER) ? -1 : bind(fd, address, length);
 }
 
-int bind(int fd, const struct sockaddr *address, socklen_t length)
+static ssize_t our_send(int fd, const void *data, size_t length, int flags)
 {
-    return fails(BIND, CALLER) ? -1 : real_bind()(fd, address, length);
+    return fails(SEND, CALLER) ? -1 : send(fd, data, length, flags);
 }
 
-ssize_t send(int fd, const void *data, size_t length, int flags)
+#define OURS(name) { #name, (void *) our_##name }
+static const struct { const char *name; void *function; } ours[] = {
+    OURS(malloc), OURS(calloc), OURS(realloc), OURS(free), OURS(posix_memalign), OURS(strdup), OURS(socket), OURS(accept4), OURS(pipe2),
+    OURS(epoll_ctl), OURS(epoll_create1), OURS(eventfd), OURS(connect), OURS(bind), OURS(send),
+};
+
+static void put(uintptr_t base, const ElfW(Rela) *rela, size_t size, const ElfW(Sym) *symbols, const char *names)
 {
-    return fails(SEND, CALLER) ? -1 : real_send()(fd, data, length, flags);
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+    size_t i, j;
+    for (i = 0; i < size / sizeof(*rela); i++) {
+        const ElfW(Sym) *symbol = &symbols[ELF64_R_SYM(rela[i].r_info)];
+        uintptr_t place = base + rela[i].r_offset;
+        if (ELF64_R_SYM(rela[i].r_info) == 0 || symbol->st_shndx != SHN_UNDEF || rela[i].r_addend != 0) continue;
+        for (j = 0; j < sizeof(ours) / sizeof(ours[0]); j++) {
+            if (strcmp(names + symbol->st_name, ours[j].name) != 0) continue;
+            mprotect((void *) (place & ~(page - 1)), page, PROT_READ | PROT_WRITE);
+            *(void **) place = ours[j].function;
+        }
+    }
+}
+
+static int put_into(struct dl_phdr_info *info, size_t size, void *context)
+{
+    const ElfW(Dyn) *dynamic = NULL;
+    const ElfW(Sym) *symbols = NULL;
+    const ElfW(Rela) *rela = NULL, *calls = NULL;
+    const char *names = NULL;
+    size_t rela_size = 0, calls_size = 0;
+    int i;
+    (void) size; (void) context;
+    for (i = 0; i < n_ranges && ranges[i].base != info->dlpi_addr; i++) ;
+    if (i == n_ranges) return 0;
+    for (i = 0; i < info->dlpi_phnum; i++)
+        if (info->dlpi_phdr[i].p_type == PT_DYNAMIC) dynamic = (const ElfW(Dyn) *) (info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
+    for (; dynamic && dynamic->d_tag != DT_NULL; dynamic++) {
+        if (dynamic->d_tag == DT_SYMTAB) symbols = (const ElfW(Sym) *) dynamic->d_un.d_ptr;
+        if (dynamic->d_tag == DT_STRTAB) names = (const char *) dynamic->d_un.d_ptr;
+        if (dynamic->d_tag == DT_RELA) rela = (const ElfW(Rela) *) dynamic->d_un.d_ptr;
+        if (dynamic->d_tag == DT_RELASZ) rela_size = dynamic->d_un.d_val;
+        if (dynamic->d_tag == DT_JMPREL) calls = (const ElfW(Rela) *) dynamic->d_un.d_ptr;
+        if (dynamic->d_tag == DT_PLTRELSZ) calls_size = dynamic->d_un.d_val;
+    }
+    if (rela) put(info->dlpi_addr, rela, rela_size, symbols, names);
+    if (calls) put(info->dlpi_addr, calls, calls_size, symbols, names);
+    return 0;
+}
+
+/* Call it once, when the extension is loaded and before it has allocated what it will free. */
+void shortage_take_over(void)
+{
+    dl_iterate_phdr(add_range, NULL);
+    dl_iterate_phdr(put_into, NULL);
+    __atomic_store_n(&tracking, 1, __ATOMIC_RELEASE);
 }

@@ -1,4 +1,4 @@
-"""Traffic under injected shortage, in one process: `python -m tests.support.shortage SCENARIO …` with shortage.c preloaded.
+"""Traffic under injected shortage, in one process: `python -m tests.support.shortage SHIM FOLDER SEED SWEEP …`.
 
 Two data paths, the near one with TLS to the far one, echo behind it. A scenario is a fixed script of traffic or of loading; it runs once
 to count the calls of a kind, and then again and again, each time with another one of them failing. After each: what was not cut
@@ -53,10 +53,11 @@ SOME = 300_000
 
 
 class Shim:
-    """shortage.c, as it was preloaded."""
+    """shortage.c, compiled."""
 
-    def __init__(self) -> None:
-        self._lib = ctypes.CDLL(None)
+    def __init__(self, library: str) -> None:
+        self._lib = ctypes.CDLL(library)
+        self._lib.shortage_take_over()
         self._lib.shortage_disarm.restype = self._lib.shortage_live.restype = ctypes.c_long
         self._lib.shortage_site.restype = ctypes.c_uint64
 
@@ -73,12 +74,9 @@ class Shim:
         """Where the calls came from: twice the address in the library, and 1 when that is the extension."""
         return [self._lib.shortage_site(ctypes.c_long(number)) for number in range(count)]
 
-    def track(self) -> None:
-        self._lib.shortage_track()
-
     @property
     def live(self) -> int:
-        """Blocks that the extension has allocated since ``track`` and not freed."""
+        """Blocks that the extension has allocated and not freed."""
         return self._lib.shortage_live()
 
 
@@ -192,8 +190,8 @@ class Play:
 
 
 class Stage:
-    def __init__(self, folder: Path) -> None:
-        self.shim = Shim()
+    def __init__(self, shim: Shim, folder: Path) -> None:
+        self.shim = shim
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.server = Server(answer)
@@ -281,7 +279,7 @@ class Stage:
         play.ask(self.near.ports["plain"])
         for name in ("proxied", "shaped", "delayed"):
             play.ask(self.near.ports[name])
-        play.ask(self.near.ports["plain"], b"large\n", PAYLOAD, slow_at=self.near)
+        play.ask(self.near.ports["plain"], b"some\n", PAYLOAD[:SOME])
         play.ask(self.far.ports["both"], b"large\n", PAYLOAD, slow_at=self.far)
         return play
 
@@ -458,11 +456,10 @@ def choose(sites: list[int], samples: int, rng: random.Random) -> list[int]:
 
 
 def main() -> None:
-    """FOLDER SEED (own|openssl|system):SCENARIO:SAMPLES …: one line of JSON for each sweep."""
-    folder, seed, *sweeps = sys.argv[1:]
+    """SHIM FOLDER SEED (own|openssl|system):SCENARIO:SAMPLES …: one line of JSON for each sweep."""
+    shim, folder, seed, *sweeps = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
-    stage = Stage(Path(folder))
-    stage.shim.track()
+    stage = Stage(Shim(shim), Path(folder))
     rng = random.Random(int(seed))
     for each in sweeps:
         what, scenario, samples = each.split(":")
