@@ -43,11 +43,13 @@ from l4mesh.model import (
     LogWhen,
     Mark,
     Network,
+    OnCrash,
     OutlierDetection,
     Overload,
     Peers,
     Policy,
     ProxyProtocol,
+    Redirect,
     Route,
     RouteMatch,
     SocketAddress,
@@ -179,6 +181,23 @@ def _overload_off(value: object) -> object:
 class MarksSection(Section):
     upstream: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x539, 0xFFF)
     returned: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x111, 0xFFF)
+
+
+class RedirectSection(Section):
+    on_crash: Annotated[str, PlainValidator(_one_of(*OnCrash))] = "closed"
+    check_interval: OptionalDuration = 5000
+
+
+WATCHDOG_MS = 2000
+WATCHDOG_LEAST_MS = 500
+"""Less than a busy machine may keep a thread from what it does."""
+
+
+def _parse_watchdog(value: object) -> int:
+    limit_ms = q.parse_optional_duration_ms(value)
+    if limit_ms and limit_ms < WATCHDOG_LEAST_MS:
+        raise ValueError(f"must be off or at least {WATCHDOG_LEAST_MS}ms; got {q.shown(value)}")
+    return limit_ms
 
 
 class KeepaliveSection(Section):
@@ -601,6 +620,8 @@ class FileSection(Section):
     drain: DrainSection | None = None
     overload: Annotated[OverloadSection, BeforeValidator(_overload_off)] | None = None
     ca: CaSection | None = None
+    redirect: RedirectSection | None = None
+    watchdog: Annotated[int | None, PlainValidator(_parse_watchdog)] = None
     faults: FaultsSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
@@ -610,9 +631,13 @@ class FileSection(Section):
 
 
 SINGLE_KEYS: tuple[
-    Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "faults"], ...
+    Literal[
+        "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog",
+        "faults",
+    ],
+    ...,
 ] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "faults",
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog", "faults",
 )  # fmt: skip
 
 
@@ -628,6 +653,10 @@ def make_overload(section: OverloadSection) -> Overload:
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
     return Keepalive(section.idle, section.interval, section.count)
+
+
+def make_redirect(section: RedirectSection) -> Redirect:
+    return Redirect(OnCrash(section.on_crash), section.check_interval)
 
 
 def make_filter(section: FilterSection) -> CaptureFilter:
