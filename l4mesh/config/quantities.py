@@ -32,8 +32,6 @@ _SIZE_BYTES = {
 _SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)%")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 _MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|\d{1,10})/(0x[0-9a-fA-F]{1,8}|\d{1,10})")
-_SIZE = re.compile(r"(\d{1,12})(KiB|MiB|GiB)")
-_SIZE_BITS = {"KiB": 10, "MiB": 20, "GiB": 30}
 MAX_DURATION_MS = 366 * 86_400_000
 MAX_WEIGHT = 256
 MAX_PAYLOAD_BYTES = 4096
@@ -162,11 +160,11 @@ def parse_auto_size(value: object) -> int:
     """Bytes; 0 for auto."""
     if value == "auto":
         return 0
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError(f"must be auto or a size with its unit, such as 512KiB, 256MiB or 2GiB; got {shown(value)}")
-    size = int(match[1]) << _SIZE_BITS[match[2]]
-    if not 1 << 20 <= size < 1 << 50:
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+    if size < 1 << 20:
         raise ValueError(f"must be auto or at least 1MiB; got {shown(value)}")
     return size
 

@@ -127,6 +127,10 @@ class Node:
 
         wait_until(has_stalled, "nothing moves")
 
+    def relays(self) -> int:
+        """Connections that got as far as an endpoint."""
+        return sum(endpoint.opened for endpoint in self.datapath.endpoints())
+
     def connections(self) -> int:
         views, _ = asyncio.run_coroutine_threadsafe(self.datapath.connections(0, 100), self._loop).result(30)
         return len(views)
@@ -306,10 +310,11 @@ class Stage:
 
     def page(self) -> Play:
         play = Play()
+        relays = self.far.relays()
         try:
             with connect(self.near.ports["full"]) as client:
                 client.sendall(b"x")
-                wait_until(lambda: self.far.active == 1 or self.near.active == 0, "the connection is there, or gone")
+                wait_until(lambda: self.far.relays() > relays or self.near.active == 0, "the connection is there, or gone")
                 # Sources are counted late: by a sweep, under pressure.
                 self.far.datapath.shed(0, COUNT_ONLY, 0, True)
                 wait_until(lambda: self.far.datapath.measure_sources() is not None, "the far node has looked at all")

@@ -46,7 +46,7 @@ CASES = [
     (top("overload: on"), "5: overload: must be a mapping of keys; got 'on'"),
     (top("overload: {memory: 90}"), "5: overload.memory: must be a share such as 50%, or off; got 90"),
     (top("overload: {memory: 120%}"), "5: overload.memory: must be between 0% and 100%; got '120%'"),
-    (top("overload: {memory_limit: 1g}"), "5: overload.memory_limit: must be auto or a size with its unit, such as 512KiB, 256MiB or 2GiB; got '1g'"),
+    (top("overload: {memory_limit: 1g}"), "5: overload.memory_limit: must be auto or a size with its unit, such as 512B, 64KiB or 10MB; got '1g'"),
     (top("overload: {memory_limit: 64KiB}"), "5: overload.memory_limit: must be auto or at least 1MiB; got '64KiB'"),
     (top("overload: {idle: off}"), f"5: overload.idle: {DURATION}; got 'off'"),
     (top("overload: {descriptor: 90%}"), "5: overload.descriptor: is not a known key; did you mean descriptors?"),
