@@ -395,6 +395,11 @@ class Datapath:
         entry = self._clusters.get(cluster)
         return {address: _count_outlier(stat) for address, stat in entry.endpoints.items()} if entry else {}
 
+    def outlier_count(self, cluster: str, address: str) -> Counts | None:
+        """The same of one endpoint. None: there is no such endpoint."""
+        stat = self._endpoint_stat(cluster, address)
+        return _count_outlier(stat) if stat else None
+
     def forget_failures(self, cluster: str, address: str) -> None:
         """Failures in a row count from 0 again."""
         stat = self._endpoint_stat(cluster, address)

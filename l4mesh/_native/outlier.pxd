@@ -114,7 +114,7 @@ cdef inline void outlier_lived(const worker_t *worker, conn_t *conn) noexcept no
 
 
 cdef inline bint outlier_goes_unanswered(const conn_t *conn) noexcept nogil:
-    # Whether the endpoint owes a client that is still there its first byte.
+    # Whether the endpoint owes a client that is still there its first byte. One that an injected fault keeps waiting owes nothing.
     return (
         conn.endpoint_stat != NULL
         and not conn_is_faulted(conn)
