@@ -44,7 +44,7 @@ from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find, route_match
 from l4mesh._native.shaping cimport (
-    fault_choose, fault_time_ms, shaping_free, shaping_is_due, shaping_next_ms, shaping_open, shaping_waits,
+    conn_is_faulted, fault_choose, fault_time_ms, shaping_free, shaping_is_due, shaping_next_ms, shaping_open, shaping_waits,
 )
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free
@@ -53,7 +53,7 @@ from l4mesh._native.spiffe cimport (
     PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,
 )
 from l4mesh._native.stats cimport (
-    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, SIGNALS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t,
+    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, NAME_BYTES, SIGNALS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t,
     listener_row_t, listener_stat_t,
 )
 from l4mesh._native.tls cimport (
@@ -61,6 +61,10 @@ from l4mesh._native.tls cimport (
     tls_bio_write, tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
 )
 from l4mesh._native.types cimport *
+from l4mesh._native.watchdog cimport (
+    DOING_ACCEPT, DOING_ADOPT, DOING_END, DOING_EVENT, DOING_HANDSHAKE, DOING_HELD, DOING_PAGE, DOING_READY, DOING_SWEEP, DOING_TIMER,
+    DOING_TURN, DOING_WAIT, doing, l4_thread_id, watch, watch_allow_stack, watched_t,
+)
 from l4mesh._native.wheel cimport WHEEL_NONE, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove
 
 cdef extern from *:
@@ -1300,7 +1304,7 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
         return False
     conn.end_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
     worker.tls_failures[side][<int> tls.cause] += 1
-    if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
+    if side == UPSTREAM and not tls.flags & TLS_ANSWERED and not conn_is_faulted(conn):
         # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:
@@ -1748,10 +1752,12 @@ cdef inline int worker_wait(worker_t *worker) noexcept nogil:
         now_ns = clock_ns(CLOCK_MONOTONIC)
         left.tv_sec = 0
         left.tv_nsec = <long> (at_ns - now_ns) if at_ns > now_ns else 0
+        doing(worker, DOING_WAIT, worker.now_ms + 1)
         n = l4_epoll_pwait2(worker.epoll_fd, worker.events, MAX_EVENTS, &left)
         if n >= 0 or errno != ENOSYS:
             return n
         wait_ms = 1
+    doing(worker, DOING_WAIT, worker.now_ms + <uint64_t> wait_ms if wait_ms >= 0 else 0)
     return epoll_wait(worker.epoll_fd, worker.events, MAX_EVENTS, wait_ms)
 
 
@@ -1768,6 +1774,7 @@ cdef void worker_serve_heavy(worker_t *worker) noexcept nogil:
     while worker.heavy.head != WHEEL_NONE:
         slot = worker.heavy.head
         conn = conn_at(worker, slot)
+        doing(worker, DOING_HANDSHAKE, slot)
         queue_remove(worker, conn)
         if conn.state == CONN_HANDSHAKE:
             conn_handshake(worker, conn, slot)
@@ -1796,13 +1803,16 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     worker.now_ns = clock_ns(CLOCK_MONOTONIC)
     worker.now_ms = worker.now_ns // 1000000
     worker.turns += 1
+    doing(worker, DOING_TURN, 0)
     if plan != worker.plan:
+        doing(worker, DOING_ADOPT, 0)
         worker_adopt(worker, plan)
         store_release(&worker.seen_generation, plan.generation)
         worker_forget_listeners(worker, n)
     elif worker.accept_paused_until_ms and worker.now_ms >= worker.accept_paused_until_ms:
         accept_resume(worker)
     if load(&worker.engine.accept_mode) != worker.accept_mode:
+        doing(worker, DOING_ACCEPT, 0)
         worker_set_accept_mode(worker, load(&worker.engine.accept_mode))
         worker_forget_listeners(worker, n)
     if load_acquire(&worker.engine.sweep) != worker.sweep:
@@ -1812,14 +1822,17 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         tag = worker.events[i].data.u64
         if tag >> 32 == TAG_LISTENER:
             if worker.accept_paused_until_ms == 0:
+                doing(worker, DOING_ACCEPT, <uint32_t> tag)
                 listener_accept(worker, <uint32_t> tag)
         elif tag >> 32 == TAG_WAKE:
             read(worker.wake_fd, &count, sizeof(count))
         else:
+            doing(worker, DOING_EVENT, tag >> 32)
             conn_event(worker, tag, worker.events[i].events)
     last = worker.ready.tail
     while worker.ready.head != WHEEL_NONE:
         slot = worker.ready.head
+        doing(worker, DOING_READY, slot)
         queue_remove(worker, conn_at(worker, slot))
         if conn_at(worker, slot).state == CONN_RESETTING:
             conn_drain(worker, conn_at(worker, slot), slot)
@@ -1828,15 +1841,19 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         if slot == last:
             break
     while worker.held.head != WHEEL_NONE and conn_at(worker, worker.held.head).held_until_ns <= worker.now_ns:
+        doing(worker, DOING_HELD, worker.held.head)
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
     worker_serve_heavy(worker)
     slot = wheel_expire(&worker.wheel, worker.now_ms)
     while slot != WHEEL_NONE:
+        doing(worker, DOING_TIMER, slot)
         conn_timeout(worker, conn_at(worker, slot), slot)
         slot = wheel_expire(&worker.wheel, worker.now_ms)
     if worker.sweep_end:
+        doing(worker, DOING_SWEEP, 0)
         worker_sweep(worker)
     if load_acquire(<uint64_t *> &worker.page.state) == 1:
+        doing(worker, DOING_PAGE, 0)
         worker_show_page(worker)
 
 
@@ -1847,6 +1864,7 @@ cdef void worker_end(worker_t *worker) noexcept nogil:
     for slot in range(worker.n_chunks * CONN_CHUNK):
         conn = conn_at(worker, slot)
         if conn.state != CONN_FREE:
+            doing(worker, DOING_END, slot)
             conn_finish(worker, conn, slot, CLOSE_SHUTDOWN, True)
     while worker.n_pool:
         worker.n_pool -= 1
@@ -1858,9 +1876,12 @@ cdef int worker_run(worker_t *worker) noexcept nogil:
     worker.now_ns = clock_ns(CLOCK_MONOTONIC)
     worker.now_ms = worker.now_ns // 1000000
     wheel_init(&worker.wheel, worker.now_ms, conn_timer, worker)
+    watch_allow_stack()
+    store(&worker.tid, l4_thread_id())
     while not load(&worker.engine.stopping):
         worker_turn(worker)
     worker_end(worker)
+    store(&worker.tid, 0)
     return 0
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from l4mesh import _fastpath
 from l4mesh.errors import CloseReason, Fault, InternalError, TlsCause
@@ -108,6 +109,8 @@ class Datapath:
         self._generation = 0
         self._ids = 0
         self._max_connections = 0
+        self._faults_enabled = False
+        self._fault_rules = 0
         self._clusters: dict[str, _ClusterEntry] = {}
         self._listeners: dict[str, _fastpath.ListenerStat] = {}
         self._names: dict[int, str] = {0: ""}
@@ -141,7 +144,24 @@ class Datapath:
             self._threads.append(thread)
             thread.start()
 
+    def watch(self, limit_ms: int, stacks_signal: int) -> None:
+        """See ``Engine.watch``; on a thread of the caller's."""
+        _name_thread("l4mesh-watchdog")
+        self._engine.watch(limit_ms, stacks_signal)
+
+    def end_watch(self) -> None:
+        self._engine.end_watch()
+
+    def beat(self) -> None:
+        """The control loop has come round."""
+        self._engine.beat()
+
+    def rest(self) -> None:
+        """The control loop need not come round any more."""
+        self._engine.rest()
+
     def _run_worker(self, index: int) -> None:
+        _name_thread(f"l4mesh-{index}")
         # Signals are the control loop's: none may interrupt a worker's system calls.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._engine.run(index)
@@ -204,6 +224,7 @@ class Datapath:
             self._engine.publish(plan)
             self._generation += 1
             self._max_connections = max_connections
+            self._faults_enabled, self._fault_rules = config.faults_enabled, config.fault_rules
             self._retire(entries, listeners)
             if self._threads:
                 self._collect()
@@ -400,7 +421,7 @@ class Datapath:
     ) -> _fastpath.ListenerStat:
         stat = self._listeners.get(listener.name)
         if stat is None:
-            stat = _fastpath.ListenerStat(self._new_id(), self._n_workers)
+            stat = _fastpath.ListenerStat(self._new_id(), self._n_workers, listener.name)
             self._names[stat.id] = listener.name
         for bind, fds in sockets:
             plan.add_listener(
@@ -425,7 +446,7 @@ class Datapath:
         return self._ids
 
     def _new_cluster_stat(self, name: str) -> _fastpath.ClusterStat:
-        stat = _fastpath.ClusterStat(self._new_id(), self._n_workers, [random.getrandbits(32) for _ in range(self._n_workers)])
+        stat = _fastpath.ClusterStat(self._new_id(), self._n_workers, [random.getrandbits(32) for _ in range(self._n_workers)], name)
         self._names[stat.id] = name
         return stat
 
@@ -523,6 +544,8 @@ class Datapath:
                 plans_alive=self._engine.plans_alive,
                 tls=self._read_tls(),
                 max_connections=self._max_connections,
+                faults_enabled=self._faults_enabled,
+                fault_rules=self._fault_rules,
             )
 
     def _read_tls(self) -> TlsSnapshot:
@@ -628,6 +651,11 @@ class Datapath:
             _show_version(upstream_version, resumed=upstream_resumed), _CAUSES[cause], alert, self._policy_names.get(policy, ""),
             self._policy_names.get(dry_policy, ""), _FAULTS[fault],
         )  # fmt: skip
+
+
+def _name_thread(name: str) -> None:
+    """For `ps -L` and `top -H`."""
+    Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
 
 
 def openssl_version() -> str:

@@ -489,6 +489,24 @@ class AccessLog:
     """Share of the records that ``when`` lets through, 0 to 1."""
 
 
+class OnCrash(StrEnum):
+    """What becomes of new connections while a crashed data plane is replaced."""
+
+    CLOSED = "closed"
+    """The rules stay: they are refused."""
+    OPEN = "open"
+    """The rules go: they bypass us, without encryption and policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """How ``l4mesh run --manage-redirect`` keeps the rules."""
+
+    on_crash: OnCrash = OnCrash.CLOSED
+    check_interval_ms: int = 5000
+    """0: never looks at what is in place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """A whole valid configuration."""
@@ -517,6 +535,9 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    redirect: Redirect = Redirect()
+    watchdog_ms: int = 0
+    """A worker that is stuck for as long ends the process; 0: never."""
     faults_enabled: bool = False
     """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()

@@ -111,6 +111,9 @@ class Snapshot:
     plans_alive: int
     tls: TlsSnapshot
     max_connections: int
+    faults_enabled: bool
+    fault_rules: int
+    """Configured, in force or not."""
 
 
 class ConnectionSnapshot(NamedTuple):

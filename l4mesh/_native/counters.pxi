@@ -10,6 +10,12 @@ cdef void *memory(size_t size) except NULL:
     return block
 
 
+cdef void write_name(char *out, str name):
+    # Whole characters, as many as there is room for.
+    cdef bytes text = name.encode()[:NAME_BYTES - 1].decode(errors="ignore").encode()
+    memcpy(out, <const char *> text, len(text))
+
+
 cdef class EndpointStat:
     """Counters of one endpoint of one cluster. Keep it while a plan names the endpoint or ``active`` is not 0."""
 
@@ -86,12 +92,13 @@ cdef class ClusterStat:
     cdef uint32_t n_workers
     cdef readonly uint64_t id
 
-    def __cinit__(self, uint64_t id, uint32_t n_workers, list cursors):
+    def __cinit__(self, uint64_t id, uint32_t n_workers, list cursors, str name not None=""):
         """``cursors``: where each worker's round robin starts; random, so that many nodes don't start alike."""
         cdef uint32_t i
         cdef size_t head = (sizeof(cluster_stat_t) + 63) & ~<size_t> 63
         self.stat = <cluster_stat_t *> memory(head + n_workers * sizeof(cluster_row_t))
         self.stat.id = id
+        write_name(self.stat.name, name)
         self.stat.rows = <cluster_row_t *> (<uint8_t *> self.stat + head)
         self.id = id
         self.n_workers = n_workers
@@ -162,10 +169,11 @@ cdef class ListenerStat:
     cdef uint32_t n_workers
     cdef readonly uint64_t id
 
-    def __cinit__(self, uint64_t id, uint32_t n_workers):
+    def __cinit__(self, uint64_t id, uint32_t n_workers, str name not None=""):
         cdef size_t head = (sizeof(listener_stat_t) + 63) & ~<size_t> 63
         self.stat = <listener_stat_t *> memory(head + n_workers * sizeof(listener_row_t))
         self.stat.id = id
+        write_name(self.stat.name, name)
         self.stat.rows = <listener_row_t *> (<uint8_t *> self.stat + head)
         self.id = id
         self.n_workers = n_workers

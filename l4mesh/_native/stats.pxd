@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     CLOSE_REASONS = 40
     CONNECT_BUCKETS = 17
+    NAME_BYTES = 32
     FAULT_KINDS = 7          # "none" included
 
 cdef enum:
@@ -71,6 +72,7 @@ ctypedef struct cluster_stat_t:
     int64_t panic        # written by the control loop: too few endpoints are left, and all of them serve
     uint64_t id
     cluster_row_t *rows  # one a worker, in the same block
+    char name[NAME_BYTES]            # for the watchdog, as much of it as there is room for
     outlier_t outlier
 
 ctypedef struct listener_row_t:
@@ -81,6 +83,7 @@ ctypedef struct listener_stat_t:
     int64_t active
     uint64_t id
     listener_row_t *rows
+    char name[NAME_BYTES]
 
 
 cdef inline int connect_bucket(uint64_t ns) noexcept nogil:

@@ -545,6 +545,8 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         node_identity=node.identity or "",
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
+        redirect=schema.make_redirect(single["redirect"] or schema.RedirectSection()),
+        watchdog_ms=schema.WATCHDOG_MS if single["watchdog"] is None else single["watchdog"],
         faults_enabled=bool(single["faults"] and single["faults"].enabled),
         drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),

@@ -43,10 +43,12 @@ from l4mesh.model import (
     LogWhen,
     Mark,
     Network,
+    OnCrash,
     OutlierDetection,
     Peers,
     Policy,
     ProxyProtocol,
+    Redirect,
     Route,
     RouteMatch,
     SocketAddress,
@@ -164,6 +166,23 @@ class DrainSection(Section):
 class MarksSection(Section):
     upstream: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x539, 0xFFF)
     returned: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x111, 0xFFF)
+
+
+class RedirectSection(Section):
+    on_crash: Annotated[str, PlainValidator(_one_of(*OnCrash))] = "closed"
+    check_interval: OptionalDuration = 5000
+
+
+WATCHDOG_MS = 2000
+WATCHDOG_LEAST_MS = 500
+"""Less than a busy machine may keep a thread from what it does."""
+
+
+def _parse_watchdog(value: object) -> int:
+    limit_ms = q.parse_optional_duration_ms(value)
+    if limit_ms and limit_ms < WATCHDOG_LEAST_MS:
+        raise ValueError(f"must be off or at least {WATCHDOG_LEAST_MS}ms; got {q.shown(value)}")
+    return limit_ms
 
 
 class KeepaliveSection(Section):
@@ -585,6 +604,8 @@ class FileSection(Section):
     marks: MarksSection | None = None
     drain: DrainSection | None = None
     ca: CaSection | None = None
+    redirect: RedirectSection | None = None
+    watchdog: Annotated[int | None, PlainValidator(_parse_watchdog)] = None
     faults: FaultsSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
@@ -593,8 +614,10 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults",
+SINGLE_KEYS: tuple[
+    Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog", "faults"], ...
+] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog", "faults",
 )  # fmt: skip
 
 
@@ -604,6 +627,10 @@ def make_drain(section: DrainSection) -> Drain:
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
     return Keepalive(section.idle, section.interval, section.count)
+
+
+def make_redirect(section: RedirectSection) -> Redirect:
+    return Redirect(OnCrash(section.on_crash), section.check_interval)
 
 
 def make_filter(section: FilterSection) -> CaptureFilter:

@@ -22,6 +22,7 @@ from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
+from l4mesh.runtime.supervised import Supervision
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
 
 _BUCKET_NAMES = [f"{bound:g}" for bound in CONNECT_BUCKETS_S] + ["+Inf"]
@@ -37,12 +38,13 @@ class Sources:
     identities: Callable[[], list[IdentityStatus]]
     renewals: Callable[[], list[RenewalStatus]]
     access_log_dropped: Callable[[], int]
-    faults_enabled: Callable[[], bool]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
     registry: EndpointRegistry
     health: HealthChecker
     outliers: OutlierDetector
+    supervision: Callable[[], Supervision | None]
+    """None: no supervisor has started this process."""
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -88,10 +90,15 @@ class MeshCollector(Collector):
             "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.",
             self._sources.access_log_dropped(),
         )  # fmt: skip
-        yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(self._sources.faults_enabled()))
+        yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(snapshot.faults_enabled))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
+        supervision = self._sources.supervision()
+        if supervision:
+            yield _counter("l4mesh_supervisor_restarts", "Data planes that died and were replaced.", supervision.restarts)
+            yield _gauge("l4mesh_redirect_in_place", "1 while the redirect rules are as they should be.", int(supervision.in_place))
+            yield _counter("l4mesh_redirect_repairs", "Times that the redirect rules were found changed.", supervision.repairs)
         info = GaugeMetricFamily("l4mesh_build_info", "Always 1; the version is the label.", labels=["version"])
         info.add_metric([__version__], 1)
         yield info

@@ -18,6 +18,7 @@ from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_wr
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
 from l4mesh._native.types cimport conn_t, engine_t, record_t, ring_t, worker_t
+from l4mesh._native.watchdog cimport thread_t, watch_look, watch_parse, watched_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
 
 
@@ -281,6 +282,33 @@ def bucket_of(uint64_t ns):
 
 def n_buckets():
     return CONNECT_BUCKETS
+
+
+cdef class Watched:
+    """One thread, as the watchdog sees it."""
+
+    cdef watched_t watched
+
+    def look(self, bint busy, uint64_t turn, str state="R", uint64_t cpu_ms=0, uint64_t faults=0, bint late=False, uint32_t step_ms=250):
+        """For how long it has been stuck, ms; None: it came round."""
+        cdef thread_t thread
+        memset(&thread, 0, sizeof(thread))
+        if busy:
+            thread.state = ord(state)
+            thread.cpu_ms = cpu_ms
+            thread.faults = faults
+        if not watch_look(&self.watched, busy, turn, &thread, step_ms, late):
+            return None
+        return self.watched.stuck_ms
+
+
+def parse_thread(bytes stat):
+    """(state, CPU ms, faults) of /proc/…/stat, None when it isn't one."""
+    cdef thread_t thread
+    memset(&thread, 0, sizeof(thread))
+    if not watch_parse(stat, &thread):
+        return None
+    return chr(thread.state), thread.cpu_ms, thread.faults
 
 
 cdef class Told:
