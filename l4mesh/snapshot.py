@@ -35,6 +35,8 @@ class WorkerSnapshot:
     bytes_spliced: int
     holds: int
     """Times that a stream was left for a moment to gather more bytes."""
+    put_aside: int
+    """Connections that waited for the turn of their source after being accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,15 @@ class ClusterSnapshot:
     connect_seconds_sum: float
     connect_seconds_buckets: tuple[int, ...]
     """Counts per bucket of ``CONNECT_BUCKETS_S`` and +Inf, not cumulative."""
+    waiting: int = 0
+    """Connections that wait for a place; they are not in ``active``."""
+    queued: int = 0
+    """Connections that have waited, and for how long together:"""
+    queued_seconds: float = 0.0
+    retrying: int = 0
+    """Connections on an attempt after their first."""
+    retries_refused: int = 0
+    """By the budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +111,14 @@ class Snapshot:
     plans_alive: int
     tls: TlsSnapshot
     max_connections: int
+    rate_overflows: int
+    """Connections whose source, workload or identity found no bucket of its own."""
 
 
 class ConnectionSnapshot(NamedTuple):
     """One live connection. ``state``: "preface" (waits for a PROXY header), "hello" (for the first bytes), "handshake" (TLS with the
-    downstream), "dialling" (TLS with the upstream included), "relaying" or "resetting"."""
+    downstream), "dialling" (TLS with the upstream included), "relaying", "resetting", "accepted" (waits for its source's turn) or
+    "queued" (waits for a place in its cluster)."""
 
     id: str
     """worker.slot.generation: names it for as long as it lives."""
@@ -165,3 +179,5 @@ class ConnectionRecord(NamedTuple):
     """The policy that decided, or ""."""
     dry_run_policy: str
     """The dry-run policy that would have refused what passed, or ""."""
+    queued_ms: int = -1
+    """Waited for a place in the cluster; at most 65535."""

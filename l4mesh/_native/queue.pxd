@@ -2,16 +2,34 @@
 
 from libc.stdint cimport uint8_t, uint32_t
 
+from l4mesh._native.address cimport address_hash_ip
 from l4mesh._native.slab cimport conn_at
-from l4mesh._native.types cimport QUEUED_READY, conn_t, queue_t, worker_t
+from l4mesh._native.types cimport (
+    LANES, QUEUED_HELD, QUEUED_LANE, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
+)
 from l4mesh._native.wheel cimport WHEEL_NONE
+
+
+cdef inline uint32_t source_lane(const conn_t *conn) noexcept nogil:
+    return <uint32_t> address_hash_ip(&conn.source, 0) % LANES
+
+
+cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t which) noexcept nogil:
+    if which == QUEUED_READY:
+        return &worker.ready
+    if which == QUEUED_HELD:
+        return &worker.held
+    if which == QUEUED_LANE:
+        return &worker.lanes.lanes[source_lane(conn)]
+    return &(<waiting_t *> conn.cluster_stat.rows[worker.index].line).queue
 
 
 cdef inline void queue_push(worker_t *worker, conn_t *conn, uint32_t slot, uint8_t which) noexcept nogil:
     # To the end of the list QUEUED_`which`.
-    cdef queue_t *queue = &worker.ready if which == QUEUED_READY else &worker.held
+    cdef queue_t *queue
     if conn.queued:
         return
+    queue = queue_of(worker, conn, which)
     conn.queued = which
     conn.queue_next = WHEEL_NONE
     conn.queue_prev = queue.tail
@@ -24,9 +42,10 @@ cdef inline void queue_push(worker_t *worker, conn_t *conn, uint32_t slot, uint8
 
 cdef inline void queue_remove(worker_t *worker, conn_t *conn) noexcept nogil:
     # From whatever list it is on.
-    cdef queue_t *queue = &worker.ready if conn.queued == QUEUED_READY else &worker.held
+    cdef queue_t *queue
     if not conn.queued:
         return
+    queue = queue_of(worker, conn, conn.queued)
     conn.queued = 0
     if conn.queue_prev == WHEEL_NONE:
         queue.head = conn.queue_next

@@ -107,6 +107,8 @@ cdef enum conn_state_t:
     CONN_DIALLING
     CONN_RELAYING
     CONN_RESETTING     # one side was reset; the other still takes what had arrived before
+    CONN_ASIDE         # accepted while many were; waits for its source's turn
+    CONN_QUEUED        # waits for a place in the cluster; costs no upstream, and nothing of the client's is read
 
 cdef enum:
     # side_t.flags: what is known of a socket between two turns of the edge-triggered epoll
@@ -132,6 +134,8 @@ cdef enum:
 cdef enum:
     QUEUED_READY = 1       # used up its budget: goes on at the next turn
     QUEUED_HELD = 2        # waits for more of a stream, until its time
+    QUEUED_LINE = 3        # in the line for a place in its cluster
+    QUEUED_LANE = 4        # among the accepted of its source
 
 cdef enum flow_t:
     FLOW_BLOCKED           # waits for an event
@@ -229,9 +233,11 @@ ctypedef struct dial_t:
     uint64_t left_at_ms              # downstream has ended without a byte: when we believe that it left; 0: no
     uint64_t attempt_started_ns
     uint32_t tried[MAX_ATTEMPTS]
-    int32_t last_errno
     uint8_t last_reason
     uint8_t handshaking              # connected; TLS with the upstream is under way
+    uint8_t picked                   # an endpoint is chosen and its place taken, before conn_dial
+    uint8_t retrying                 # counted in the cluster's `retrying`
+    uint8_t paused                   # the pause before this attempt is behind it
 
 ctypedef union phase_t:
     dial_t dial            # until the relay: the cluster from the route on
@@ -290,6 +296,7 @@ ctypedef struct conn_t:
     address_t source
     address_t destination
     address_t endpoint
+    uint16_t queued_ms               # waited for a place; 0: didn't
 
 cdef enum:
     LOG_NEVER = 0
@@ -361,6 +368,7 @@ ctypedef struct workload_t:
     uint32_t identity                # id; 0: none
     uint32_t policies                # index of its set
     uint8_t taken                    # the place in the table is
+    uint32_t id                      # the same for all of its addresses and for as long as its name is used
 
 ctypedef struct prefix_t:
     uint8_t ip[16]
@@ -388,6 +396,30 @@ ctypedef struct exact_route_t:
     uint16_t port
     uint32_t route                   # index + 1; 0: empty
 
+ctypedef struct rate_t:
+    # New connections in a time.
+    uint64_t interval_ns             # between two in the long run; 0: no limit
+    uint64_t tolerance_ns            # how much sooner one may come: burst - 1 intervals
+
+ctypedef struct rates_t:
+    rate_t total, source, workload, identity
+
+cdef enum:
+    BUCKETS = 65536                  # keys that are told apart at a time
+    BUCKET_WAYS = 8                  # places for a key
+    BUCKET_SPARE = 64
+
+ctypedef struct bucket_t:
+    uint64_t key                     # 0: was never used
+    uint64_t arrival_ns              # theoretical arrival time of the next; one that is over says that the bucket is full
+
+ctypedef struct buckets_t:
+    # By source, workload and identity, for all workers. Owner: the Engine object, which makes it when a rate is first configured.
+    uint64_t seed
+    uint64_t overflows
+    uint64_t spare[BUCKET_SPARE]     # arrival times that keys share for which there is no place
+    bucket_t buckets[BUCKETS]
+
 ctypedef struct listener_t:
     listener_stat_t *stat
     int *fds                         # one a worker; owner: the control loop
@@ -408,6 +440,8 @@ ctypedef struct listener_t:
     uint8_t resumption
     uint8_t close_expired
     uint8_t flags
+    uint8_t rated                    # it or the process has a rate that is looked at before TLS
+    rates_t rates
 
 ctypedef struct plan_t:
     # Immutable once published. Owner: the control loop, which frees it when every worker has seen a later one.
@@ -450,6 +484,8 @@ ctypedef struct plan_t:
     uint32_t revoked_mask
     uint64_t trust                   # live connections are looked at again when this changes
     int64_t max_handshakes_per_source
+    rates_t rates                    # of the process
+    uint8_t rates_identities         # it or a listener has a rate by identity
 
 ctypedef struct record_t:
     uint64_t ended_unix_ms
@@ -478,6 +514,7 @@ ctypedef struct record_t:
     uint8_t alert
     uint32_t policy
     uint32_t dry_policy
+    int32_t queued_ms                # -1: didn't wait
 
 ctypedef struct ring_t:
     # Records of one worker on their way up. One producer, one consumer; positions only grow.
@@ -534,6 +571,23 @@ ctypedef struct queue_t:
     # Connections of a worker, linked through their slots.
     uint32_t head, tail
 
+ctypedef struct waiting_t:
+    # A worker's line for places in one cluster, first come first served. Owner: the worker, for as long as somebody is in it.
+    queue_t queue
+    cluster_stat_t *stat
+    waiting_t *next
+    waiting_t *prev
+
+cdef enum:
+    LANES = 1024
+
+ctypedef struct lanes_t:
+    # Accepted connections that wait for the turn of their source. Owner: the worker.
+    queue_t lanes[LANES]
+    uint32_t following[LANES]        # lane that has its turn after this one
+    uint32_t first, last             # of those that have a connection
+    uint32_t n
+
 ctypedef struct engine_t:
     # What the workers share. Owner: the Engine object.
     plan_t *plan                     # published; workers load it once a turn
@@ -545,6 +599,9 @@ ctypedef struct engine_t:
     sources_t *handshakes            # with downstreams, under way
     uint64_t revocation_seed         # so that nobody can choose a certificate whose key is that of a revoked one
     cluster_stat_t *no_cluster       # for connections that end before a cluster is known
+    int *wake_fds                    # one a worker; owner: the worker
+    buckets_t *buckets               # NULL until a rate by key is configured
+    uint64_t arrival_ns              # of the process's rate, as bucket_t
 
 ctypedef struct worker_t:
     engine_t *engine
@@ -596,4 +653,8 @@ ctypedef struct worker_t:
     chain_t *chains
     uint32_t recheck_slot            # the next connection to look at after a change of trust
     uint32_t recheck_end             # 0: none are left
+    waiting_t *lines                 # those that somebody is in
+    uint8_t serving                  # places may be free for them
+    uint64_t put_aside               # connections that waited for the turn of their source
+    lanes_t lanes
     epoll_event events[MAX_EVENTS]

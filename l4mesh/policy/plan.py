@@ -15,6 +15,7 @@ from l4mesh.model import (
     Listener,
     Network,
     ProxyProtocol,
+    Rates,
     Route,
     SocketAddress,
     TlsMode,
@@ -26,6 +27,8 @@ Prefix = tuple[Packed, int]
 Target = tuple[int, int]
 Pattern = tuple[int, bytes]
 """Kind and text: exact, prefix, suffix, any."""
+RateRows = tuple[tuple[int, int], ...]
+"""(ns between two connections or 0, burst) in all, by source, by workload and by identity."""
 RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Pattern], list[Pattern], list[Target]]
 
 LISTENER_REDIRECT = 1
@@ -87,6 +90,11 @@ class ClusterSettings(TypedDict):
     keepalive_count: int
     user_timeout_ms: int
     bounded_load_percent: int
+    queue_size: int
+    queue_timeout_ms: int
+    retry_permille: int
+    retry_minimum: int
+    backoff_ms: int
 
 
 def pack_ip(host: str) -> Packed:
@@ -158,7 +166,17 @@ def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
         keepalive_count=cluster.keepalive.count,
         user_timeout_ms=cluster.user_timeout_ms,
         bounded_load_percent=round(cluster.bounded_load * 100),
+        queue_size=cluster.queue_size,
+        queue_timeout_ms=cluster.queue_timeout_ms,
+        retry_permille=round(cluster.retry_share * 1000),
+        retry_minimum=cluster.retry_minimum,
+        backoff_ms=cluster.backoff_ms,
     )
+
+
+def compile_rates(rates: Rates) -> RateRows:
+    rows = (rates.total, rates.source, rates.workload, rates.identity)
+    return tuple((rate.interval_ns, rate.burst) if rate else (0, 1) for rate in rows)
 
 
 def endpoint_tier(cluster: Cluster, endpoint_zone: str, node_zone: str) -> int:

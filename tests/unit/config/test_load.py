@@ -66,6 +66,7 @@ def test_the_reference_names_every_key_with_its_default() -> None:
         "max_connections",
         "max_connections_per_source",
         "max_handshakes_per_source",
+        "rates",
         "splice",
         "mark",
         "return_mark",
