@@ -8,12 +8,13 @@
 # once more. One that gives a place back counts it off `active` and then looks at `waiting`; all four are sequentially consistent. In
 # their single order either the count comes before the second look, which then finds the place, or the joining comes before the look at
 # `waiting`, which then finds somebody. `places_offer` fences before it reads the rows, for the same reason. The mark `offered` saves
-# eventfd writes: it is set with release after the place is free, and taken off with acquire before the line is served.
+# eventfd writes: it is set with release after the place is free, and taken off with acquire before the line is served, and when a new
+# line begins, before its first looks once more.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from l4mesh._native.atomic cimport add_ordered, add_u, exchange, fence, load, store, swap_if
+from l4mesh._native.atomic cimport add_ordered, add_u, exchange, fence, load, load_acquire, store, store_release, swap_if
 from l4mesh._native.linux cimport write
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.stats cimport cluster_row_t, cluster_stat_t
@@ -39,7 +40,7 @@ cdef inline void places_offer(worker_t *worker, cluster_stat_t *stat) noexcept n
     start = add_u(&stat.turn, 1)
     for i in range(n):
         at = <uint32_t> ((start + i) % n)
-        if load(&stat.rows[at].waiting) == 0:
+        if load_acquire(<uint64_t *> &stat.rows[at].waiting) == 0:
             continue
         if exchange(&stat.rows[at].offered, 1) == 0:
             if at == worker.index:
@@ -64,8 +65,10 @@ cdef inline bint line_join(worker_t *worker, conn_t *conn, uint32_t slot) noexce
             line.next.prev = line
         worker.lines = line
         row.line = line
+        # An offer to the line before, which was empty when it came.
+        exchange(&row.offered, 0)
     queue_push(worker, conn, slot, QUEUED_LINE)
-    store(&row.waiting, row.waiting + 1)
+    store_release(<uint64_t *> &row.waiting, row.waiting + 1)
     return True
 
 
