@@ -32,7 +32,7 @@ from l4mesh._native.balance cimport (
 )
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
-from l4mesh._native.lanes cimport LANE_DIRECT, LANE_TURN, LANES_FULL, lanes_init, lanes_pop, lanes_push
+from l4mesh._native.lanes cimport LANE_DIRECT, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
 from l4mesh._native.places cimport line_join, line_leave, place_take, places_offer
@@ -73,6 +73,7 @@ cdef enum:
     RATE_IDENTITY = 2
     RATE_KINDS = 3
     ACCEPT_BURST_MAX = 64
+    ACCEPT_BURST_DEEP = 512
     ACCEPT_PAUSE_MS = 100         # as long as it takes for descriptors to come back, short enough not to be noticed
     SETTLE_MS = 2000              # keepalive is set on connections that live this long: most don't
     LEFT_GRACE_MS = 100           # a client that ended without a byte is taken to have left if we still dial after this
@@ -239,14 +240,17 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
 
 cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil:
     # Takes as many connections as the queue was deep last time: the level-triggered epoll tells of the rest, which spares the
-    # call that only says EAGAIN.
+    # call that only says EAGAIN. While lanes are in use it is emptied, for the sake of those at its end.
     cdef armed_t *armed = &worker.armed[armed_index]
     cdef const listener_t *listener = &worker.plan.listeners[armed.listener]
     cdef sockaddr_storage storage
     cdef socklen_t size
+    cdef uint32_t most = armed.burst
     cdef uint32_t taken = 0
     cdef int fd
-    while taken < armed.burst and (worker.lanes.n < LANES_FULL or armed.burst > ACCEPT_BURST_MAX):
+    if worker.lanes.n and most <= ACCEPT_BURST_MAX:
+        most = ACCEPT_BURST_DEEP if worker.lanes.n < LANES_FULL else 0
+    while taken < most:
         if load(&worker.engine.active) >= worker.plan.max_connections:
             accept_pause(worker)
             return
@@ -297,6 +301,7 @@ cdef bint conn_accept(
         conn_refuse(worker, conn, slot, CLOSE_SELF_CALL)
     elif aside:
         conn.state = CONN_ASIDE
+        worker.put_aside += 1
         lanes_push(worker, conn, slot)
     else:
         conn_begin(worker, conn, slot, listener)
@@ -314,7 +319,7 @@ cdef void conn_begin(worker_t *worker, conn_t *conn, uint32_t slot, const listen
 
 
 cdef void lanes_serve(worker_t *worker, uint32_t most) noexcept nogil:
-    # Begins with up to `most` of those that were put aside.
+    # Begins or goes on with up to `most` of those whose turn it is.
     cdef const listener_t *listener
     cdef conn_t *conn
     cdef uint32_t slot, _i
@@ -323,6 +328,9 @@ cdef void lanes_serve(worker_t *worker, uint32_t most) noexcept nogil:
         if slot == WHEEL_NONE:
             return
         conn = conn_at(worker, slot)
+        if conn.state == CONN_RELAYING:
+            conn_relay(worker, conn, slot)
+            continue
         conn.state = CONN_PREFACE
         listener = conn_listener(worker, conn)
         if listener == NULL:
@@ -1586,6 +1594,8 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             # No read will come across this error any more.
             conn.errno_seen = socket_error(one_side.fd)
             conn_reset(worker, conn, slot, side)
+        elif conn.queued != QUEUED_HELD and lane_is_in_use(worker, conn):
+            lanes_push(worker, conn, slot)
         else:
             conn_relay(worker, conn, slot)
     elif conn.state == CONN_DIALLING:

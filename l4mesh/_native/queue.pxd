@@ -46,6 +46,8 @@ cdef inline void queue_remove(worker_t *worker, conn_t *conn) noexcept nogil:
     if not conn.queued:
         return
     queue = queue_of(worker, conn, conn.queued)
+    if conn.queued == QUEUED_LANE:
+        worker.lanes.n -= 1
     conn.queued = 0
     if conn.queue_prev == WHEEL_NONE:
         queue.head = conn.queue_next
