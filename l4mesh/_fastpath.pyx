@@ -41,7 +41,7 @@ from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.rates cimport bucket_take, rate_take
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
 from l4mesh._native.retries cimport retry_pause_ms, retry_take
-from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free
@@ -81,7 +81,7 @@ cdef enum:
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
     EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     TUNE_BYTES = 1048576          # what makes a half a stream, whose socket is worth a look
-    RECHECKS = 256                # live connections that are looked at again at one turn
+    SWEEP_STEP = 256              # live connections that a sweep looks at in one turn
     LOOK_MS = 25                  # between two looks, of one that dials on, for a place at an endpoint it has not tried
 
 
@@ -236,6 +236,25 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
         event.events = EPOLLIN
         event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
         epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event)
+
+
+cdef void worker_set_accept_mode(worker_t *worker, int64_t mode) noexcept nogil:
+    # Stops accepting, or begins again. The sockets stay open: they are the control loop's.
+    cdef epoll_event event
+    cdef uint32_t i
+    if mode == ACCEPT_ON:
+        worker_arm(worker)
+    elif worker.accept_mode == ACCEPT_ON:
+        for i in range(worker.n_armed):
+            if worker.accept_paused_until_ms == 0:
+                epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
+        for i in range(worker.n_armed):
+            if mode == ACCEPT_EMPTY:
+                worker.armed[i].burst = 65536
+                listener_accept(worker, i)
+        worker.n_armed = 0
+        worker.accept_paused_until_ms = 0
+    store_release(<uint64_t *> &worker.accept_mode, <uint64_t> mode)
 
 
 cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil:
@@ -758,7 +777,7 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
         conn.side[DOWNSTREAM].flags |= SIDE_READABLE
-        conn_handshake(worker, conn, slot)
+        queue_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -797,8 +816,7 @@ cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
         left_ms = <uint64_t> left_s * 1000 if left_s > 0 else 0
         spread_ms = left_ms // 10 if left_ms < 10 * EXPIRY_SPREAD_MS else EXPIRY_SPREAD_MS
         left_ms += worker.now_ms + worker_random(worker) % (spread_ms + 1)
-        if conn.expires_at_ms == 0 or left_ms < conn.expires_at_ms:
-            conn.expires_at_ms = left_ms
+        conn_end_by(conn, left_ms, CLOSE_PEER_CERTIFICATE)
 
 
 # -- authorize ---------------------------------------------------------------------------------------------------------------
@@ -854,23 +872,6 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
     return conn.state == CONN_QUEUED or conn_authorize(worker, conn)
 
 
-cdef void worker_recheck(worker_t *worker) noexcept nogil:
-    # Some of the live connections at a turn, until all have been looked at under the new plan.
-    cdef uint32_t end = worker.recheck_slot + RECHECKS
-    cdef conn_t *conn
-    cdef int reason
-    if end > worker.recheck_end:
-        end = worker.recheck_end
-    while worker.recheck_slot < end:
-        conn = conn_at(worker, worker.recheck_slot)
-        if conn.state == CONN_RELAYING or conn.state == CONN_QUEUED or (conn.state == CONN_DIALLING and conn.attempts):
-            if not conn_still_trusted(worker, conn, &reason):
-                conn_finish(worker, conn, worker.recheck_slot, reason, True)
-        worker.recheck_slot += 1
-    if worker.recheck_slot == worker.recheck_end:
-        worker.recheck_end = 0
-
-
 cdef inline uint32_t clamp_ms(uint64_t ms) noexcept nogil:
     return <uint32_t> -1 if ms > <uint32_t> -1 else <uint32_t> ms
 
@@ -888,9 +889,7 @@ cdef void conn_copy_settings(worker_t *worker, conn_t *conn, const cluster_setti
     if settings.lifetime_ms:
         # Shortened by chance, so that connections opened together don't all come back together.
         jitter = settings.lifetime_ms * settings.lifetime_jitter_permille // 1000
-        conn.lifetime_at_ms = worker.now_ms + settings.lifetime_ms
-        if jitter:
-            conn.lifetime_at_ms -= worker_random(worker) % jitter
+        conn_end_by(conn, worker.now_ms + settings.lifetime_ms - (worker_random(worker) % jitter if jitter else 0), CLOSE_LIFETIME)
 
 
 # -- dial --------------------------------------------------------------------------------------------------------------------
@@ -1147,7 +1146,7 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
     # An event while we dial.
     if side == UPSTREAM:
         if conn.phase.dial.handshaking:
-            dial_handshake(worker, conn, slot)
+            queue_push(worker, conn, slot, QUEUED_HEAVY)
         elif events & (EPOLLERR | EPOLLHUP):
             dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
             conn_dial(worker, conn, slot)
@@ -1202,7 +1201,7 @@ cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
         return
     conn.phase.dial.handshaking = 1
     conn.phase.dial.attempt_at_ms = worker.now_ms + cluster.settings.handshake_ms
-    dial_handshake(worker, conn, slot)
+    queue_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void dial_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -1255,6 +1254,8 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     conn.state = CONN_RELAYING
     conn.active_ms = worker.now_ms
     conn.side[UPSTREAM].flags |= SIDE_WRITABLE
+    if worker.engine.leave_reason or (conn.endpoint_stat != NULL and conn.endpoint_stat.leave_reason):
+        conn_look(worker, conn, slot, False)
     conn_arm(worker, conn, slot, conn_deadline(worker, conn))
     if conn.proxy_protocol and conn.side[UPSTREAM].tls == NULL and not conn_send_proxy_header(worker, conn):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
@@ -1293,10 +1294,10 @@ cdef uint64_t conn_deadline(const worker_t *worker, const conn_t *conn) noexcept
             quiet_ms = conn.half_closed_ms
     if quiet_ms:
         at = conn.active_ms + quiet_ms
-    if conn.lifetime_at_ms and (at == 0 or conn.lifetime_at_ms < at):
-        at = conn.lifetime_at_ms
-    if conn.expires_at_ms and (at == 0 or conn.expires_at_ms < at):
-        at = conn.expires_at_ms
+    if conn.ends_at_ms and (at == 0 or conn.ends_at_ms < at):
+        at = conn.ends_at_ms
+    if conn.leaves_at_ms and (at == 0 or conn.leaves_at_ms < at):
+        at = conn.leaves_at_ms
     if not conn.settled and (at == 0 or worker.now_ms + SETTLE_MS < at):
         at = worker.now_ms + SETTLE_MS
     return at
@@ -1420,7 +1421,7 @@ cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) no
     conn.state = CONN_RESETTING
     conn.first_end = <uint8_t> side
     conn.linger_ms = 1
-    conn.lifetime_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
+    conn.ends_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
     conn_drain(worker, conn, slot)
 
 
@@ -1438,12 +1439,12 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     if flow == FLOW_MORE:
         queue_push(worker, conn, slot, QUEUED_READY)
     elif flow == FLOW_BLOCKED:
-        conn_arm(worker, conn, slot, conn.lifetime_at_ms)
+        conn_arm(worker, conn, slot, conn.ends_at_ms)
     elif (
         (flow == FLOW_END or flow == FLOW_SOURCE_RESET)
         # A side that was reset as well acknowledges nothing more; that may have been told before, while its half waited.
         and not conn.side[1 - side].flags & (SIDE_ERROR | SIDE_RESET)
-        and worker.now_ms < conn.lifetime_at_ms
+        and worker.now_ms < conn.ends_at_ms
         and ioctl(conn.side[1 - side].fd, SIOCOUTQ, &queued) == 0
         and queued > 0
     ):
@@ -1452,6 +1453,74 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
             conn.linger_ms *= 2
     else:
         conn_finish(worker, conn, slot, conn.reset_reason, True)
+
+
+# -- ends that can wait -------------------------------------------------------------------------------------------------------
+# The gradual closer: whatever ends connections that still work (drain, an endpoint that is gone, a certificate that has expired, age)
+# gives each a time of its own by chance, so that their clients don't all come back together.
+
+cdef inline void conn_end_by(conn_t *conn, uint64_t at_ms, int reason) noexcept nogil:
+    # Whatever happens until then: the earliest of what sets an end.
+    if conn.ends_at_ms == 0 or at_ms < conn.ends_at_ms:
+        conn.ends_at_ms = at_ms
+        conn.end_reason = <uint8_t> reason
+
+
+cdef void conn_leave(worker_t *worker, conn_t *conn, uint32_t slot, int reason, uint32_t over_ms) noexcept nogil:
+    # Told again, by the next sweep, it keeps its time: else sweep after sweep would hurry it.
+    cdef uint64_t at_ms
+    if conn.leaves_at_ms and conn.leave_reason == reason:
+        return
+    at_ms = worker.now_ms + worker_random(worker) % (<uint64_t> over_ms + 1)
+    if conn.leaves_at_ms == 0 or at_ms < conn.leaves_at_ms:
+        conn.leaves_at_ms = at_ms
+        conn.leave_reason = <uint8_t> reason
+        conn_arm(worker, conn, slot, at_ms)
+
+
+cdef bint leave_stands(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # An endpoint may be well again, a takeover called off.
+    if conn.leave_reason == worker.engine.leave_reason or conn.leave_reason == CLOSE_REBALANCED:
+        return True
+    return conn.endpoint_stat != NULL and conn.endpoint_stat.leave_reason == conn.leave_reason
+
+
+cdef void conn_look(worker_t *worker, conn_t *conn, uint32_t slot, bint swept) noexcept nogil:
+    # Is there a reason to leave? Asked by every sweep, and once connected.
+    cdef const endpoint_stat_t *stat = conn.endpoint_stat
+    if worker.engine.leave_reason:
+        conn_leave(worker, conn, slot, worker.engine.leave_reason, worker.engine.leave_over_ms)
+    if stat == NULL or stat.leave_reason == 0:
+        return
+    if stat.leave_permille == 1000 or (
+        swept and stat.leave_sweep == worker.sweep and worker_random(worker) % 1000 < stat.leave_permille
+    ):
+        conn_leave(worker, conn, slot, stat.leave_reason, stat.leave_over_ms)
+
+
+cdef void worker_begin_sweep(worker_t *worker) noexcept nogil:
+    worker.sweep_slot = 0
+    worker.sweep_end = worker.n_chunks * CONN_CHUNK
+
+
+cdef void worker_sweep(worker_t *worker) noexcept nogil:
+    # Some of the live connections at a turn, until all have been looked at.
+    cdef uint32_t end = worker.sweep_slot + SWEEP_STEP
+    cdef conn_t *conn
+    cdef int reason
+    if end > worker.sweep_end:
+        end = worker.sweep_end
+    while worker.sweep_slot < end:
+        conn = conn_at(worker, worker.sweep_slot)
+        if conn.state == CONN_RELAYING or conn.state == CONN_QUEUED or (conn.state == CONN_DIALLING and conn.attempts):
+            if worker.sweep_trust and not conn_still_trusted(worker, conn, &reason):
+                conn_finish(worker, conn, worker.sweep_slot, reason, True)
+            elif conn.state != CONN_QUEUED:
+                conn_look(worker, conn, worker.sweep_slot, True)
+        worker.sweep_slot += 1
+    if worker.sweep_slot >= worker.sweep_end:
+        worker.sweep_end = 0
+        worker.sweep_trust = 0
 
 
 # -- close and record --------------------------------------------------------------------------------------------------------
@@ -1606,7 +1675,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
         else:
             conn_drain(worker, conn, slot)
     elif conn.state == CONN_HANDSHAKE:
-        conn_handshake(worker, conn, slot)
+        queue_push(worker, conn, slot, QUEUED_HEAVY)
     elif conn.state == CONN_HELLO:
         conn_hello(worker, conn, slot, False)
     elif conn.state == CONN_QUEUED:
@@ -1647,17 +1716,19 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
         else:
             conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     elif conn.state == CONN_RESETTING:
-        if worker.now_ms >= conn.lifetime_at_ms:
+        if worker.now_ms >= conn.ends_at_ms:
             conn_finish(worker, conn, slot, conn.reset_reason, True)
         else:
             conn_drain(worker, conn, slot)
     else:
-        if conn.lifetime_at_ms and worker.now_ms >= conn.lifetime_at_ms:
-            conn_finish(worker, conn, slot, CLOSE_LIFETIME, True)
+        if conn.ends_at_ms and worker.now_ms >= conn.ends_at_ms:
+            conn_finish(worker, conn, slot, conn.end_reason, True)
             return
-        if conn.expires_at_ms and worker.now_ms >= conn.expires_at_ms:
-            conn_finish(worker, conn, slot, CLOSE_PEER_CERTIFICATE, True)
-            return
+        if conn.leaves_at_ms and worker.now_ms >= conn.leaves_at_ms:
+            if leave_stands(worker, conn):
+                conn_finish(worker, conn, slot, conn.leave_reason, True)
+                return
+            conn.leaves_at_ms = 0
         at = conn_deadline(worker, conn)
         if at and at <= worker.now_ms:
             if (conn.phase.half[0].flags | conn.phase.half[1].flags) & HALF_ENDED:
@@ -1690,15 +1761,23 @@ cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
                 listener_accept(worker, i)
                 lanes_serve(worker, worker.lanes.n)
         if worker.plan.trust != plan.trust:
-            worker.recheck_slot = 0
-            worker.recheck_end = worker.n_chunks * CONN_CHUNK
+            worker.sweep_trust = 1
+            worker_begin_sweep(worker)
     worker.accept_paused_until_ms = 0
     for i in range(worker.n_armed):
         if not paused:
             epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
     worker.plan = plan
     worker_adopt_lines(worker)
-    worker.n_armed = plan.n_listeners
+    if worker.accept_mode == ACCEPT_ON:
+        worker_arm(worker)
+
+
+cdef void worker_arm(worker_t *worker) noexcept nogil:
+    # Watches the listening sockets of its plan.
+    cdef const plan_t *plan = worker.plan
+    cdef uint32_t i
+    worker.n_armed = plan.n_listeners if plan != NULL else 0
     for i in range(worker.n_armed):
         worker.armed[i].fd = plan.listeners[i].fds[worker.index]
         worker.armed[i].listener = i
@@ -1752,7 +1831,7 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
 
 cdef inline int worker_wait_ms(const worker_t *worker) noexcept nogil:
     cdef uint64_t at = wheel_next_ms(&worker.wheel)
-    if worker.ready.head != WHEEL_NONE or worker.recheck_end or worker.lanes.n or worker.serving:
+    if worker.ready.head != WHEEL_NONE or worker.heavy.head != WHEEL_NONE or worker.sweep_end or worker.lanes.n or worker.serving:
         return 0
     if worker.accept_paused_until_ms and (at == 0 or worker.accept_paused_until_ms < at):
         at = worker.accept_paused_until_ms
@@ -1782,9 +1861,39 @@ cdef inline int worker_wait(worker_t *worker) noexcept nogil:
     return epoll_wait(worker.epoll_fd, worker.events, MAX_EVENTS, wait_ms)
 
 
+cdef void worker_serve_heavy(worker_t *worker) noexcept nogil:
+    # Steps of handshakes: one, or as many as take as long as the rest of the turn did. Then others get their turn: else a batch of
+    # handshakes would hold up every byte that is to be relayed (HAProxy's TL_HEAVY).
+    cdef uint64_t began_ns, took_ns
+    cdef conn_t *conn
+    cdef uint32_t slot
+    if worker.heavy.head == WHEEL_NONE:
+        return
+    began_ns = clock_ns(CLOCK_MONOTONIC)
+    took_ns = began_ns - worker.now_ns
+    while worker.heavy.head != WHEEL_NONE:
+        slot = worker.heavy.head
+        conn = conn_at(worker, slot)
+        queue_remove(worker, conn)
+        if conn.state == CONN_HANDSHAKE:
+            conn_handshake(worker, conn, slot)
+        elif conn.state == CONN_DIALLING and conn.phase.dial.handshaking:
+            dial_handshake(worker, conn, slot)
+        if clock_ns(CLOCK_MONOTONIC) - began_ns >= took_ns:
+            break
+
+
+cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
+    # Events of listeners in this batch carry indexes of what was armed before.
+    cdef int i
+    for i in range(n):
+        if worker.events[i].data.u64 >> 32 == TAG_LISTENER:
+            worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
+
+
 cdef void worker_turn(worker_t *worker) noexcept nogil:
     # One turn: wait, adopt a new plan, serve events, then those that used up their budget, then streams that were held long enough,
-    # then timers.
+    # then handshakes, then timers.
     cdef int n = worker_wait(worker)
     cdef plan_t *plan = <plan_t *> load_pointer(<void **> &worker.engine.plan)
     cdef uint64_t tag, count
@@ -1796,12 +1905,15 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     if plan != worker.plan:
         worker_adopt(worker, plan)
         store_release(&worker.seen_generation, plan.generation)
-        # Events of listeners in this batch carry indexes of the plan before.
-        for i in range(n):
-            if worker.events[i].data.u64 >> 32 == TAG_LISTENER:
-                worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
+        worker_forget_listeners(worker, n)
     elif worker.accept_paused_until_ms and worker.now_ms >= worker.accept_paused_until_ms:
         accept_resume(worker)
+    if load(&worker.engine.accept_mode) != worker.accept_mode:
+        worker_set_accept_mode(worker, load(&worker.engine.accept_mode))
+        worker_forget_listeners(worker, n)
+    if load_acquire(&worker.engine.sweep) != worker.sweep:
+        worker.sweep = load_acquire(&worker.engine.sweep)
+        worker_begin_sweep(worker)
     for i in range(n):
         tag = worker.events[i].data.u64
         if tag >> 32 == TAG_LISTENER:
@@ -1824,6 +1936,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
             break
     while worker.held.head != WHEEL_NONE and conn_at(worker, worker.held.head).held_until_ns <= worker.now_ns:
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
+    worker_serve_heavy(worker)
     slot = wheel_expire(&worker.wheel, worker.now_ms)
     while slot != WHEEL_NONE:
         conn_timeout(worker, conn_at(worker, slot), slot)
@@ -1832,8 +1945,8 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         lanes_serve(worker, LANE_TURN)
     if worker.serving:
         worker_serve_lines(worker)
-    if worker.recheck_end:
-        worker_recheck(worker)
+    if worker.sweep_end:
+        worker_sweep(worker)
     if load_acquire(<uint64_t *> &worker.page.state) == 1:
         worker_show_page(worker)
 

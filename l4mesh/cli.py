@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -69,7 +72,8 @@ def cli() -> None:
 @cli.command(cls=Examples, epilog="l4mesh run -c /etc/l4mesh")
 @config_option
 def run(paths: tuple[Path, ...]) -> None:
-    """Run in the foreground until SIGTERM. SIGHUP looks at the files at once and reopens the access log."""
+    """Run in the foreground until SIGTERM, which drains, or SIGINT, which ends it at once. SIGHUP looks at the files at once and
+    reopens the access log."""
     from l4mesh.runtime.app import run as run_app
 
     sys.exit(run_app(_paths(paths)))
@@ -370,6 +374,29 @@ def status(admin: str, as_json: bool) -> None:
         click.echo(_as_json({"status": answers[0], "clusters": answers[1]["clusters"]}))
     else:
         print_status(_console(), answers[0], answers[1]["clusters"])
+
+
+@cli.command(cls=Examples, epilog="l4mesh drain --admin unix:/run/l4mesh/admin.sock")
+@admin_option
+def drain(admin: str) -> None:
+    """End the running process without haste: no new connections, time for those that are there (`drain`). Waits for its end."""
+    pid = _ask(admin, "/status")[0]["pid"]
+    try:
+        # The process may be one of another PID namespace, and its number that of a stranger here.
+        if b"l4mesh" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            raise FileNotFoundError
+        process = os.pidfd_open(pid)
+    except OSError:
+        raise CommandError(
+            f"the process that answers at {admin} is not process {pid} here: is it in a container? Drain it there"
+        ) from None
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+    except PermissionError:
+        raise CommandError(f"process {pid} is another user's: drain it as that user, or as root") from None
+    click.echo(f"process {pid} drains")
+    select.select([process], [], [])
+    click.echo("it has ended")
 
 
 @cli.command(cls=Examples, epilog="l4mesh connections --limit 20")

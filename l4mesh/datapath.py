@@ -44,7 +44,8 @@ from l4mesh.snapshot import (
     WorkerSnapshot,
 )
 
-RECORDS_PER_WAKE = 512
+RECORDS_AT_ONCE = 512
+GATHER_S = 0.02
 COLLECT_DEADLINE_S = 10.0
 _STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "accepted", 8: "queued"}
 _REASONS = tuple(CloseReason)
@@ -118,6 +119,7 @@ class Datapath:
         self._trust = 0
         self._threads: list[threading.Thread] = []
         self._woken: asyncio.Event | None = None
+        self._gathering: asyncio.Handle | None = None
         self._page_locks: list[asyncio.Lock] = []
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -144,6 +146,8 @@ class Datapath:
         for thread in self._threads:
             thread.join()
         asyncio.get_running_loop().remove_reader(self._engine.fileno())
+        if self._gathering:
+            self._gathering.cancel()
         while self._drain_records():
             pass
 
@@ -271,6 +275,34 @@ class Datapath:
             now_ms = time.monotonic_ns() // 1_000_000
             stat.warm(now_ms, now_ms + over_ms)
 
+    def close_endpoint(self, cluster: str, address: str, reason: CloseReason, over_ms: int) -> None:
+        """Ends its connections, each at a moment of its own within ``over_ms``, and so those that are made yet, until
+        ``keep_endpoint``."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            self._engine.leave([(stat, 1000)], reason, over_ms)
+
+    def keep_endpoint(self, cluster: str, address: str) -> None:
+        """Calls ``close_endpoint`` off: connections that have not ended yet, stay."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            stat.stay()
+
+    def close_all(self, reason: CloseReason, over_ms: int) -> None:
+        """Ends every connection, each at a moment of its own within ``over_ms``, and so those that are made yet."""
+        self._engine.leave_all(reason, over_ms)
+
+    @property
+    def active(self) -> int:
+        """Live connections."""
+        return self._engine.active
+
+    async def stop_accepting(self) -> None:
+        """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""
+        self._engine.set_accept_mode(1)
+        while not self._engine.accept_mode_seen:
+            await asyncio.sleep(0.001)
+
     def set_panic(self, cluster: str, panic: bool) -> None:
         """Whether workers pick the cluster's endpoints that are out as well."""
         entry = self._clusters.get(cluster)
@@ -357,7 +389,13 @@ class Datapath:
                 continue
             kept = after.endpoints if after else {}
             self._removed.compiled.append(before.compiled)
-            self._removed.endpoints += [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            gone = [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
+            self._removed.endpoints += gone
+            drain = (after or before).model.drain
+            if gone and drain.removed_ms:
+                self._engine.leave([(stat, 1000) for stat in gone], CloseReason.ENDPOINT_REMOVED, drain.removed_ms)
+            if after and drain.rebalance_ms:
+                self._rebalance(before, after)
             if after is None:
                 self._removed.clusters.append((name, before.compiled.stat, False))
         for name, listener in self._listeners.items():
@@ -365,6 +403,22 @@ class Datapath:
                 self._removed.listeners.append((name, listener, False))
         self._clusters = entries
         self._listeners = listeners
+
+    def _rebalance(self, before: _ClusterEntry, after: _ClusterEntry) -> None:
+        """Endpoints have joined: of the others' connections, as many as are above their share end over time and find new places."""
+        weights = {endpoint.address: endpoint.weight for endpoint in after.model.endpoints}
+        if not sum(weights.values()) or all(address in before.endpoints for address in weights):
+            return
+        active = {address: stat.active for address, stat in after.endpoints.items()}
+        each = sum(active.values()) / sum(weights.values())
+        leave = []
+        for address, stat in after.endpoints.items():
+            excess = active[address] - each * weights[address]
+            if excess >= 1:
+                # Never all of them: that would mean those to come as well.
+                leave.append((stat, min(999, round(1000 * excess / active[address]))))
+        if leave:
+            self._engine.leave(leave, CloseReason.REBALANCED, after.model.drain.rebalance_ms)
 
     def tick(self) -> None:
         """Forgets what was removed, has no connection left and nothing more to report. Call it about once a second."""
@@ -480,19 +534,31 @@ class Datapath:
         os.eventfd_read(self._engine.fileno())
         if self._woken is not None:
             self._woken.set()
-        if self._drain_records():
-            # More waits than one turn of the loop should take: write the eventfd again instead of starving the rest.
-            os.eventfd_write(self._engine.fileno(), 1)
+        if self._gathering is None:
+            self._gather()
 
-    def _drain_records(self) -> bool:
-        """Reports what waits, a bounded number; true when there may be more."""
-        more = False
+    def _gather(self) -> None:
+        """Reports the records that are there. As long as some come, the next are left to gather for a moment: to be woken for each
+        costs ten times as much as to write it."""
+        loop = asyncio.get_running_loop()
+        taken = self._drain_records()
+        if taken == 0 and all(self._engine.park_records(worker) for worker in range(self._n_workers)):
+            self._gathering = None
+        elif taken >= RECORDS_AT_ONCE:
+            # More than one turn of the loop should take.
+            self._gathering = loop.call_soon(self._gather)
+        else:
+            self._gathering = loop.call_later(GATHER_S, self._gather)
+
+    def _drain_records(self) -> int:
+        """Reports what waits, a bounded number of each worker, and gives the greatest of these."""
+        most = 0
         for worker in range(self._n_workers):
-            records = self._engine.take_records(worker, RECORDS_PER_WAKE)
+            records = self._engine.take_records(worker, RECORDS_AT_ONCE)
             if records:
                 self._on_records([self._name_record(worker, record) for record in records])
-            more |= len(records) == RECORDS_PER_WAKE
-        return more
+            most = max(most, len(records))
+        return most
 
     def _name_record(self, worker: int, record: _fastpath.Record) -> ConnectionRecord:
         ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]

@@ -249,6 +249,26 @@ class ClusterTls:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterDrain:
+    """Times over which live connections end because of their endpoint, each at a moment of its own; 0: they are left alone."""
+
+    removed_ms: int = 0
+    """It has left the cluster."""
+    unhealthy_ms: int = 0
+    """It fails its health check."""
+    rebalance_ms: int = 0
+    """Others have joined, and it has more connections than its share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """How the process ends: connections have ``time_ms`` to end by themselves, those that are left are closed over ``over_ms``."""
+
+    time_ms: int = 20_000
+    over_ms: int = 5_000
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -283,6 +303,7 @@ class Cluster:
     """So many may in any case; -1: any number."""
     backoff_ms: int = 0
     """0: no pause between attempts."""
+    drain: ClusterDrain = ClusterDrain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +407,7 @@ class Config:
     max_handshakes_per_source: int = 0
     rates: Rates = Rates()
     """Of the process, over all listeners."""
+    drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

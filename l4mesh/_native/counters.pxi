@@ -49,6 +49,10 @@ cdef class EndpointStat:
         store_u(&self.stat.warm_from_ms, from_ms)
         store_u(&self.stat.warm_until_ms, until_ms)
 
+    def stay(self) -> None:
+        """Calls ``Engine.leave`` off: connections that have not ended yet, stay."""
+        self.stat.leave_reason = 0
+
     def read(self) -> tuple[int, int, int, int, int]:
         """Active, opened, connect failures, bytes to upstream, bytes to downstream."""
         return (

@@ -86,6 +86,7 @@ cdef class Engine:
         worker.ready.head = worker.ready.tail = WHEEL_NONE
         worker.held.head = worker.held.tail = WHEEL_NONE
         lanes_init(&worker.lanes)
+        worker.heavy.head = worker.heavy.tail = WHEEL_NONE
         worker.max_chunks = (self.max_connections + CONN_CHUNK - 1) // CONN_CHUNK
         worker.chunks = <conn_t **> memory(worker.max_chunks * sizeof(void *))
         worker.ring.records = <record_t *> memory(ring_records * sizeof(record_t))
@@ -203,6 +204,41 @@ cdef class Engine:
             load_u(&worker.dry_denied),
         )
 
+    def leave(self, list endpoints not None, int reason, uint32_t over_ms) -> None:
+        """Connections of ``endpoints``, (EndpointStat, per mille of them), end for ``reason``, each at a moment of its own within
+        ``over_ms``. With 1000 those that are made later as well, until ``EndpointStat.stay``."""
+        cdef EndpointStat endpoint
+        for endpoint, permille in endpoints:
+            endpoint.stat.leave_over_ms = over_ms
+            endpoint.stat.leave_permille = permille
+            endpoint.stat.leave_sweep = self.engine.sweep + 1
+            endpoint.stat.leave_reason = <uint8_t> reason
+        self.sweep()
+
+    def leave_all(self, int reason, uint32_t over_ms) -> None:
+        """The same for every connection. Reason 0 calls it off."""
+        self.engine.leave_over_ms = over_ms
+        self.engine.leave_reason = <uint8_t> reason
+        self.sweep()
+
+    cdef void sweep(self) noexcept:
+        store_release(&self.engine.sweep, self.engine.sweep + 1)
+        self.wake()
+
+    def set_accept_mode(self, int64_t mode) -> None:
+        """0: accept. 1: accept what waits, then no more. 2: leave what waits to somebody else who has the sockets."""
+        store(&self.engine.accept_mode, mode)
+        self.wake()
+
+    @property
+    def accept_mode_seen(self) -> bool:
+        """Whether every worker does as ``set_accept_mode`` said."""
+        cdef uint32_t i
+        for i in range(self.engine.n_workers):
+            if load_acquire(<uint64_t *> &self.workers[i].accept_mode) != <uint64_t> self.engine.accept_mode:
+                return False
+        return True
+
     def stop(self) -> None:
         """Makes every ``run()`` end its connections and return."""
         store(&self.engine.stopping, 1)
@@ -250,6 +286,10 @@ cdef class Engine:
             ring_pop(ring)
             limit -= 1
         return records
+
+    def park_records(self, uint32_t index) -> bool:
+        """Makes the eventfd tell of the next record of one worker; false when it is there already. Until then it doesn't."""
+        return ring_park(&self.workers[index].ring)
 
     def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
         """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""

@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from l4mesh._native.address cimport address_hash_ip
 from l4mesh._native.slab cimport conn_at
 from l4mesh._native.types cimport (
-    LANES, QUEUED_HELD, QUEUED_LANE, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
+    LANES, QUEUED_HEAVY, QUEUED_HELD, QUEUED_LANE, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
 )
 from l4mesh._native.wheel cimport WHEEL_NONE
 
@@ -19,6 +19,8 @@ cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t whic
         return &worker.ready
     if which == QUEUED_HELD:
         return &worker.held
+    if which == QUEUED_HEAVY:
+        return &worker.heavy
     if which == QUEUED_LANE:
         return &worker.lanes.lanes[source_lane(conn)]
     return &(<waiting_t *> conn.cluster_stat.rows[worker.index].line).queue

@@ -30,14 +30,15 @@ cdef inline void ring_push(ring_t *ring, int up_fd) noexcept nogil:
 
 
 cdef inline record_t *ring_peek(ring_t *ring) noexcept nogil:
-    # The oldest record, or NULL; then the ring is parked and the next push writes the eventfd.
-    if load_acquire(&ring.head) != ring.tail:
-        return &ring.records[ring.tail & ring.mask]
+    # The oldest record, or NULL.
+    return &ring.records[ring.tail & ring.mask] if load_acquire(&ring.head) != ring.tail else NULL
+
+
+cdef inline bint ring_park(ring_t *ring) noexcept nogil:
+    # The next push writes the eventfd. False: it has come already.
     store(&ring.parked, 1)
     fence()
-    if load_acquire(&ring.head) != ring.tail:
-        return &ring.records[ring.tail & ring.mask]
-    return NULL
+    return load_acquire(&ring.head) == ring.tail
 
 
 cdef inline void ring_pop(ring_t *ring) noexcept nogil:

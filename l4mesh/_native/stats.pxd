@@ -20,13 +20,13 @@ ctypedef struct endpoint_stat_t:
     uint64_t id
     # Written by the control loop.
     int64_t out              # why it takes no connections, a bit each; 0: it does
-    uint64_t warm_from_ms    # slow start: its weight grows from here
-    uint64_t warm_until_ms   # to here; 0: it has its weight
-    uint64_t leave_sweep     # the sweep that its connections leave at
-    uint32_t leave_over_ms   # and the time over which they do
+    uint32_t leave_over_ms   # its connections leave over this time
     uint16_t leave_permille  # how many of them; 1000 are all, and those that come later as well
     uint8_t leave_reason     # close_reason_t; 0: they stay
     uint8_t pad0
+    uint64_t leave_sweep     # of some of them: the sweep that picks them
+    uint64_t warm_from_ms    # slow start: its weight grows from here
+    uint64_t warm_until_ms   # to here; 0: it has its weight
     uint64_t pad1[5]
 
 ctypedef struct cluster_row_t:

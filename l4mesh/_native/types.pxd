@@ -134,8 +134,9 @@ cdef enum:
 cdef enum:
     QUEUED_READY = 1       # used up its budget: goes on at the next turn
     QUEUED_HELD = 2        # waits for more of a stream, until its time
-    QUEUED_LINE = 3        # in the line for a place in its cluster
-    QUEUED_LANE = 4        # among the accepted of its source
+    QUEUED_HEAVY = 3       # has a step of a handshake to do, which costs as much as dozens of a relay
+    QUEUED_LINE = 4        # in the line for a place in its cluster
+    QUEUED_LANE = 5        # among the accepted of its source
 
 cdef enum flow_t:
     FLOW_BLOCKED           # waits for an event
@@ -260,9 +261,9 @@ ctypedef struct conn_t:
     source_t *handshake_count        # while a handshake with the downstream is under way
     uint64_t accepted_ns
     uint64_t active_ms               # the last byte either way
-    uint64_t lifetime_at_ms          # 0: none
+    uint64_t ends_at_ms              # whatever it does then; 0: never. RESETTING: the latest end of that
     uint64_t held_until_ns           # while it is held
-    uint64_t expires_at_ms           # when a peer's certificate has expired and that ends the connection; 0: it doesn't
+    uint64_t leaves_at_ms            # told to leave, as long as leave_reason stands; 0: not
     uint32_t connected_us            # since accept, TLS included; 0: not yet
     uint32_t policy                  # id of the policy that decided; 0: none
     uint32_t dry_policy              # id of the dry-run policy that would have refused
@@ -279,6 +280,8 @@ ctypedef struct conn_t:
     uint8_t listener_flags           # LISTENER_*, copied: a connection outlives its listener
     uint8_t first_end                # side whose FIN came first
     uint8_t reset_reason             # RESETTING: what the connection will end with
+    uint8_t end_reason               # of ends_at_ms
+    uint8_t leave_reason             # of leaves_at_ms
     uint8_t linger_ms                # RESETTING: step between two looks at the send queue
     uint8_t queued                   # QUEUED_*: the list that it is on, if any
     uint8_t proxy_protocol           # version to send, 0: none
@@ -310,6 +313,11 @@ cdef enum:
     LISTENER_WILDCARD = 8            # bound to all addresses: its own is asked for by connection
     LISTENER_OUTBOUND = 16           # takes what leaves this node: policies of local destinations only
     LISTENER_HELLO = 32              # a route asks for SNI or ALPN
+
+cdef enum:
+    ACCEPT_ON = 0
+    ACCEPT_EMPTY = 1                 # no more than what waits already
+    ACCEPT_OFF = 2                   # what waits is left to somebody else who has the sockets
 
 cdef enum:
     TLS_MODE_OFF = 0
@@ -491,7 +499,6 @@ ctypedef struct record_t:
     uint64_t ended_unix_ms
     uint64_t listener_id
     uint64_t cluster_id
-    uint64_t endpoint_id
     address_t source
     address_t destination
     address_t endpoint
@@ -602,6 +609,10 @@ ctypedef struct engine_t:
     int *wake_fds                    # one a worker; owner: the worker
     buckets_t *buckets               # NULL until a rate by key is configured
     uint64_t arrival_ns              # of the process's rate, as bucket_t
+    int64_t accept_mode              # ACCEPT_*, as it should be
+    uint64_t sweep                   # grows when live connections are to be looked at
+    uint32_t leave_over_ms           # all connections leave over this time
+    uint8_t leave_reason             # close_reason_t; 0: they stay
 
 ctypedef struct worker_t:
     engine_t *engine
@@ -615,6 +626,7 @@ ctypedef struct worker_t:
     uint32_t n_chunks, max_chunks
     uint32_t free_slot               # head of the list of free slots
     queue_t ready                    # connections that used up their budget
+    queue_t heavy                    # connections with a step of a handshake to do
     queue_t held                     # connections whose streams are read in large steps, by the time until which they may be left
     wheel_t wheel
     uint64_t now_ns
@@ -651,8 +663,11 @@ ctypedef struct worker_t:
     uint8_t bio_ended                # its last read was the end of the stream
     session_t *sessions
     chain_t *chains
-    uint32_t recheck_slot            # the next connection to look at after a change of trust
-    uint32_t recheck_end             # 0: none are left
+    uint64_t sweep                   # the last one that was begun
+    uint32_t sweep_slot              # the next connection to look at
+    uint32_t sweep_end               # 0: none are left
+    uint8_t sweep_trust              # trust has changed: are they still let in?
+    int64_t accept_mode              # ACCEPT_*, as it is
     waiting_t *lines                 # those that somebody is in
     uint8_t serving                  # places may be free for them
     uint64_t put_aside               # connections that waited for the turn of their source

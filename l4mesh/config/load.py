@@ -441,6 +441,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
         rates=schema.make_rates(limits),
+        drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 

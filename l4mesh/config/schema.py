@@ -23,8 +23,10 @@ from l4mesh.model import (
     Capture,
     CaptureFilter,
     Cluster,
+    ClusterDrain,
     ClusterTls,
     Direction,
+    Drain,
     Endpoint,
     Identity,
     Keepalive,
@@ -170,6 +172,11 @@ class ProcessLimitsSection(RatesSection):
     connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
     connections_per_source: Limit = 0
     handshakes_per_source: Limit = 512
+
+
+class DrainSection(Section):
+    time: OptionalDuration = 20_000
+    over: OptionalDuration = 5_000
 
 
 class MarksSection(Section):
@@ -384,6 +391,12 @@ class ClusterLimitsSection(Section):
     queue: QueueField = None
 
 
+class ClusterDrainSection(Section):
+    removed: OptionalDuration = 0
+    unhealthy: OptionalDuration = 0
+    rebalance: OptionalDuration = 0
+
+
 class EndpointSection(Section):
     address: Annotated[tuple[str, int], PlainValidator(q.parse_endpoint_address)]
     weight: Weight = 1
@@ -412,6 +425,7 @@ class ClusterSection(Section):
     bounded_load: Annotated[float, PlainValidator(q.parse_bounded_load)] = 0.0
     tls: ClusterTlsSection | None = None
     panic_threshold: OptionalShare = 0.5
+    drain: ClusterDrainSection = ClusterDrainSection()
 
 
 class FileSection(Section):
@@ -424,6 +438,7 @@ class FileSection(Section):
     limits: ProcessLimitsSection | None = None
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
+    drain: DrainSection | None = None
     ca: CaSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
@@ -432,9 +447,13 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "ca",
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca",
 )  # fmt: skip
+
+
+def make_drain(section: DrainSection) -> Drain:
+    return Drain(section.time, section.over)
 
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
@@ -581,6 +600,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         retry_share=connect.retry_budget.share,
         retry_minimum=connect.retry_budget.minimum,
         backoff_ms=connect.backoff,
+        drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
     )
 
 

@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
 
 from l4mesh.datapath import Datapath
-from l4mesh.errors import CommandError, ConfigError
+from l4mesh.errors import CloseReason, CommandError, ConfigError
 from l4mesh.identity.svid import Material
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.access_log import AccessLog, configure_logging
@@ -31,6 +32,7 @@ from l4mesh.runtime.resolve import Resolver
 from l4mesh.snapshot import ConnectionRecord
 
 TICK_S = 0.25
+IDLE_LOOK_EVERY_S = 0.02
 EXPIRY_LOOK_EVERY_S = 3600.0
 RESERVED_DESCRIPTORS = 256
 """Kept for files, the admin server and everything else that is not a connection."""
@@ -42,7 +44,7 @@ log = structlog.get_logger()
 
 
 def run(paths: Sequence[Path]) -> int:
-    """Runs l4mesh until SIGTERM or SIGINT. Returns the exit code; says on standard error what went wrong."""
+    """Runs l4mesh until SIGTERM (drains) or SIGINT (at once). Returns the exit code; says on standard error what went wrong."""
     configure_logging()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -88,6 +90,7 @@ class App:
         self._reloader = Reloader(paths, self._apply, self._applied, self._resolver.resolve)
         self._renewer = Renewer(lambda: self._reloader.materials, self._reloader.reload)
         self._stop = asyncio.Event()
+        self._terminated = asyncio.Event()
         self._ready = False
         self._lag_s = 0.0
         self._lag_max_s = 0.0
@@ -102,11 +105,12 @@ class App:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGINT, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         admin: AdminServer | None = None
-        tasks: list[asyncio.Task[None]] = []
+        tasks: list[asyncio.Task[Any]] = []
+        stopping = draining = None
         try:
             await self._reloader.load_first()
             config = self._reloader.config
@@ -131,11 +135,13 @@ class App:
                 pid=os.getpid(),
             )
             stopping = loop.create_task(self._stop.wait())
-            done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            draining = loop.create_task(self._drain())
+            done, _ = await asyncio.wait([stopping, draining, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
                 task.result()
         finally:
             self._ready = False
+            tasks += [task for task in (stopping, draining) if task]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -231,6 +237,39 @@ class App:
     def _log_records(self, records: list[ConnectionRecord]) -> None:
         assert self._access_log is not None
         self._access_log.write(records)
+
+    # -- the end -----------------------------------------------------------------------------------------------------------
+
+    def _terminate(self) -> None:
+        """SIGTERM drains; a second one is impatient."""
+        if self._terminated.is_set():
+            self._stop.set()
+        self._terminated.set()
+
+    async def _drain(self) -> None:
+        """Once terminated: refuses new connections, gives those that are there their time, then ends them one by one."""
+        await self._terminated.wait()
+        assert self._datapath is not None
+        assert self._listeners is not None
+        assert self._reloader.config is not None
+        drain = self._reloader.config.drain
+        self._ready = False
+        await self._reloader.freeze()
+        await self._datapath.stop_accepting()
+        self._listeners.close()
+        log.info("draining", connections=self._datapath.active, time_s=drain.time_ms / 1000, over_s=drain.over_ms / 1000)
+        await self._wait_idle(drain.time_ms)
+        if self._datapath.active and drain.over_ms:
+            log.info("closing", connections=self._datapath.active)
+            self._datapath.close_all(CloseReason.SHUTDOWN, drain.over_ms)
+            await self._wait_idle(drain.over_ms)
+        log.info("drained", connections_cut=self._datapath.active)
+
+    async def _wait_idle(self, most_ms: int) -> None:
+        assert self._datapath is not None
+        until = time.monotonic() + most_ms / 1000
+        while self._datapath.active and time.monotonic() < until:
+            await asyncio.sleep(IDLE_LOOK_EVERY_S)
 
     # -- the loop's own work -----------------------------------------------------------------------------------------------
 

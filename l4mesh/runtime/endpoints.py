@@ -16,6 +16,7 @@ from typing import Protocol
 
 import structlog
 
+from l4mesh.errors import CloseReason
 from l4mesh.model import Cluster, Config
 
 log = structlog.get_logger()
@@ -41,6 +42,10 @@ class Marks(Protocol):
     def set_endpoint_out(self, cluster: str, address: str, causes: int) -> bool: ...
 
     def warm_endpoint(self, cluster: str, address: str, over_ms: int) -> None: ...
+
+    def close_endpoint(self, cluster: str, address: str, reason: CloseReason, over_ms: int) -> None: ...
+
+    def keep_endpoint(self, cluster: str, address: str) -> None: ...
 
     def set_panic(self, cluster: str, panic: bool) -> None: ...
 
@@ -87,10 +92,14 @@ class EndpointRegistry:
             self._judge(name)
 
     def take_out(self, cluster: str, address: str, cause: OutCause, why: str) -> bool:
-        """Workers pick it no more. False: there is no such endpoint."""
+        """Workers pick it no more; where its cluster drains unhealthy endpoints, its connections end gradually. False: there is no such
+        endpoint."""
         outs = self._out.get(cluster, {}).get(address, ())
         kept = tuple(out for out in outs if out.cause is not cause)
         since = next((out.since_unix_s for out in outs if out.cause is cause), time.time())
+        over_ms = self._clusters[cluster].drain.unhealthy_ms if cluster in self._clusters else 0
+        if cause is OutCause.UNHEALTHY and over_ms:
+            self._marks.close_endpoint(cluster, address, CloseReason.ENDPOINT_UNHEALTHY, over_ms)
         return self._set(cluster, address, (*kept, Out(cause, since, why)))
 
     def put_back(self, cluster: str, address: str, cause: OutCause) -> bool:
@@ -99,6 +108,8 @@ class EndpointRegistry:
         kept = tuple(out for out in outs if out.cause is not cause)
         if len(kept) == len(outs):
             return False
+        if cause is OutCause.UNHEALTHY:
+            self._marks.keep_endpoint(cluster, address)
         if not kept and cluster in self._clusters:
             self._marks.warm_endpoint(cluster, address, self._clusters[cluster].slow_start_ms or RETURN_OVER_MS)
         return self._set(cluster, address, kept)

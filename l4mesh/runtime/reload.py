@@ -68,6 +68,7 @@ class Reloader:
         self.identities = IdentityStore()
         self._executor = ThreadPoolExecutor(1, "l4mesh-config", initializer=_be_nice)
         self._lock = asyncio.Lock()
+        self._frozen = False
         self.status = ReloadStatus()
         self.config: Config | None = None
 
@@ -89,6 +90,8 @@ class Reloader:
     async def reload(self) -> None:
         """Looks at the files and applies what changed. A failure is counted, logged and kept in ``status``."""
         async with self._lock:
+            if self._frozen:
+                return
             try:
                 await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False)
             except (ConfigError, CommandError) as error:
@@ -156,6 +159,12 @@ class Reloader:
                 log.warning("config_watch_interrupted", error=str(error))
                 await asyncio.sleep(1)
                 await self.reload()
+
+    async def freeze(self) -> None:
+        """What is in force stays so: the process ends."""
+        self._frozen = True
+        async with self._lock:
+            pass
 
     def _folders(self) -> list[Path]:
         files = [Path(file) for identity in self.config.identities.values() for file in identity.files] if self.config else []

@@ -125,7 +125,7 @@ def test_kubernetes_swaps_its_data_link(mesh: Factory, tmp_path: Path) -> None:
         def publish(version: str, config: Config) -> None:
             data = folder / f"..{version}"
             data.mkdir()
-            (data / "mesh.yaml").write_text(yaml.safe_dump(config | {"admin": m._settings["admin"], "workers": 2}))
+            (data / "mesh.yaml").write_text(yaml.safe_dump(config | m._settings))
             link = folder / "..tmp"
             link.symlink_to(data.name)
             link.rename(folder / "..data")

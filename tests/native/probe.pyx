@@ -13,7 +13,7 @@ from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.rates cimport bucket_take, rate_take
 from l4mesh._native.retries cimport retry_pause_ms, retry_take
-from l4mesh._native.ring cimport ring_claim, ring_peek, ring_pop, ring_push
+from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, cluster_stat_t, connect_bucket, endpoint_stat_t
 from l4mesh._native.types cimport BUCKETS, buckets_t, rate_t, record_t, ring_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
@@ -195,6 +195,9 @@ cdef class Ring:
         value = record.total_us
         ring_pop(&self.ring)
         return value
+
+    def park(self):
+        return ring_park(&self.ring)
 
     def woken(self):
         cdef uint64_t count

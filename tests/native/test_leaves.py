@@ -73,14 +73,18 @@ def test_the_wheel_wakes_a_sleeper_only_as_often_as_levels_need() -> None:
 
 def test_the_ring_keeps_order_drops_the_newest_and_wakes_once() -> None:
     ring = probe.Ring(8)
-    assert ring.pop() is None
+    assert ring.park()
     assert [ring.push(n) for n in range(10)] == [True] * 8 + [False] * 2
     assert ring.dropped == 2
     assert ring.woken()
     assert not ring.woken()
     assert [ring.pop() for _ in range(8)] == list(range(8))
-    assert not ring.woken()
     assert ring.pop() is None
+    assert ring.push(98)
+    assert not ring.woken()
+    assert not ring.park()
+    assert ring.pop() == 98
+    assert ring.park()
     assert ring.push(99)
     assert ring.woken()
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Factory
 from tests.flow.test_tls import handshakes, inbound, outbound, wait_records
-from tests.parties.test_parties import need, postgresql, run, running
+from tests.parties.test_parties import need, nginx, postgresql, run, running
 from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
 from tests.support.mesh import Config, Mesh, simple
 from tests.support.peers import FIN, Server, connect, digest, echo, make_bytes, read_exactly, read_to_end
@@ -284,14 +284,7 @@ def test_curl_with_a_client_certificate_to_nginx(mesh: Factory, ca: Authority, w
     data = make_bytes(20_000_000, 6)
     site = hostile(ca, tmp_path, "site", uris=[REDIS], dns=["web.example.org"])
     (tmp_path / "big.bin").write_bytes(data)
-    tmp_path.chmod(0o755)
-    port = free_port()
-    (tmp_path / "conf").write_text(
-        f"daemon off; user root; worker_processes 1; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
-        f"http {{ access_log off; client_body_temp_path {tmp_path}; proxy_temp_path {tmp_path};\n"
-        f"server {{ listen 127.0.0.1:{port}; root {tmp_path}; }} }}\n"
-    )
-    with running(["nginx", "-e", str(tmp_path / "error.log"), "-c", str(tmp_path / "conf")], port, tmp_path):
+    with nginx(tmp_path) as port:
         m = mesh(inbound(site, f"127.0.0.1:{port}"))
         url = f"https://web.example.org:{m.port()}/big.bin"
         curl = ["curl", "-sS", "--resolve", f"web.example.org:{m.port()}:127.0.0.1", "--cacert", str(site.bundle)]

@@ -42,18 +42,25 @@ def running(command: list[str], port: int, folder: Path) -> Iterator[None]:
         process.wait(20)
 
 
+@contextmanager
+def nginx(folder: Path) -> Iterator[int]:
+    """Serves the folder on the port that it gives."""
+    folder.chmod(0o755)
+    port = free_port()
+    (folder / "conf").write_text(
+        f"daemon off; user root; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+        f"http {{ access_log off; client_body_temp_path {folder}; proxy_temp_path {folder};\n"
+        f"server {{ listen 127.0.0.1:{port}; root {folder}; }} }}\n"
+    )
+    with running(["nginx", "-e", str(folder / "error.log"), "-c", str(folder / "conf")], port, folder):
+        yield port
+
+
 def test_nginx_with_curl_and_wrk(mesh: Factory, tmp_path: Path) -> None:
     need("nginx", "curl", "wrk")
     data = make_bytes(20_000_000, 1)
     (tmp_path / "big.bin").write_bytes(data)
-    tmp_path.chmod(0o755)
-    port = free_port()
-    (tmp_path / "conf").write_text(
-        f"daemon off; user root; worker_processes 1; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
-        f"http {{ access_log off; client_max_body_size 50m; client_body_temp_path {tmp_path}; proxy_temp_path {tmp_path};\n"
-        f"server {{ listen 127.0.0.1:{port}; root {tmp_path}; }} }}\n"
-    )
-    with running(["nginx", "-e", str(tmp_path / "error.log"), "-c", str(tmp_path / "conf")], port, tmp_path):
+    with nginx(tmp_path) as port:
         m = mesh(simple(f"127.0.0.1:{port}"))
         url = f"http://127.0.0.1:{m.port()}/big.bin"
         assert hashlib.sha256(run("curl", "-s", url)).digest() == hashlib.sha256(data).digest()

@@ -50,9 +50,11 @@ class Mesh:
 
     def __init__(self, folder: Path, config: Config, prefix: tuple[str, ...] = (), nofile: int = 0) -> None:
         self.folder = folder
-        self._settings = {"admin": {"bind": f"unix:{folder}/admin.sock"}, "workers": 2} | {
-            key: value for key, value in config.items() if key in ("workers", "admin")
-        }
+        self._settings = {
+            "admin": {"bind": f"unix:{folder}/admin.sock"},
+            "workers": 2,
+            "drain": {"time": "off", "over": "off"},
+        } | {key: value for key, value in config.items() if key in ("workers", "admin", "drain")}
         self.file = folder / "conf" / "l4mesh.yaml"
         self.file.parent.mkdir(exist_ok=True)
         self.write(config)
@@ -174,6 +176,10 @@ class Mesh:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    @property
+    def admin(self) -> str:
+        return str(self._settings["admin"]["bind"])
 
     def events(self) -> list[Any]:
         return [json.loads(line) for line in whole_lines(self.stderr) if line.startswith("{")]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from l4mesh.config import schema
 from l4mesh.config.load import parse_config
 from l4mesh.errors import ConfigError
 
@@ -33,6 +34,10 @@ def fetched(text: str) -> str:
     return GOOD + "ca: {address: 'ca.example:15010', identity: node}\n" + text
 
 
+def known(section: type[schema.Section]) -> str:
+    return ", ".join(sorted(section.model_fields))
+
+
 DURATION = "must be a duration with its unit, such as 250ms, 5s, 1h or 1d"
 OPTIONAL = "must be a duration with its unit, such as 250ms, 5s, 1h, 1d, or off"
 RATE = "must be a rate with its unit, such as 100/s, 30/m or 10/h, or off"
@@ -61,8 +66,10 @@ CASES = [
     (cluster("tls: {mode: mutual}"), '4: clusters[0].tls.peers: is missing: name the identities that may answer, or say "*" for any of the trust domain'),
     (cluster('tls: {peers: ["*"], resumption: once}'), "4: clusters[0].tls.resumption: must be on or off; got 'once'"),
     (listener("tls: {resumption: never}"), "2: listeners[0].tls.resumption: must be on or off; got 'never'"),
-    (cluster("outlier_detection: {}"), "4: clusters[0].outlier_detection: is not a known key; known here: balance, bounded_load, connect, endpoints, keepalive, limits, name, panic_threshold, proxy_protocol, slow_start, timeouts, tls, user_timeout, zone_preference"),
+    (cluster("mirror: {}"), f"4: clusters[0].mirror: is not a known key; known here: {known(schema.ClusterSection)}"),
     (cluster("panic_threshold: half"), "4: clusters[0].panic_threshold: must be a share such as 50%, or off; got 'half'"),
+    (cluster("drain: {removed: 5}"), f"4: clusters[0].drain.removed: {OPTIONAL}; got 5"),
+    (top("drain: {time: soon}\n"), f"5: drain.time: {OPTIONAL}; got 'soon'"),
     (cluster("timeouts: {idle: never}"), f"4: clusters[0].timeouts.idle: {OPTIONAL}; got 'never'"),
     (cluster("timeouts: {lifetime_jitter: 120%}"), "4: clusters[0].timeouts.lifetime_jitter: must be between 0% and 100%; got '120%'"),
     (cluster("timeouts: {lifetime_jitter: 0.1}"), "4: clusters[0].timeouts.lifetime_jitter: must be a share such as 50%; got 0.1"),
@@ -144,7 +151,7 @@ CASES = [
     (top("policies: [{name: p, action: deny, from: [{identities: ['spiffe://a//b']}]}]\n"), "5: policies[0].from[0].identities[0]: must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web; got 'spiffe://a//b'"),
     (top("policies: [{name: p, action: deny, from: [{service_accounts: [web]}]}]\n"), "5: policies[0].from[0].service_accounts[0]: must be namespace/name; got 'web'"),
     (top("policies: [{name: p, action: deny}, {name: p, action: deny}]\n"), "5: policies[1].name: p stands in f already"),
-    (top("faults: {enabled: on}\n"), "5: faults: is not a known key; known here: access_log, admin, ca, clusters, identities, limits, listeners, marks, node, policies, splice, workers, workloads"),
+    (top("tracing: {enabled: on}\n"), f"5: tracing: is not a known key; known here: {known(schema.FileSection)}"),
     (top("listeners: []\n"), "5: the key 'listeners' stands twice here"),
     (top("node: [\n"), "6: is not YAML: did not find expected node content"),
     (top("\tnode: {}\n"), "5: is not YAML: found character that cannot start any token"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from l4mesh.config import schema
 from l4mesh.config.load import load_config
+from l4mesh.errors import CloseReason
 from l4mesh.model import Cluster, Config
 from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 
@@ -18,6 +19,7 @@ class Recorded:
         self.config = config
         self.out: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
+        self.leaving: dict[str, tuple[CloseReason, int]] = {}
         self.panic = False
 
     def set_endpoint_out(self, cluster: str, address: str, causes: int) -> bool:
@@ -28,6 +30,12 @@ class Recorded:
 
     def warm_endpoint(self, cluster: str, address: str, over_ms: int) -> None:
         self.warmed[address] = over_ms
+
+    def close_endpoint(self, cluster: str, address: str, reason: CloseReason, over_ms: int) -> None:
+        self.leaving[address] = (reason, over_ms)
+
+    def keep_endpoint(self, cluster: str, address: str) -> None:
+        self.leaving.pop(address, None)
 
     def set_panic(self, cluster: str, panic: bool) -> None:
         self.panic = panic
@@ -62,6 +70,16 @@ def test_an_endpoint_serves_again_when_every_cause_is_gone(tmp_path: Path) -> No
     assert marks.warmed == {first: 30_000}
     assert registry.out("web", first) == ()
     assert not registry.put_back("web", first, OutCause.EJECTED)
+
+
+def test_connections_of_an_unhealthy_endpoint_end_when_asked(tmp_path: Path) -> None:
+    registry, marks, (first, second, *_) = make_registry(tmp_path, drain={"unhealthy": "30s"})
+    registry.take_out("web", second, OutCause.EJECTED, "5 failures in a row")
+    assert not marks.leaving
+    registry.take_out("web", first, OutCause.UNHEALTHY, "connect: refused")
+    assert marks.leaving == {first: (CloseReason.ENDPOINT_UNHEALTHY, 30_000)}
+    registry.put_back("web", first, OutCause.UNHEALTHY)
+    assert not marks.leaving
 
 
 def test_since_is_the_first_time(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""The gradual closer: the end of the process, endpoints that go, and endpoints that join."""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+
+from tests.conftest import Factory
+from tests.support.mesh import simple
+from tests.support.peers import RST, Server, connect, echo, is_refused, read_exactly, read_to_end
+from tests.support.proxies import free_port
+from tests.support.waiting import wait_until
+
+
+def talk(client: socket.socket) -> None:
+    client.sendall(b"hi")
+    assert read_exactly(client, 2) == b"hi"
+
+
+def refuses(port: int) -> bool:
+    try:
+        return is_refused(port)
+    except ConnectionRefusedError:
+        return True
+
+
+def said(events: list[dict[str, object]], name: str) -> bool:
+    return any(event["event"] == name for event in events)
+
+
+def test_sigterm_refuses_new_connections_and_waits_for_those_that_are_there(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address) | {"drain": {"time": "1h", "over": "off"}})
+        port = m.port()
+        with connect(port) as client:
+            talk(client)
+            m.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: said(m.events(), "draining"), "it drains")
+            assert m.fetch("/ready")[0] == 503
+            assert m.fetch("/live")[0] == 200
+            assert refuses(port)
+            talk(client)
+            client.shutdown(socket.SHUT_WR)
+            assert read_to_end(client) == (b"", "FIN")
+        assert m.process.wait(15) == 0
+        assert next(event for event in m.events() if event["event"] == "drained")["connections_cut"] == 0
+
+
+def test_the_command_waits_for_the_end(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address) | {"drain": {"time": "1h", "over": "off"}})
+        with connect(m.port()) as client:
+            talk(client)
+            command = [sys.executable, "-m", "l4mesh", "drain", "--admin", m.admin]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as drain:
+                assert drain.stdout
+                assert drain.stdout.readline() == f"process {m.process.pid} drains\n"
+                talk(client)
+                client.close()
+                assert m.process.wait(15) == 0
+                assert drain.stdout.read() == "it has ended\n"
+            assert drain.returncode == 0
+
+
+def test_what_waits_in_the_accept_queue_is_served(mesh: Factory) -> None:
+    with Server(echo) as server, contextlib.ExitStack() as stack:
+        m = mesh(simple(server.address) | {"drain": {"time": "1h", "over": "off"}})
+        port = m.port()
+        m.process.send_signal(signal.SIGSTOP)
+        clients = [stack.enter_context(connect(port)) for _ in range(50)]
+        m.process.send_signal(signal.SIGTERM)
+        m.process.send_signal(signal.SIGCONT)
+        for client in clients:
+            talk(client)
+        wait_until(lambda: said(m.events(), "draining"), "it drains")
+        assert refuses(port)
+        assert m.closed().get("shutdown", 0) == 0
+        stack.close()
+        assert m.process.wait(15) == 0
+
+
+def test_when_the_time_is_over_what_is_left_is_reset(mesh: Factory) -> None:
+    with Server(echo) as server, contextlib.ExitStack() as stack:
+        config = {"drain": {"time": "1ms", "over": "300ms"}, "access_log": {"when": "always"}}
+        m = mesh(simple(server.address) | config)
+        clients = [stack.enter_context(connect(m.port())) for _ in range(30)]
+        for client in clients:
+            talk(client)
+        m.process.send_signal(signal.SIGTERM)
+        assert all(read_to_end(client) == (b"", RST) for client in clients)
+        assert m.process.wait(15) == 0
+        assert [record["reason"] for record in m.records()] == ["shutdown"] * 30
+        # Each at a moment of its own.
+        assert len({record["time"] for record in m.records()}) > 5
+
+
+def test_a_second_sigterm_is_impatient(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address) | {"drain": {"time": "1h", "over": "1h"}})
+        with connect(m.port()) as client:
+            talk(client)
+            m.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: said(m.events(), "draining"), "it drains")
+            talk(client)
+            m.process.send_signal(signal.SIGTERM)
+            assert read_to_end(client) == (b"", RST)
+        assert m.process.wait(15) == 0
+
+
+def test_a_reload_while_it_drains_changes_nothing(mesh: Factory) -> None:
+    with Server(echo) as server:
+        config = simple(server.address, listener={"bind": f"127.0.0.1:{free_port()}"}) | {"drain": {"time": "1h", "over": "off"}}
+        m = mesh(config)
+        port = m.port()
+        with connect(port) as client:
+            talk(client)
+            m.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: said(m.events(), "draining"), "it drains")
+            m.write(simple(server.address, listener=config["listeners"][0], balance="random"))
+            m.process.send_signal(signal.SIGHUP)
+            talk(client)
+            assert m.status()["generation"] == 1
+            assert refuses(port)
+        assert m.process.wait(15) == 0
+
+
+def test_connections_of_an_endpoint_that_is_gone_end_when_asked(mesh: Factory) -> None:
+    with Server(echo) as stays, Server(echo) as goes, contextlib.ExitStack() as stack:
+        listener = {"bind": f"127.0.0.1:{free_port()}"}
+        m = mesh(
+            simple(stays.address, goes.address, listener=listener, balance="round_robin", drain={"removed": "100ms"}) | {"workers": 1}
+        )
+        clients = [stack.enter_context(connect(m.port())) for _ in range(10)]
+        for client in clients:
+            talk(client)
+        m.reload(simple(stays.address, listener=listener, balance="round_robin", drain={"removed": "100ms"}))
+        m.wait_closed(endpoint_removed=5)
+        ended = 0
+        for client in clients:
+            client.settimeout(0.0)
+            try:
+                assert client.recv(1) == b""
+            except ConnectionResetError:
+                ended += 1
+            except BlockingIOError:
+                client.settimeout(15)
+                talk(client)
+        assert ended == 5
+
+
+def test_sweep_after_sweep_hurries_nobody(mesh: Factory) -> None:
+    with Server(echo) as goes, Server(echo) as stays:
+        listener = {"bind": f"127.0.0.1:{free_port()}"}
+        drain = {"removed": "2h"}
+        m = mesh(simple(goes.address, listener=listener, drain=drain))
+        with connect(m.port()) as client:
+            talk(client)
+            for weight in range(1, 8):
+                endpoints = [{"address": stays.address, "weight": weight}]
+                m.reload({"listeners": [{"name": "web", "cluster": "web"} | listener],
+                          "clusters": [{"name": "web", "endpoints": endpoints, "drain": drain}]})  # fmt: skip
+                talk(client)
+
+
+def test_endpoints_that_join_get_their_share_of_live_connections(mesh: Factory) -> None:
+    with Server(echo) as first, Server(echo) as second, contextlib.ExitStack() as stack:
+        listener = {"bind": f"127.0.0.1:{free_port()}"}
+        drain = {"rebalance": "100ms"}
+        m = mesh(simple(first.address, listener=listener, drain=drain))
+        for _ in range(60):
+            talk(stack.enter_context(connect(m.port())))
+        m.reload(simple(first.address, second.address, listener=listener, drain=drain))
+        # About 30 are picked, each by chance: fewer than 12 or more than 48 would be a matter of one in a million.
+        wait_until(lambda: m.closed().get("rebalanced", 0) >= 12, "connections end")
+        assert m.closed()["rebalanced"] <= 48
+        talk(stack.enter_context(connect(m.port())))
+        assert m.opened()[second.address] == 1
