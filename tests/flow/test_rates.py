@@ -8,6 +8,7 @@ from tests.conftest import Factory
 from tests.support.certificates import REDIS, WEB, Authority, Files
 from tests.support.mesh import Config, Mesh, simple
 from tests.support.peers import Server, connect, echo
+from tests.support.waiting import wait_until
 
 
 def passed(port: int, count: int, source: str | None = None) -> int:
@@ -96,5 +97,6 @@ def test_a_rate_of_an_identity_is_asked_after_the_handshake_and_before_the_dial(
         assert [passed(m.port(), 7) for m in outer] == [3, 3]
         inside.wait_closed(limit_rate=8)
         assert server.accepted == 6
-        refused = [record for record in inside.records() if record["reason"] == "limit_rate"]
+        refused = wait_until(lambda: r if len(r := inside.records()) == 8 else None, "all refusals are logged")
+        assert {record["reason"] for record in refused} == {"limit_rate"}
         assert {record["downstream_identity"] for record in refused} == {WEB, WEB.replace("web", "other")}

@@ -29,7 +29,8 @@ def test_without_a_budget_left_the_first_failure_is_the_last(mesh: Factory) -> N
         m.wait_closed(connect_refused=5, downstream_closed=5)
         assert m.cluster()["retries_refused"] == 5
         assert m.metrics()['l4mesh_retries_refused_total{cluster="web"}'] == 5
-        assert {record["attempts"] for record in m.records()} == {1}
+        records = wait_until(lambda: r if len(r := m.records()) == 5 else None, "all refusals are logged")
+        assert {record["attempts"] for record in records} == {1}
 
 
 def test_by_default_few_retries_are_never_refused(mesh: Factory) -> None:
