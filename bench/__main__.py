@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
+from bench.fairness import run_fairness, summarize_fairness
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.machine import describe_commit, describe_machine, describe_versions
@@ -37,7 +38,8 @@ QUICK = Effort(blocks=2, share=0.25, discard_first=False)
 PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
 STORM = "storm"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM)
+FAIRNESS = "fairness"
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM, FAIRNESS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -110,6 +112,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "growth": [],
         "reload": None,
         "storm": None,
+        "fairness": None,
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
@@ -167,6 +170,12 @@ def measure_all(
         "connections with a wrong certificate beside good traffic",
         partial(run_storm, machine, proxies, storm_seconds, REPEATS if effort.discard_first else 1, seed),
         lambda storms: result.update(storm=summarize_storm(storms)),
+    )
+    attempt(
+        FAIRNESS,
+        "few connections beside those of a source that opens hundreds at once",
+        partial(run_fairness, machine, proxies, REPEATS if effort.discard_first else 1, seed),
+        lambda measured: result.update(fairness=summarize_fairness(measured)),
     )
 
 

@@ -41,6 +41,7 @@ cdef class Engine:
         self.engine.sources = <sources_t *> memory(sizeof(sources_t))
         self.engine.handshakes = <sources_t *> memory(sizeof(sources_t))
         self.engine.revocation_seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x5bf0a8b1457695b3)
+        self.engine.seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x9e3779b97f4a7c15)
         self.engine.wake_fds = <int *> calloc(n_workers, sizeof(int))
         if self.engine.wake_fds == NULL:
             raise MemoryError
@@ -163,7 +164,7 @@ cdef class Engine:
             needed |= plan.plan.listeners[i].rates.source.interval_ns or plan.plan.listeners[i].rates.workload.interval_ns
         if needed and self.engine.buckets == NULL:
             self.engine.buckets = <buckets_t *> memory(sizeof(buckets_t))
-            self.engine.buckets.seed = mix64(self.engine.revocation_seed + 1)
+            self.engine.buckets.seed = self.engine.seed
         return 0
 
     def offer_places(self) -> None:

@@ -39,7 +39,7 @@ cdef inline void lanes_append(lanes_t *lanes, uint32_t lane) noexcept nogil:
 
 cdef inline bint lane_is_in_use(const worker_t *worker, const conn_t *conn) noexcept nogil:
     # Whether something of the connection's source waits.
-    return worker.lanes.n and worker.lanes.lanes[source_lane(conn)].head != WHEEL_NONE
+    return worker.lanes.n and worker.lanes.lanes[source_lane(worker, conn)].head != WHEEL_NONE
 
 
 cdef inline void lanes_push(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -47,7 +47,7 @@ cdef inline void lanes_push(worker_t *worker, conn_t *conn, uint32_t slot) noexc
     cdef uint32_t lane
     if conn.queued:
         return
-    lane = source_lane(conn)
+    lane = source_lane(worker, conn)
     if worker.lanes.following[lane] == LANE_IDLE:
         lanes_append(&worker.lanes, lane)
     queue_push(worker, conn, slot, QUEUED_LANE)

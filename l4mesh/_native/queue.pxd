@@ -10,8 +10,9 @@ from l4mesh._native.types cimport (
 from l4mesh._native.wheel cimport WHEEL_NONE
 
 
-cdef inline uint32_t source_lane(const conn_t *conn) noexcept nogil:
-    return <uint32_t> address_hash_ip(&conn.source, 0) % LANES
+cdef inline uint32_t source_lane(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # Of a secret, so that nobody can choose an address that shares another's lane.
+    return <uint32_t> address_hash_ip(&conn.source, worker.engine.seed) % LANES
 
 
 cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t which) noexcept nogil:
@@ -22,7 +23,7 @@ cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t whic
     if which == QUEUED_HEAVY:
         return &worker.heavy
     if which == QUEUED_LANE:
-        return &worker.lanes.lanes[source_lane(conn)]
+        return &worker.lanes.lanes[source_lane(worker, conn)]
     return &(<waiting_t *> conn.cluster_stat.rows[worker.index].line).queue
 
 

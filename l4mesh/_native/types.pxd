@@ -609,6 +609,7 @@ ctypedef struct engine_t:
     int *wake_fds                    # one a worker; owner: the worker
     buckets_t *buckets               # NULL until a rate by key is configured
     uint64_t arrival_ns              # of the process's rate, as bucket_t
+    uint64_t seed                    # of hashes whose collisions nobody may choose
     int64_t accept_mode              # ACCEPT_*, as it should be
     uint64_t sweep                   # grows when live connections are to be looked at
     uint32_t leave_over_ms           # all connections leave over this time
