@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 
 import click
 
+from bench.bandwidth import run_bandwidth, summarize_bandwidth
 from bench.fairness import run_fairness, summarize_fairness
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
+from bench.health import run_health, summarize_health
 from bench.machine import describe_commit, describe_machine, describe_versions
 from bench.process import missing_programs
 from bench.proxies import FD_LIMIT
@@ -38,8 +40,11 @@ QUICK = Effort(blocks=2, share=0.25, discard_first=False)
 PROXIES = (DIRECT, *PEERS, "l4mesh")
 RELOAD = "reload"
 STORM = "storm"
+HEALTH = "health"
+BANDWIDTH = "bandwidth"
 FAIRNESS = "fairness"
-NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), RELOAD, STORM, FAIRNESS)
+SCENARIOS = (RELOAD, STORM, HEALTH, BANDWIDTH, FAIRNESS)
+NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
     "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
@@ -110,9 +115,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "versions": describe_versions(proxies),
         "rows": [],
         "growth": [],
-        "reload": None,
-        "storm": None,
-        "fairness": None,
+        **dict.fromkeys(SCENARIOS),
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
@@ -165,6 +168,13 @@ def measure_all(
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
         )
+    if "l4mesh" in proxies:
+        attempt(
+            BANDWIDTH,
+            "limits of bandwidth",
+            partial(run_bandwidth, machine, 3 if effort.discard_first else 1),
+            lambda flows: result.update(bandwidth=summarize_bandwidth(flows)),
+        )
     attempt(
         STORM,
         "connections with a wrong certificate beside good traffic",
@@ -176,6 +186,12 @@ def measure_all(
         "few connections beside those of a source that opens hundreds at once",
         partial(run_fairness, machine, proxies, REPEATS if effort.discard_first else 1, seed),
         lambda measured: result.update(fairness=summarize_fairness(measured)),
+    )
+    attempt(
+        HEALTH,
+        "health checks of many endpoints",
+        partial(run_health, machine, proxies, 3 if effort.discard_first else 1),
+        lambda checked: result.update(health=summarize_health(checked)),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.fairness import AT_ONCE
 from bench.fairness import RATE as OTHERS_RATE
+from bench.health import ENDPOINTS, INTERVAL_S
 from bench.proxies import KINDS
 from bench.reload import CLUSTERS_A_FILE, ENDPOINTS_A_CLUSTER, FILES, RATE
 from bench.results import LATENCIES
@@ -28,6 +29,10 @@ def render(result: dict[str, Any]) -> str:
         parts.append(_storm_table(result["storm"]["entries"]))
     if result.get("fairness"):
         parts.append(_fairness_table(result["fairness"]["entries"]))
+    if result.get("health"):
+        parts.append(_health_table(result["health"]["entries"]))
+    if result.get("bandwidth"):
+        parts.append(_bandwidth_table(result["bandwidth"]["entries"]))
     if result["errors"]:
         parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {error}" for name, error in result["errors"].items()))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -164,6 +169,22 @@ def _fairness_table(entries: dict[str, dict[str, float]]) -> str:
     ]
     text = f"{OTHERS_RATE} new connections/s, each until its first byte, without and beside a source that opens {AT_ONCE} at once:\n\n"
     return text + _table(header, lines)
+
+
+def _health_table(entries: list[dict[str, Any]]) -> str:
+    lines = [[f"{one['check']}, {_name(one['entry'])}", f"{one['core']:.1%}", _number(one["check_us"])] for one in entries]
+    header = ["health check", "share of a core", "CPU of a check, µs"]
+    return f"{ENDPOINTS:,} endpoints, each every {INTERVAL_S:g} s, and no traffic:\n\n" + _table(header, lines)
+
+
+def _bandwidth_table(entries: dict[str, dict[str, float]]) -> str:
+    header = ["limit", "MB/s at the receiver", "off by", "CPU s/GB", "spliced", "least and most of a connection, of the mean"]
+    lines = []
+    for name, own in entries.items():
+        off = f"{own['measured'] / own['rate'] - 1:+.1%}" if own["rate"] else NOTHING
+        shares = f"{own['least']:.3f}, {own['most']:.3f}" if own["least"] != own["most"] else NOTHING
+        lines.append([name, f"{own['measured'] / 1e6:,.2f}", off, _number(own["cpu_s_per_gb"]), f"{own['spliced']:.0%}", shares])
+    return "Streams to the server through l4mesh, one worker, with a limit:\n\n" + _table(header, lines)
 
 
 def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:

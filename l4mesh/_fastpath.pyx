@@ -30,6 +30,9 @@ from l4mesh._native.balance cimport (
     PICK_FULL, cluster_build, cluster_drop, cluster_has_untried, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t,
     pick_t,
 )
+from l4mesh._native.bandwidth cimport (
+    OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_share, lane_t,
+)
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.lanes cimport LANE_DIRECT, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
@@ -38,11 +41,14 @@ from l4mesh._native.openssl cimport *
 from l4mesh._native.places cimport line_join, line_leave, place_take, places_offer
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
-from l4mesh._native.rates cimport bucket_take, rate_take
+from l4mesh._native.rates cimport arrival_take, rate_take
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
 from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
-from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find
+from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find, route_match
+from l4mesh._native.shaping cimport (
+    fault_choose, fault_time_ms, shaping_free, shaping_is_due, shaping_next_ms, shaping_open, shaping_waits,
+)
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free
 from l4mesh._native.sources cimport source_give, source_take
@@ -50,7 +56,8 @@ from l4mesh._native.spiffe cimport (
     PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,
 )
 from l4mesh._native.stats cimport (
-    CLOSE_REASONS, CONNECT_BUCKETS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t, listener_stat_t,
+    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t,
+    listener_stat_t,
 )
 from l4mesh._native.tls cimport (
     HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes_chain, tls_bio_ctrl, tls_bio_read,
@@ -203,7 +210,7 @@ cdef inline bint conn_watch(worker_t *worker, conn_t *conn, uint32_t slot, int s
     cdef epoll_event event
     event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
     event.data.u64 = event_tag(conn, slot, side)
-    conn.watched |= side == DOWNSTREAM
+    conn.side[side].flags |= SIDE_WATCHED
     return epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, conn.side[side].fd, &event) == 0
 
 
@@ -425,14 +432,14 @@ cdef bint rate_allows_key(
     # `scope`: id of the listener, 0 for the process; `kind` tells sources from workloads from identities.
     if rate.interval_ns == 0:
         return True
-    return bucket_take(worker.engine.buckets, key ^ mix64(scope * RATE_KINDS + <uint64_t> kind + 1), rate, now_ns)
+    return arrival_take(worker.engine.arrivals, key ^ mix64(scope * RATE_KINDS + <uint64_t> kind + 1), rate, now_ns)
 
 
 cdef bint conn_is_in_time(worker_t *worker, conn_t *conn, const listener_t *listener) noexcept nogil:
     # The rates that are looked at before TLS. Those of the fewest come first, so that one source over its own takes nothing of what
     # is for all.
-    cdef const rates_t *process = &worker.plan.rates
-    cdef const rates_t *own = &listener.rates
+    cdef const rates_t *process = &worker.plan.arrival_rates
+    cdef const rates_t *own = &listener.arrival_rates
     cdef uint64_t now_ns = clock_ns(CLOCK_MONOTONIC)
     cdef uint64_t source = address_hash_ip(&conn.source, 0)
     cdef uint64_t scope = listener.stat.id
@@ -465,8 +472,8 @@ cdef bint conn_peer_is_in_time(worker_t *worker, const conn_t *conn) noexcept no
     key = fnv(tls.peer, tls.peer_length)
     return (
         listener == NULL
-        or rate_allows_key(worker, &listener.rates.identity, listener.stat.id, RATE_IDENTITY, key, now_ns)
-    ) and rate_allows_key(worker, &worker.plan.rates.identity, 0, RATE_IDENTITY, key, now_ns)
+        or rate_allows_key(worker, &listener.arrival_rates.identity, listener.stat.id, RATE_IDENTITY, key, now_ns)
+    ) and rate_allows_key(worker, &worker.plan.arrival_rates.identity, 0, RATE_IDENTITY, key, now_ns)
 
 
 cdef int listener_tls_mode(const plan_t *plan, const listener_t *listener, uint16_t port) noexcept nogil:
@@ -503,7 +510,7 @@ cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listen
         conn.state = CONN_HELLO
         conn.phase.dial.attempt_at_ms = worker.now_ms + listener.handshake_ms
         conn_arm(worker, conn, slot, worker.now_ms + listener.handshake_ms)
-        if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+        if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
         elif conn.side[DOWNSTREAM].flags & SIDE_READABLE:
             conn_hello(worker, conn, slot, False)
@@ -572,6 +579,8 @@ cdef void conn_route(
     conn.phase.dial.cluster = cluster
     conn.phase.dial.last_reason = CLOSE_NO_ENDPOINT
     conn.routed = 1
+    if plan.faults != NULL:
+        conn_choose_fault(worker, conn, listener, hello, index)
     if conn.tls_mode == TLS_MODE_OFF:
         conn_enter(worker, conn, slot)
     else:
@@ -602,6 +611,8 @@ cdef void conn_set_out(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     conn.state = CONN_DIALLING
     conn.phase.dial.deadline_ms = worker.now_ms + cluster.settings.connect_budget_ms
     conn_copy_settings(worker, conn, &cluster.settings)
+    if conn.shaping != NULL and conn_inject(worker, conn, slot):
+        return
     conn_dial(worker, conn, slot)
 
 
@@ -642,7 +653,9 @@ cdef void conn_line_up(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
             conn_refuse(worker, conn, slot, CLOSE_LIMIT_CLUSTER)
         else:
             conn_refuse(worker, conn, slot, CLOSE_LIMIT_ENDPOINT)
-    elif not line_join(worker, conn, slot) or not (conn.watched or conn_watch(worker, conn, slot, DOWNSTREAM)):
+    elif not line_join(worker, conn, slot):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+    elif not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
         conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
         dial.attempt_started_ns = worker.now_ns
@@ -717,6 +730,172 @@ cdef void worker_adopt_lines(worker_t *worker) noexcept nogil:
     worker.serving = worker.lines != NULL
 
 
+# -- injected faults ---------------------------------------------------------------------------------------------------------
+
+cdef void conn_choose_fault(
+    worker_t *worker, conn_t *conn, const listener_t *listener, const hello_t *hello, int32_t cluster
+) noexcept nogil:
+    # After the route: by its rules, then by the cluster's. Without memory there is no fault.
+    cdef const plan_t *plan = worker.plan
+    cdef uint32_t route = route_match(plan, listener, &conn.destination, &conn.source, hello)
+    cdef const fault_t *fault
+    cdef span_t of_route
+    memset(&of_route, 0, sizeof(of_route))
+    if route:
+        of_route = plan.routes[route - 1].faults
+    fault = fault_choose(plan, of_route, plan.cluster_faults[cluster], conn.source.ip, worker_random(worker))
+    if fault != NULL and shaping_open(conn) != NULL:
+        conn.shaping.fault = fault[0]
+
+
+cdef void conn_injected(worker_t *worker, conn_t *conn) noexcept nogil:
+    conn.shaping.injected = 1
+    conn.cluster_stat.rows[worker.index].faults[<int> conn.shaping.fault.kind] += 1
+
+
+cdef bint conn_inject(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # What comes before the dial. True: the connection waits, or has ended. While it waits it is DIALLING without an attempt.
+    cdef shaping_t *shaping = conn.shaping
+    cdef int kind = shaping.fault.kind
+    if kind == FAULT_REFUSE:
+        conn_injected(worker, conn)
+        conn_refuse(worker, conn, slot, CLOSE_FAULT)
+        return True
+    if kind != FAULT_DELAY and kind != FAULT_BLACK_HOLE:
+        return False
+    conn_injected(worker, conn)
+    shaping.until_ms = worker.now_ms + fault_time_ms(&shaping.fault, worker_random(worker))
+    if shaping.fault.from_ms == 0:
+        # A black hole until the client gives up, as it may without a word.
+        shaping.until_ms = worker.now_ms + conn.idle_ms if conn.idle_ms else <uint64_t> -1
+    if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+    elif shaping.until_ms != <uint64_t> -1:
+        conn_arm(worker, conn, slot, shaping.until_ms)
+    return True
+
+
+cdef void conn_inject_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # The wait of conn_inject, looked at by its timer.
+    cdef shaping_t *shaping = conn.shaping
+    if worker.now_ms < shaping.until_ms:
+        if shaping.until_ms != <uint64_t> -1:
+            conn_arm(worker, conn, slot, shaping.until_ms)
+    elif shaping.fault.kind == FAULT_BLACK_HOLE:
+        conn_finish(worker, conn, slot, CLOSE_FAULT, True)
+    else:
+        shaping.until_ms = 0
+        conn.phase.dial.deadline_ms = worker.now_ms + conn.phase.dial.cluster.settings.connect_budget_ms
+        conn_dial(worker, conn, slot)
+
+
+cdef void conn_inject_half_closed(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # In a black hole, a client that has sent something and ended may be gone, or wait for its answer: bounded as in the relay.
+    cdef shaping_t *shaping = conn.shaping
+    if shaping.fault.kind == FAULT_BLACK_HOLE and conn.half_closed_ms and worker.now_ms + conn.half_closed_ms < shaping.until_ms:
+        shaping.until_ms = worker.now_ms + conn.half_closed_ms
+        conn_arm(worker, conn, slot, shaping.until_ms)
+
+
+cdef void conn_break(worker_t *worker, conn_t *conn, uint32_t slot, int side) noexcept nogil:
+    # Ends the connection as if this side had reset it: what it had sent until now has been handed over and is still delivered.
+    conn_injected(worker, conn)
+    queue_remove(worker, conn)
+    half_drop(worker, &conn.phase.half[DOWNSTREAM])
+    half_drop(worker, &conn.phase.half[UPSTREAM])
+    conn.end_reason = CLOSE_FAULT
+    conn.state = CONN_RESETTING
+    conn.first_end = <uint8_t> side
+    conn.linger_ms = 1
+    conn.ends_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
+    conn_drain(worker, conn, slot)
+
+
+# -- bandwidth ---------------------------------------------------------------------------------------------------------------
+
+cdef bint conn_shape(worker_t *worker, conn_t *conn) noexcept nogil:
+    # Connected: what limits its halves, and faults that begin now. False: no memory.
+    cdef const plan_t *plan = worker.plan
+    cdef const cluster_settings_t *settings = &conn.phase.dial.cluster.settings
+    cdef const workload_t *source = plan_workload(plan, conn.source.ip)
+    cdef const workload_t *target = plan_workload(plan, conn.endpoint.ip)
+    cdef const listener_t *listener = conn_listener(worker, conn)
+    cdef const fault_t *fault = &conn.shaping.fault if conn.shaping != NULL else NULL
+    cdef bucket_t *from_source
+    cdef bucket_t *to_target
+    cdef uint64_t rate, burst
+    cdef lane_t *lane
+    cdef int h
+    for h in range(2):
+        rate = settings.rates[h]
+        burst = settings.burst
+        if listener != NULL and listener.rates[h] and (rate == 0 or listener.rates[h] < rate):
+            rate = listener.rates[h]
+            burst = listener.burst
+        if fault != NULL and fault.kind == FAULT_SLOW and (rate == 0 or fault.rate < rate):
+            rate = fault.rate
+            burst = 0
+        # A workload's buckets are of what comes in and what goes out.
+        from_source = source.buckets[1 - h] if source != NULL else NULL
+        to_target = target.buckets[h] if target != NULL else NULL
+        if rate == 0 and from_source == NULL and to_target == NULL:
+            continue
+        if shaping_open(conn) == NULL:
+            return False
+        lane = &conn.shaping.lanes[h]
+        if rate:
+            bucket_set(&lane.own, rate, burst, bucket_quantum(rate, OWN_PER_S, OWN_QUANTUM_MIN))
+        lane_share(lane, from_source)
+        lane_share(lane, to_target)
+    if fault != NULL and fault.kind == FAULT_SLOW:
+        conn_injected(worker, conn)
+    elif fault != NULL and fault.kind == FAULT_STALL and fault.bytes == 0:
+        conn_stall(worker, conn)
+    elif fault != NULL and fault.kind == FAULT_RESET and fault.bytes == 0:
+        conn.shaping.until_ms = worker.now_ms + fault_time_ms(fault, worker_random(worker))
+    return True
+
+
+cdef void conn_stall(worker_t *worker, conn_t *conn) noexcept nogil:
+    conn_injected(worker, conn)
+    conn.shaping.until_ms = worker.now_ms + fault_time_ms(&conn.shaping.fault, worker_random(worker))
+
+
+cdef bint conn_shaped(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # RELAYING and RESETTING, when the halves have gone as far as they may. True: a fault has changed the state.
+    cdef int h = conn.shaping.fault.half
+    cdef const tls_t *tls = conn.side[1 - h].tls
+    cdef uint64_t at
+    if shaping_is_due(conn, h):
+        if conn.shaping.fault.kind == FAULT_STALL:
+            conn_stall(worker, conn)
+        elif tls == NULL or tls.out_length == 0:
+            conn_break(worker, conn, slot, h)
+            return True
+    at = shaping_next_ms(worker, conn)
+    if at:
+        conn_arm(worker, conn, slot, at)
+    return False
+
+
+cdef bint conn_shaping_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # RELAYING: a turn may have come, or the end of a stall. True: the connection does not relay any more.
+    cdef shaping_t *shaping = conn.shaping
+    if shaping.until_ms and worker.now_ms >= shaping.until_ms:
+        shaping.until_ms = 0
+        if shaping.fault.kind == FAULT_RESET:
+            conn_injected(worker, conn)
+            conn_finish(worker, conn, slot, CLOSE_FAULT, True)
+            return True
+    conn_relay(worker, conn, slot)
+    if conn.state != CONN_RELAYING:
+        return True
+    if shaping_waits(worker, conn):
+        # It is we who make it wait: it is not idle. One that is stalled is: so is one whose peer is silent.
+        conn.active_ms = worker.now_ms
+    return False
+
+
 # -- downstream TLS ----------------------------------------------------------------------------------------------------------
 
 cdef const workload_t *plan_workload(const plan_t *plan, const uint8_t *ip) noexcept nogil:
@@ -772,7 +951,7 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
     conn.side[DOWNSTREAM].flags |= SIDE_WRITABLE
     conn_arm(worker, conn, slot, worker.now_ms + listener.handshake_ms)
     conn.phase.dial.attempt_at_ms = worker.now_ms + listener.handshake_ms
-    if not conn.watched:
+    if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED:
         if not conn_watch(worker, conn, slot, DOWNSTREAM):
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
@@ -1068,7 +1247,7 @@ cdef void dial_pause(worker_t *worker, conn_t *conn, uint32_t slot, uint32_t ms)
     dial.attempt_at_ms = worker.now_ms + ms
     if dial.attempt_at_ms >= dial.deadline_ms:
         conn_finish(worker, conn, slot, dial.last_reason, True)
-    elif not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+    elif not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
     else:
         conn_arm(worker, conn, slot, dial.attempt_at_ms)
@@ -1133,7 +1312,7 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
         if dial_open(worker, conn, slot):
             break
         dial_failed(worker, conn, conn.errno_seen)
-    if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+    if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
         return
     dial.attempt_at_ms = worker.now_ms + settings.connect_timeout_ms
@@ -1169,6 +1348,8 @@ cdef void conn_look_for_leaving(worker_t *worker, conn_t *conn, uint32_t slot, u
         # moment, the client has left.
         conn.phase.dial.left_at_ms = worker.now_ms + LEFT_GRACE_MS
         conn_arm(worker, conn, slot, conn.phase.dial.left_at_ms)
+    elif events & EPOLLRDHUP and conn.shaping != NULL:
+        conn_inject_half_closed(worker, conn, slot)
 
 
 # -- upstream TLS ------------------------------------------------------------------------------------------------------------
@@ -1236,6 +1417,9 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     cdef cluster_t *cluster = conn.phase.dial.cluster
     cdef uint64_t took_ns = clock_ns(CLOCK_MONOTONIC) - conn.phase.dial.attempt_started_ns
     cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
+    if (worker.plan.limits_bandwidth or conn.shaping != NULL) and not conn_shape(worker, conn):
+        conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+        return
     if conn.phase.dial.retrying:
         add(&conn.cluster_stat.retrying, -1)
     row.connect_ns += took_ns
@@ -1298,7 +1482,7 @@ cdef uint64_t conn_deadline(const worker_t *worker, const conn_t *conn) noexcept
         at = conn.ends_at_ms
     if conn.leaves_at_ms and (at == 0 or conn.leaves_at_ms < at):
         at = conn.leaves_at_ms
-    if not conn.settled and (at == 0 or worker.now_ms + SETTLE_MS < at):
+    if not conn.side[UPSTREAM].flags & SIDE_SETTLED and (at == 0 or worker.now_ms + SETTLE_MS < at):
         at = worker.now_ms + SETTLE_MS
     return at
 
@@ -1310,7 +1494,7 @@ cdef void conn_settle(conn_t *conn) noexcept nogil:
     cdef int idle = conn.keepalive_idle_s
     cdef int interval = conn.keepalive_interval_s
     cdef int count = conn.keepalive_count
-    conn.settled = 1
+    conn.side[UPSTREAM].flags |= SIDE_SETTLED
     if idle:
         setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
         setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
@@ -1379,9 +1563,12 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
         elif flow == FLOW_EXHAUSTED:
             conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
             return
-    for h in range(2):
-        if half_pace(conn, h, moved[h], moved[1 - h], expired):
-            more = True
+    if conn.shaping == NULL:
+        for h in range(2):
+            if half_pace(conn, h, moved[h], moved[1 - h], expired):
+                more = True
+    elif conn_shaped(worker, conn, slot):
+        return
     if more:
         queue_push(worker, conn, slot, QUEUED_READY)
     elif (conn.phase.half[DOWNSTREAM].flags | conn.phase.half[UPSTREAM].flags) & HALF_PACED:
@@ -1397,7 +1584,7 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
     cdef const tls_t *tls = conn.side[side].tls
     if tls == NULL or tls.cause == TLS_OK:
         return False
-    conn.reset_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
+    conn.end_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
     worker.tls_failures[side][<int> tls.cause] += 1
     if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
         # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
@@ -1412,9 +1599,9 @@ cdef void conn_reset(worker_t *worker, conn_t *conn, uint32_t slot, int side) no
     cdef bint lost = conn.errno_seen == ETIMEDOUT or conn.errno_seen == EHOSTUNREACH or conn.errno_seen == ENETUNREACH
     if not conn_blame_tls(worker, conn, side):
         if side == DOWNSTREAM:
-            conn.reset_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
+            conn.end_reason = CLOSE_DOWNSTREAM_LOST if lost else CLOSE_DOWNSTREAM_RESET
         else:
-            conn.reset_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
+            conn.end_reason = CLOSE_UPSTREAM_LOST if lost else CLOSE_UPSTREAM_RESET
     conn.side[side].flags |= SIDE_RESET | SIDE_READABLE
     queue_remove(worker, conn)
     half_drop(worker, &conn.phase.half[1 - side])
@@ -1433,12 +1620,17 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     cdef flow_t flow = FLOW_END
     if not half.flags & (HALF_SHUT | HALF_DROPPED):
         flow = half_step(worker, conn, side)
-    if flow == FLOW_SOURCE_RESET and conn.reset_reason != CLOSE_DOWNSTREAM_TLS and conn.reset_reason != CLOSE_UPSTREAM_TLS:
+    if flow == FLOW_SOURCE_RESET and conn.end_reason != CLOSE_DOWNSTREAM_TLS and conn.end_reason != CLOSE_UPSTREAM_TLS:
         # A peer that refuses us says why, and resets: the write that met the reset came before the read that finds the alert.
         conn_blame_tls(worker, conn, side)
     if flow == FLOW_MORE:
         queue_push(worker, conn, slot, QUEUED_READY)
     elif flow == FLOW_BLOCKED:
+        if conn.shaping != NULL:
+            if conn_shaped(worker, conn, slot):
+                return
+            if shaping_waits(worker, conn):
+                conn.ends_at_ms = worker.now_ms + (conn.half_closed_ms if conn.half_closed_ms else RESET_LIMIT_MS)
         conn_arm(worker, conn, slot, conn.ends_at_ms)
     elif (
         (flow == FLOW_END or flow == FLOW_SOURCE_RESET)
@@ -1452,7 +1644,7 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
         if conn.linger_ms < LINGER_MAX_MS:
             conn.linger_ms *= 2
     else:
-        conn_finish(worker, conn, slot, conn.reset_reason, True)
+        conn_finish(worker, conn, slot, conn.end_reason, True)
 
 
 # -- ends that can wait -------------------------------------------------------------------------------------------------------
@@ -1567,6 +1759,8 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
     socket_close(conn.side[DOWNSTREAM].fd, reset)
     wheel_remove(&worker.wheel, &conn.timer)
     queue_remove(worker, conn)
+    if conn.shaping != NULL:
+        shaping_free(conn)
     worker.active -= 1
     add(&worker.engine.active, -1)
     slab_give(worker, conn, slot)
@@ -1615,6 +1809,7 @@ cdef void conn_record(worker_t *worker, conn_t *conn, int reason) noexcept nogil
     tcp_figures(conn.side[UPSTREAM].fd if relayed else -1, &record.upstream_rtt_us, &record.upstream_retransmits)
     record.policy = conn.policy
     record.dry_policy = conn.dry_policy
+    record.fault = conn.shaping.fault.kind if conn.shaping != NULL and conn.shaping.injected else <uint8_t> FAULT_NONE
     record.cause = conn.tls_cause
     record.alert = conn.alert
     for side in range(2):
@@ -1671,7 +1866,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
         conn_dialling(worker, conn, slot, side, events)
     elif conn.state == CONN_RESETTING:
         if events & EPOLLERR and side != conn.first_end:
-            conn_finish(worker, conn, slot, conn.reset_reason, True)
+            conn_finish(worker, conn, slot, conn.end_reason, True)
         else:
             conn_drain(worker, conn, slot)
     elif conn.state == CONN_HANDSHAKE:
@@ -1700,6 +1895,8 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     elif conn.state == CONN_DIALLING:
         if conn.phase.dial.left_at_ms and worker.now_ms >= conn.phase.dial.left_at_ms:
             conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
+        elif conn.shaping != NULL and conn.shaping.until_ms:
+            conn_inject_timeout(worker, conn, slot)
         elif worker.now_ms >= conn.phase.dial.attempt_at_ms:
             if conn.phase.dial.handshaking:
                 dial_failed_tls(worker, conn, TLS_TIMEOUT)
@@ -1716,11 +1913,13 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
         else:
             conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     elif conn.state == CONN_RESETTING:
-        if worker.now_ms >= conn.ends_at_ms:
-            conn_finish(worker, conn, slot, conn.reset_reason, True)
+        if worker.now_ms >= conn.ends_at_ms and not (conn.shaping != NULL and shaping_waits(worker, conn)):
+            conn_finish(worker, conn, slot, conn.end_reason, True)
         else:
             conn_drain(worker, conn, slot)
     else:
+        if conn.shaping != NULL and conn_shaping_timeout(worker, conn, slot):
+            return
         if conn.ends_at_ms and worker.now_ms >= conn.ends_at_ms:
             conn_finish(worker, conn, slot, conn.end_reason, True)
             return
@@ -1736,7 +1935,7 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
             else:
                 conn_finish(worker, conn, slot, CLOSE_IDLE_TIMEOUT, True)
             return
-        if not conn.settled:
+        if not conn.side[UPSTREAM].flags & SIDE_SETTLED:
             conn_settle(conn)
             at = conn_deadline(worker, conn)
         if at:
@@ -1978,6 +2177,7 @@ cdef int worker_run(worker_t *worker) noexcept nogil:
 # -- the Python face ---------------------------------------------------------------------------------------------------------
 
 include "_native/counters.pxi"
+include "_native/buckets.pxi"
 include "_native/gcm.pxi"
 include "_native/identity.pxi"
 include "_native/plan.pxi"

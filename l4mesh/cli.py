@@ -101,6 +101,10 @@ def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None
     if explain:
         _explain(config, {name: material.spiffe_id for name, material in materials.items()}, *explain)
         return
+    if config.faults_enabled:
+        click.echo(f"l4mesh: warning: faults are enabled: {config.fault_rules} rules delay or break connections on purpose", err=True)
+    elif config.fault_rules:
+        click.echo(f"l4mesh: warning: {config.fault_rules} faults do nothing: faults.enabled is off", err=True)
     endpoints = sum(len(cluster.endpoints) for cluster in config.clusters.values())
     click.echo(f"ok: {len(config.listeners)} listeners, {len(config.clusters)} clusters, {endpoints} endpoints")
 

@@ -16,11 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from l4mesh import _fastpath
-from l4mesh.errors import CloseReason, InternalError, TlsCause
+from l4mesh.errors import CloseReason, Fault, InternalError, TlsCause
 from l4mesh.identity.svid import Material
 from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress, Workload
 from l4mesh.policy.authz import add_policies
 from l4mesh.policy.plan import (
+    compile_arrivals,
+    compile_fault,
     compile_flags,
     compile_listener_tls,
     compile_pattern,
@@ -50,6 +52,7 @@ COLLECT_DEADLINE_S = 10.0
 _STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "accepted", 8: "queued"}
 _REASONS = tuple(CloseReason)
 _CAUSES = tuple(TlsCause)
+_FAULTS = tuple(Fault)
 _NO_ALLOW = 0xFFFFFFFF
 """Stands in for the dry-run policy when it is that none of them allows."""
 _LOG_WHEN = {LogWhen.NEVER: 0, LogWhen.ERRORS: 1, LogWhen.ALWAYS: 2}
@@ -114,6 +117,7 @@ class Datapath:
         self._policy_ids: dict[str, int] = {}
         self._workload_ids: dict[tuple[str, str], int] = {}
         self._policy_names: dict[int, str] = {0: "", _NO_ALLOW: "(no policy allows)"}
+        self._buckets: dict[tuple[str, str], tuple[tuple[int, int], _fastpath.Bucket]] = {}
         self._contexts: dict[str, tuple[tuple[bytes, int], _fastpath.TlsContext]] = {}
         self._trusted: tuple[object, ...] = ()
         self._trust = 0
@@ -187,10 +191,15 @@ class Datapath:
                 log_sample=config.access_log.sample,
                 max_handshakes_per_source=config.max_handshakes_per_source,
                 trust=self._trust,
-                rates=compile_rates(config.rates),
+                arrival_rates=compile_arrivals(config.rates),
             )
             self._add_trust(plan, config, materials)
-            listeners = {name: self._add_listener(plan, listener, sockets[name], index) for name, listener in config.listeners.items()}
+            if config.faults_enabled and config.fault_rules:
+                plan.set_cluster_faults([[compile_fault(rule) for rule in cluster.faults] for cluster in config.clusters.values()])
+            listeners = {
+                name: self._add_listener(plan, listener, sockets[name], index, config.faults_enabled)
+                for name, listener in config.listeners.items()
+            }
             self._engine.publish(plan)
             self._generation += 1
             self._max_connections = max_connections
@@ -243,13 +252,43 @@ class Datapath:
         revoked = {entry for material in materials.values() for entry in material.revoked}
         plan.set_revoked(sorted(revoked), self._engine.revocation_seed)
         sets = add_policies(plan, config.policies, config.workloads, self._policy_id)
+        self._renew_buckets(config.workloads)
         plan.set_workloads(
             [
-                (pack_ip(address), self._identity_id(workload.identity or config.node_identity), policies, self._workload_id(workload))
+                (
+                    pack_ip(address),
+                    self._identity_id(workload.identity or config.node_identity),
+                    policies,
+                    self._workload_id(workload),
+                    self._bucket(workload, "receive"),
+                    self._bucket(workload, "send"),
+                )
                 for workload, policies in zip(config.workloads, sets.of_workload, strict=True)
                 for address in workload.addresses
             ]
         )
+
+    def _renew_buckets(self, workloads: Sequence[Workload]) -> None:
+        """The bandwidth of workloads, for live connections as well; those that have their first limit in this plan are not found
+        by it."""
+        before, self._buckets = self._buckets, {}
+        for workload in workloads:
+            for direction in ("receive", "send"):
+                limit = getattr(workload.bandwidth, direction), workload.bandwidth.burst
+                if not limit[0]:
+                    continue
+                key = (workload.name, direction)
+                set_to, bucket = before.pop(key, ((0, 0), None))
+                bucket = bucket or _fastpath.Bucket()
+                if set_to != limit:
+                    bucket.set(*limit)
+                self._buckets[key] = limit, bucket
+        for _, bucket in before.values():
+            bucket.set(0, 0)
+
+    def _bucket(self, workload: Workload, direction: str) -> _fastpath.Bucket | None:
+        entry = self._buckets.get((workload.name, direction))
+        return entry[1] if entry else None
 
     # -- endpoints, between two plans ----------------------------------------------------------------------------------
     # On the control loop, which must not wait for a plan that is being compiled: no lock. A new plan goes on with the same counters.
@@ -342,7 +381,7 @@ class Datapath:
         return _ClusterEntry(cluster, zone, compiled, endpoints)
 
     def _add_listener(
-        self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int]
+        self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int], faults: bool
     ) -> _fastpath.ListenerStat:
         stat = self._listeners.get(listener.name)
         if stat is None:
@@ -359,8 +398,10 @@ class Datapath:
                 max_connections=listener.max_connections,
                 proxy_from=[pack_prefix(network) for network in listener.proxy_protocol_from],
                 proxy_timeout_ms=listener.proxy_protocol_timeout_ms,
-                routes=[compile_route(route, index) for route in listener.routes],
-                rates=compile_rates(listener.rates),
+                routes=[compile_route(route, index, faults) for route in listener.routes],
+                rates=compile_rates(listener.bandwidth),
+                burst=listener.bandwidth.burst,
+                arrival_rates=compile_arrivals(listener.rates),
                 **compile_listener_tls(listener, self._identity_id(listener.tls.identity)),
             )
         return stat
@@ -468,7 +509,7 @@ class Datapath:
                 plans_alive=self._engine.plans_alive,
                 tls=self._read_tls(),
                 max_connections=self._max_connections,
-                rate_overflows=self._engine.bucket_overflows,
+                rate_overflows=self._engine.rate_overflows,
             )
 
     def _read_tls(self) -> TlsSnapshot:
@@ -564,13 +605,13 @@ class Datapath:
         ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]
         to_upstream, to_downstream, rtt, retransmits, upstream_rtt, upstream_retransmits = record[12:18]
         identity, version, resumed, upstream_identity, upstream_version, upstream_resumed = record[18:24]
-        cause, alert, policy, dry_policy, queued_ms = record[24:]
+        cause, alert, policy, dry_policy, fault, queued_ms = record[24:]
         return ConnectionRecord(
             ended, worker, self._names.get(listener, ""), self._names.get(cluster, ""), endpoint, source, destination,
             _REASONS[reason], attempts, errno, connect, first_byte, total, to_upstream, to_downstream, rtt, retransmits,
             upstream_rtt, upstream_retransmits, identity, _show_version(version, resumed=resumed), upstream_identity,
             _show_version(upstream_version, resumed=upstream_resumed), _CAUSES[cause], alert, self._policy_names.get(policy, ""),
-            self._policy_names.get(dry_policy, ""), queued_ms,
+            self._policy_names.get(dry_policy, ""), _FAULTS[fault], queued_ms,
         )  # fmt: skip
 
 
@@ -595,10 +636,10 @@ def _count_reasons(counts: list[int], before: Mapping[CloseReason, int]) -> dict
 def _add_cluster(name: str, before: ClusterSnapshot | None, counts: _fastpath.ClusterCounts | None) -> ClusterSnapshot:
     """``counts`` as a snapshot, on top of ``before``."""
     if before is None:
-        before = ClusterSnapshot(name, 0, 0, {}, 0, 0, 0, 0, 0.0, (0,) * (len(CONNECT_BUCKETS_S) + 1))
+        before = ClusterSnapshot(name, 0, 0, {}, 0, 0, 0, 0, 0.0, (0,) * (len(CONNECT_BUCKETS_S) + 1), (0,) * len(_FAULTS))
     if counts is None:
         return before
-    active, opened, closed, to_upstream, to_downstream, attempts, failures, connect_ns, buckets = counts
+    active, opened, closed, to_upstream, to_downstream, attempts, failures, connect_ns, buckets, faults = counts
     return ClusterSnapshot(
         name,
         before.active + active,
@@ -610,6 +651,7 @@ def _add_cluster(name: str, before: ClusterSnapshot | None, counts: _fastpath.Cl
         before.connect_failures + failures,
         before.connect_seconds_sum + connect_ns / 1e9,
         tuple(map(int.__add__, before.connect_seconds_buckets, buckets)),
+        tuple(map(int.__add__, before.faults, faults)),
         before.waiting,
         before.queued,
         before.queued_seconds,

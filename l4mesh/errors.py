@@ -138,6 +138,27 @@ class CloseReason(IntEnum):
         return self not in _ORDINARY
 
 
+class Fault(IntEnum):
+    """What was done to a connection on purpose. The lower-case name is the metric label and the access log's value.
+
+    The numbers are those of ``FAULT_*`` in ``_native/types.pxd``; a test compares them.
+    """
+
+    NONE = 0
+    DELAY = 1
+    """Before the connect."""
+    REFUSE = 2
+    RESET = 3
+    BLACK_HOLE = 4
+    """Accepted, and then nothing."""
+    SLOW = 5
+    STALL = 6
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
 class TlsCause(IntEnum):
     """What was wrong with TLS. The lower-case name is the metric label and the access log's value.
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 
+from l4mesh.errors import Fault
+
 Network = IPv4Network | IPv6Network
 
 ORIGINAL_DESTINATION = "original_destination"
@@ -53,6 +55,17 @@ class ProxyProtocol(StrEnum):
     OFF = "off"
     V1 = "v1"
     V2 = "v2"
+
+
+class HealthKind(StrEnum):
+    """What a health check speaks with an endpoint."""
+
+    TCP = "tcp"
+    TLS = "tls"
+    HTTP = "http"
+    REDIS = "redis"
+    POSTGRESQL = "postgresql"
+    MYSQL = "mysql"
 
 
 class TlsMode(StrEnum):
@@ -143,6 +156,41 @@ class CaClient:
 
 
 @dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes a second to upstream and to downstream, of each connection. 0 is off."""
+
+    to_upstream: int = 0
+    to_downstream: int = 0
+    burst: int = 0
+    """Bytes that may pass at once after a pause; 0: as few as keep the rate exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadBandwidth:
+    """Bytes a second of all connections of a workload together. 0 is off."""
+
+    receive: int = 0
+    send: int = 0
+    burst: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRule:
+    """A fault for a share, 0 to 1, of the connections from these sources; () is everybody."""
+
+    kind: Fault
+    share: float
+    sources: tuple[Network, ...]
+    to_upstream: bool = False
+    """Which bytes are counted, where any are."""
+    after_bytes: int = 0
+    from_ms: int = 0
+    """For how long at least, or when it happens if not by bytes; 0: for ever."""
+    to_ms: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Something that runs on this node. Addresses are IP literals; ``identity`` is a name or ""."""
 
@@ -151,6 +199,7 @@ class Workload:
     addresses: tuple[str, ...]
     identity: str
     labels: tuple[tuple[str, str], ...] = ()
+    bandwidth: WorkloadBandwidth = WorkloadBandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +318,45 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """What must come in an answer, anywhere: ``wanted``, or what this regular expression (RE2, over bytes) matches."""
+
+    wanted: bytes
+    is_regex: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """How the endpoints of a cluster are checked. Equal checks of one address are made once."""
+
+    kind: HealthKind
+    interval_ms: int
+    fast_interval_ms: int
+    """While results contradict the state."""
+    timeout_ms: int
+    """Of the whole check."""
+    rise: int
+    fall: int
+    jitter: float
+    """Share of an interval, 0 to 1, by up to which it is shortened or lengthened at random."""
+    starts_up: bool
+    """Whether an endpoint serves until its first check."""
+    port: int
+    """0 is the endpoint's own."""
+    tls: bool
+    """Under the cluster's own terms if it has TLS, else without looking at certificates."""
+    sni: str
+    send: bytes
+    expect: Expect | None
+    path: str
+    host: str
+    """"" is the endpoint's address."""
+    status: tuple[tuple[int, int], ...]
+    """Ranges, both ends included."""
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -292,6 +380,8 @@ class Cluster:
     """Greatest load of an endpoint over the mean, ≥ 1.0; 0 is off. For source_hash and maglev."""
     tls: ClusterTls | None = None
     """None is plaintext."""
+    bandwidth: Bandwidth = Bandwidth()
+    faults: tuple[FaultRule, ...] = ()
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
     queue_size: int = 0
@@ -304,6 +394,7 @@ class Cluster:
     backoff_ms: int = 0
     """0: no pause between attempts."""
     drain: ClusterDrain = ClusterDrain()
+    health_check: HealthCheck | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +414,7 @@ class Route:
     match: RouteMatch
     split: tuple[tuple[str, int], ...]
     """(cluster, weight); a plain ``cluster:`` is one with weight 1."""
+    faults: tuple[FaultRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +448,7 @@ class Listener:
     backlog: int
     tls: ListenerTls = ListenerTls()
     rates: Rates = Rates()
+    bandwidth: Bandwidth = Bandwidth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +500,8 @@ class Config:
     max_handshakes_per_source: int = 0
     rates: Rates = Rates()
     """Of the process, over all listeners."""
+    faults_enabled: bool = False
+    """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
@@ -415,3 +510,9 @@ class Config:
     def own_mark(self) -> int:
         """The mark of the sockets that we dial with; 0 where nothing is captured, since marking needs a capability."""
         return self.mark.value if any(listener.capture != Capture.NONE for listener in self.listeners.values()) else 0
+
+    @property
+    def fault_rules(self) -> int:
+        """How many faults are configured, in force or not."""
+        of_routes = sum(len(route.faults) for listener in self.listeners.values() for route in listener.routes)
+        return of_routes + sum(len(cluster.faults) for cluster in self.clusters.values())

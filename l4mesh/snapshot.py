@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from l4mesh.errors import CloseReason, TlsCause
+from l4mesh.errors import CloseReason, Fault, TlsCause
 
 CONNECT_BUCKETS_S: tuple[float, ...] = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -35,6 +35,8 @@ class WorkerSnapshot:
     bytes_spliced: int
     holds: int
     """Times that a stream was left for a moment to gather more bytes."""
+    throttles: int
+    """Times that a half waited for its bandwidth."""
     put_aside: int
     """Connections that waited for the turn of their source after being accepted."""
 
@@ -62,6 +64,8 @@ class ClusterSnapshot:
     connect_seconds_sum: float
     connect_seconds_buckets: tuple[int, ...]
     """Counts per bucket of ``CONNECT_BUCKETS_S`` and +Inf, not cumulative."""
+    faults: tuple[int, ...]
+    """Injected, by ``Fault``."""
     waiting: int = 0
     """Connections that wait for a place; they are not in ``active``."""
     queued: int = 0
@@ -179,5 +183,7 @@ class ConnectionRecord(NamedTuple):
     """The policy that decided, or ""."""
     dry_run_policy: str
     """The dry-run policy that would have refused what passed, or ""."""
+    fault: Fault
+    """That was injected."""
     queued_ms: int = -1
     """Waited for a place in the cluster; at most 65535."""

@@ -20,6 +20,10 @@ cdef extern from *:
     #define l4_load_pointer(p) ((void *) __atomic_load_n((p), __ATOMIC_ACQUIRE))
     #define l4_store_pointer(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
     #define l4_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    static inline int l4_swap(uint64_t *p, uint64_t expected, uint64_t value)
+    {
+        return __atomic_compare_exchange_n(p, &expected, value, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    }
     """
     int64_t load "l4_load"(const int64_t *p) noexcept nogil
     uint64_t load_u "l4_load"(const uint64_t *p) noexcept nogil
@@ -38,3 +42,4 @@ cdef extern from *:
     void *load_pointer "l4_load_pointer"(void **p) noexcept nogil
     void store_pointer "l4_store_pointer"(void **p, void *value) noexcept nogil
     void fence "l4_fence"() noexcept nogil
+    bint swap_u "l4_swap"(uint64_t *p, uint64_t expected, uint64_t value) noexcept nogil

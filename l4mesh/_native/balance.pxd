@@ -69,6 +69,8 @@ ctypedef struct cluster_settings_t:
     uint32_t keepalive_count
     uint32_t user_timeout_ms
     uint32_t bounded_load_percent
+    uint64_t rates[2]        # of each connection, by half: bytes a second; 0: no limit
+    uint64_t burst
     int64_t queue_size           # connections that may wait for a place; 0: they are refused
     uint32_t queue_timeout_ms
     uint32_t retry_permille      # of the live connections, that may dial again

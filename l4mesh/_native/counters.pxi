@@ -100,14 +100,16 @@ cdef class ClusterStat:
     def panic(self, bint panic) -> None:
         store(&self.stat.panic, panic)
 
-    def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
-        """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets."""
+    def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int], list[int]]:
+        """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets, faults."""
         cdef uint32_t i
         cdef int j
         cdef cluster_row_t *row
         cdef uint64_t opened = 0, up = 0, down = 0, attempts = 0, failures = 0, ns = 0
         cdef uint64_t closed[CLOSE_REASONS]
         cdef uint64_t buckets[CONNECT_BUCKETS]
+        cdef uint64_t faults[FAULT_KINDS]
+        memset(faults, 0, sizeof(faults))
         memset(closed, 0, sizeof(closed))
         memset(buckets, 0, sizeof(buckets))
         for i in range(self.n_workers):
@@ -122,9 +124,11 @@ cdef class ClusterStat:
             ns += load_u(&row.connect_ns)
             for j in range(CONNECT_BUCKETS):
                 buckets[j] += load_u(&row.connect_buckets[j])
+            for j in range(FAULT_KINDS):
+                faults[j] += load_u(&row.faults[j])
         return (
             load(&self.stat.active), opened, [closed[j] for j in range(CLOSE_REASONS)], up, down, attempts, failures, ns,
-            [buckets[j] for j in range(CONNECT_BUCKETS)],
+            [buckets[j] for j in range(CONNECT_BUCKETS)], [faults[j] for j in range(FAULT_KINDS)],
         )
 
     def read_limits(self) -> tuple[int, int, int, int, int]:

@@ -122,7 +122,7 @@ cdef class Engine:
         free(self.engine.sources)
         free(self.engine.handshakes)
         free(self.engine.wake_fds)
-        free(self.engine.buckets)
+        free(self.engine.arrivals)
         BIO_meth_free(self.bio_method)
         if self.engine.up_fd > 0:
             close(self.engine.up_fd)
@@ -150,21 +150,21 @@ cdef class Engine:
             raise RuntimeError("the plan before is still in use: collect() first")
         if plan.n_workers != self.engine.n_workers:
             raise ValueError("the plan is made for another number of workers")
-        self.add_buckets(plan)
+        self.add_arrivals(plan)
         self.retired = self.plan
         self.plan = plan
         store_pointer(<void **> &self.engine.plan, plan.plan)
         self.wake()
 
-    cdef int add_buckets(self, Plan plan) except -1:
+    cdef int add_arrivals(self, Plan plan) except -1:
         # Before the plan that needs them is published; they stay.
         cdef uint32_t i
-        cdef bint needed = plan.plan.rates_identities or plan.plan.rates.source.interval_ns or plan.plan.rates.workload.interval_ns
+        cdef bint needed = rates_by_key(&plan.plan.arrival_rates)
         for i in range(plan.plan.n_listeners):
-            needed |= plan.plan.listeners[i].rates.source.interval_ns or plan.plan.listeners[i].rates.workload.interval_ns
-        if needed and self.engine.buckets == NULL:
-            self.engine.buckets = <buckets_t *> memory(sizeof(buckets_t))
-            self.engine.buckets.seed = self.engine.seed
+            needed |= rates_by_key(&plan.plan.listeners[i].arrival_rates)
+        if needed and self.engine.arrivals == NULL:
+            self.engine.arrivals = <arrivals_t *> memory(sizeof(arrivals_t))
+            self.engine.arrivals.seed = self.engine.seed
         return 0
 
     def offer_places(self) -> None:
@@ -172,9 +172,9 @@ cdef class Engine:
         self.wake()
 
     @property
-    def bucket_overflows(self) -> int:
+    def rate_overflows(self) -> int:
         """Connections whose source, workload or identity found no bucket of its own."""
-        return load_u(&self.engine.buckets.overflows) if self.engine.buckets != NULL else 0
+        return load_u(&self.engine.arrivals.overflows) if self.engine.arrivals != NULL else 0
 
     def collect(self) -> bool:
         """Frees the plan before when no worker can see it any more; true when there is none left."""
@@ -249,25 +249,26 @@ cdef class Engine:
     def active(self) -> int:
         return load(&self.engine.active)
 
-    def read_no_cluster(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int]]:
+    def read_no_cluster(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int], list[int]]:
         """The counters of connections that ended before a cluster was known, as ``ClusterStat.read``."""
         return self.no_cluster.read()
 
-    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int, int, int]:
-        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced, holds, put aside."""
+    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int, int, int, int]:
+        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced, holds, throttles, put
+        aside."""
         cdef worker_t *worker = self.workers[index]
         return (
             load(&worker.active), load_u(&worker.accepted), load_u(&worker.accept_pauses),
             load_u(&worker.accept_paused_until_ms) != 0, load_u(&worker.ring.dropped), load_u(&worker.pipes),
             load_u(&worker.turns), load_u(&worker.bytes_copied), load_u(&worker.bytes_spliced),
-            load_u(&worker.holds), load_u(&worker.put_aside),
+            load_u(&worker.holds), load_u(&worker.throttles), load_u(&worker.put_aside),
         )
 
     def take_records(self, uint32_t index, int limit) -> list[tuple[object, ...]]:
         """Up to ``limit`` records of one worker, oldest first: (unix ms, listener id, cluster id, endpoint, source, destination,
         reason, attempts, errno, connect us, first byte us, total us, bytes to upstream, to downstream, downstream rtt us,
         retransmits, upstream rtt us, retransmits, downstream identity, TLS 1.x, resumed, upstream identity, TLS 1.x, resumed,
-        TLS cause, alert, policy id, dry-run policy id, ms in the queue)."""
+        TLS cause, alert, policy id, dry-run policy id, fault, ms in the queue)."""
         cdef ring_t *ring = &self.workers[index].ring
         cdef record_t *r
         cdef list records = []
@@ -280,7 +281,8 @@ cdef class Engine:
                 address_text(&r.destination), r.reason, r.attempts, r.errno_seen, r.connect_us, r.first_byte_us, r.total_us,
                 r.bytes_to_upstream, r.bytes_to_downstream, r.downstream_rtt_us, r.downstream_retransmits,
                 r.upstream_rtt_us, r.upstream_retransmits, text_or_empty(r.peers[0]), r.versions[0], bool(r.resumed[0]),
-                text_or_empty(r.peers[1]), r.versions[1], bool(r.resumed[1]), r.cause, r.alert, r.policy, r.dry_policy, r.queued_ms,
+                text_or_empty(r.peers[1]), r.versions[1], bool(r.resumed[1]), r.cause, r.alert, r.policy, r.dry_policy, r.fault,
+                r.queued_ms,
             ))
             free(r.peers[0])
             free(r.peers[1])
@@ -358,6 +360,14 @@ def close_reasons() -> dict[str, int]:
         "LIMIT_RATE": CLOSE_LIMIT_RATE, "QUEUE_TIMEOUT": CLOSE_QUEUE_TIMEOUT, "OVERLOAD": CLOSE_OVERLOAD,
         "ENDPOINT_REMOVED": CLOSE_ENDPOINT_REMOVED, "ENDPOINT_UNHEALTHY": CLOSE_ENDPOINT_UNHEALTHY,
         "REBALANCED": CLOSE_REBALANCED, "HANDED_OVER": CLOSE_HANDED_OVER, "FAULT": CLOSE_FAULT,
+    }
+
+
+def faults() -> dict[str, int]:
+    """The numbers that the compiled code uses for ``errors.Fault``."""
+    return {
+        "NONE": FAULT_NONE, "DELAY": FAULT_DELAY, "REFUSE": FAULT_REFUSE, "RESET": FAULT_RESET, "BLACK_HOLE": FAULT_BLACK_HOLE,
+        "SLOW": FAULT_SLOW, "STALL": FAULT_STALL,
     }
 
 

@@ -42,6 +42,10 @@ cdef int fill_rates(rates_t *rates, tuple rows) except -1:
     return 0
 
 
+cdef bint rates_by_key(const rates_t *rates) noexcept:
+    return rates.source.interval_ns or rates.workload.interval_ns or rates.identity.interval_ns
+
+
 cdef bint rates_before_tls(const rates_t *rates) noexcept:
     return rates.total.interval_ns or rates.source.interval_ns or rates.workload.interval_ns
 
@@ -86,6 +90,8 @@ cdef class Cluster:
         compiled.keepalive_count = settings["keepalive_count"]
         compiled.user_timeout_ms = settings["user_timeout_ms"]
         compiled.bounded_load_percent = settings["bounded_load_percent"]
+        compiled.rates = settings["rates"]
+        compiled.burst = settings["burst"]
         compiled.queue_size = settings["queue_size"]
         compiled.queue_timeout_ms = settings["queue_timeout_ms"]
         compiled.retry_permille = settings["retry_permille"]
@@ -146,16 +152,18 @@ cdef class Plan:
     cdef uint32_t n_workers
     cdef size_t n_routes, n_prefixes, n_ports, n_targets, n_exact, n_wide
     cdef size_t n_patterns, n_text, n_clauses, n_filings, n_filed, n_wide_clauses, n_lengths, n_policy_sets
+    cdef size_t n_faults
     cdef readonly tuple clusters
-    cdef list stats, contexts
+    cdef list stats, contexts, buckets
 
     def __cinit__(
         self, uint64_t generation, uint32_t n_workers, list clusters not None, list own not None, *,
         int64_t max_connections, int64_t max_connections_per_source, uint32_t mark, bint splice, int log_when,
-        double log_sample, uint64_t error_reasons, int64_t max_handshakes_per_source, uint64_t trust, tuple rates not None=((0, 1),) * 4,
+        double log_sample, uint64_t error_reasons, int64_t max_handshakes_per_source, uint64_t trust,
+        tuple arrival_rates not None=((0, 1),) * 4,
     ):
         """``own``: (ip, port) of everything that the process listens on. ``log_sample``: share, 0 to 1. ``trust``: when it differs
-        from the plan before, live connections are checked again. ``rates``: of the process, as for ``add_listener``."""
+        from the plan before, live connections are checked again. ``arrival_rates``: of the process, as for ``add_listener``."""
         cdef plan_t *plan = <plan_t *> calloc(1, sizeof(plan_t))
         cdef Cluster cluster
         cdef uint32_t i
@@ -175,9 +183,10 @@ cdef class Plan:
         plan.error_reasons = error_reasons
         plan.max_handshakes_per_source = max_handshakes_per_source
         plan.trust = trust
-        fill_rates(&plan.rates, rates)
-        plan.rates_identities = plan.rates.identity.interval_ns != 0
+        fill_rates(&plan.arrival_rates, arrival_rates)
+        plan.rates_identities = plan.arrival_rates.identity.interval_ns != 0
         self.contexts = []
+        self.buckets = []
         plan.clusters = <cluster_t **> calloc(len(clusters) + 1, sizeof(void *))
         plan.own = <address_t *> calloc(len(own) + 1, sizeof(address_t))
         plan.listeners = <listener_t *> calloc(MAX_LISTENERS, sizeof(listener_t))
@@ -186,6 +195,7 @@ cdef class Plan:
         for cluster in clusters:
             plan.clusters[plan.n_clusters] = cluster.cluster
             plan.n_clusters += 1
+            self.note_bandwidth(cluster.cluster.settings.rates)
         for ip, port in own:
             i = plan.n_own
             fill_ip(plan.own[i].ip, ip)
@@ -220,11 +230,17 @@ cdef class Plan:
         free(self.plan.patterns)
         free(self.plan.text)
         free(self.plan.revoked)
+        free(self.plan.faults)
+        free(self.plan.cluster_faults)
         free(self.plan)
 
     @property
     def generation(self) -> int:
         return self.plan.generation
+
+    cdef void note_bandwidth(self, const uint64_t *rates) noexcept:
+        if rates[DOWNSTREAM] or rates[UPSTREAM]:
+            self.plan.limits_bandwidth = 1
 
     cdef span_t add_patterns(self, object patterns) except *:
         # patterns: (kind, bytes)
@@ -275,8 +291,42 @@ cdef class Plan:
             self.n_prefixes += 1
         return 0
 
+    cdef span_t add_faults(self, object faults) except *:
+        # faults: (kind, half, bytes, from ms, to ms, rate, share of 2^32, sources)
+        cdef fault_rule_t *rule
+        cdef span_t span
+        if faults and self.plan.cluster_faults == NULL:
+            raise ValueError("set_cluster_faults comes first")
+        span.start = <uint32_t> self.n_faults
+        for kind, half, bytes_, from_ms, to_ms, rate, share, sources in faults:
+            self.plan.faults = <fault_rule_t *> grown(self.plan.faults, self.n_faults, sizeof(fault_rule_t))
+            rule = &self.plan.faults[self.n_faults]
+            rule.fault.kind = kind
+            rule.fault.half = half
+            rule.fault.bytes = bytes_
+            rule.fault.from_ms = from_ms
+            rule.fault.to_ms = to_ms
+            rule.fault.rate = rate
+            rule.share = share
+            rule.sources = self.add_prefix_span(sources)
+            self.n_faults += 1
+        span.end = <uint32_t> self.n_faults
+        return span
+
+    def set_cluster_faults(self, list faults not None) -> None:
+        """``faults``: for each cluster in order, those that are in force; each (kind, half, bytes, from ms, to ms, rate, share of
+        2^32, prefixes of sources)."""
+        cdef uint32_t i
+        if <uint32_t> len(faults) != self.plan.n_clusters or self.plan.cluster_faults != NULL:
+            raise ValueError("one list a cluster is needed, once")
+        self.plan.cluster_faults = <span_t *> calloc(self.plan.n_clusters + 1, sizeof(span_t))
+        if self.plan.cluster_faults == NULL:
+            raise MemoryError
+        for i in range(self.plan.n_clusters):
+            self.plan.cluster_faults[i] = self.add_faults(faults[i])
+
     cdef int add_route(
-        self, object destinations, object ports, object sources, object names, object protocols, object targets
+        self, object destinations, object ports, object sources, object names, object protocols, object targets, object faults
     ) except -1:
         cdef plan_t *plan = self.plan
         cdef route_t *route
@@ -301,6 +351,7 @@ cdef class Plan:
             plan.targets[self.n_targets].weight_up_to = total
             self.n_targets += 1
         route.targets_end = self.n_targets
+        route.faults = self.add_faults(faults)
         return 0
 
     cdef int index_exact(self, listener_t *listener, list keys) except -1:
@@ -342,13 +393,15 @@ cdef class Plan:
         int32_t default_cluster, int64_t max_connections, list proxy_from not None, uint32_t proxy_timeout_ms,
         list routes not None, int tls_mode, bint tls_v12, bint resumption, uint32_t identity, uint32_t handshake_ms,
         bint close_expired, list strict not None, list permissive not None, list plain not None, list server_first not None,
-        tuple rates not None,
+        list rates not None, uint64_t burst, tuple arrival_rates not None,
     ) -> None:
         """Adds one bound address. ``fds``: a listening socket for each worker, which the caller owns and closes only when
-        every worker has seen a later plan. ``routes``: (destinations, ports, sources, names, protocols, targets) in order, with
-        prefixes as (ip, bits of 128), ports as (first, last), names and protocols as (kind, text), targets as (index of the
-        cluster, weight). ``identity``: an id, or 0 for the destination workload's. ``strict`` to ``server_first``: ports. ``rates``:
-        (ns between two connections or 0, burst) in all, by source, by workload and by identity."""
+        every worker has seen a later plan. ``routes``: (destinations, ports, sources, names, protocols, targets, faults) in order,
+        with prefixes as (ip, bits of 128), ports as (first, last), names and protocols as (kind, text), targets as (index of the
+        cluster, weight), faults as for ``set_cluster_faults``, which is called before where there are any. ``identity``: an id, or
+        0 for the destination workload's. ``strict`` to ``server_first``: ports. ``rates``: of each connection to upstream and to
+        downstream, bytes a second, or 0. ``arrival_rates``: (ns between two new connections or 0, burst) in all, by source, by
+        workload and by identity."""
         cdef plan_t *plan = self.plan
         cdef listener_t *listener
         cdef uint32_t i
@@ -387,14 +440,17 @@ cdef class Plan:
         listener.permissive = self.add_port_ranges(permissive)
         listener.plain = self.add_port_ranges(plain)
         listener.server_first = self.add_port_ranges(server_first)
-        fill_rates(&listener.rates, rates)
-        listener.rated = rates_before_tls(&listener.rates) or rates_before_tls(&plan.rates)
-        if listener.rates.identity.interval_ns:
+        listener.rates = rates
+        listener.burst = burst
+        self.note_bandwidth(listener.rates)
+        fill_rates(&listener.arrival_rates, arrival_rates)
+        listener.rated = rates_before_tls(&listener.arrival_rates) or rates_before_tls(&plan.arrival_rates)
+        if listener.arrival_rates.identity.interval_ns:
             plan.rates_identities = True
         listener.wide = self.n_wide
-        for destinations, ports, sources, names, protocols, targets in routes:
+        for destinations, ports, sources, names, protocols, targets, faults in routes:
             i = self.n_routes
-            self.add_route(destinations, ports, sources, names, protocols, targets)
+            self.add_route(destinations, ports, sources, names, protocols, targets, faults)
             if names or protocols:
                 listener.flags |= LISTENER_HELLO
             if (
@@ -438,11 +494,13 @@ cdef class Plan:
         self.contexts = contexts
 
     def set_workloads(self, list workloads not None) -> None:
-        """``workloads``: (ip, identity id or 0, index of a policy set, id). Of equal addresses the first stays."""
+        """``workloads``: (ip, identity id or 0, index of a policy set, id, Bucket of what it receives or None, of what it sends). Of equal
+        addresses the first stays."""
         cdef plan_t *plan = self.plan
         cdef address_t address
         cdef uint32_t size
-        cdef uint32_t at
+        cdef uint32_t at, i
+        cdef Bucket bucket
         if not workloads:
             return
         size = table_size(len(workloads))
@@ -450,7 +508,7 @@ cdef class Plan:
         if plan.workloads == NULL:
             raise MemoryError
         plan.workload_mask = size - 1
-        for ip, identity, policies, number in workloads:
+        for ip, identity, policies, number, *buckets in workloads:
             fill_ip(address.ip, ip)
             at = <uint32_t> address_hash_ip(&address, 0) & plan.workload_mask
             while plan.workloads[at].taken and memcmp(plan.workloads[at].ip, address.ip, 16) != 0:
@@ -462,6 +520,12 @@ cdef class Plan:
             plan.workloads[at].policies = policies
             plan.workloads[at].id = number
             plan.workloads[at].taken = 1
+            for i in range(2):
+                bucket = buckets[i]
+                if bucket is not None:
+                    self.buckets.append(bucket)
+                    plan.workloads[at].buckets[i] = bucket.bucket
+                    plan.limits_bandwidth = 1
 
     def set_revoked(self, list revoked not None, uint64_t seed) -> None:
         """``revoked``: (issuer as DER, serial number as its bytes) of each revoked certificate. ``seed``: the engine's."""

@@ -12,7 +12,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from l4mesh._native.address cimport mix64
 from l4mesh._native.atomic cimport add_u, load_acquire, load_u, swap_if_u
-from l4mesh._native.types cimport BUCKET_SPARE, BUCKET_WAYS, BUCKETS, bucket_t, buckets_t, rate_t
+from l4mesh._native.types cimport ARRIVAL_SPARE, ARRIVAL_WAYS, ARRIVALS, arrival_t, arrivals_t, rate_t
 
 cdef enum:
     RATE_SLACK_NS = 1000000000   # a worker may lose its CPU between reading the clock and here
@@ -35,17 +35,17 @@ cdef inline bint rate_take(uint64_t *arrival_ns, const rate_t *rate, uint64_t no
             return True
 
 
-cdef inline bint bucket_take(buckets_t *table, uint64_t key, const rate_t *rate, uint64_t now_ns) noexcept nogil:
+cdef inline bint arrival_take(arrivals_t *table, uint64_t key, const rate_t *rate, uint64_t now_ns) noexcept nogil:
     # The same for one key of many. Two workers that claim places for one key at the same instant may let one connection more pass.
-    cdef bucket_t *places
-    cdef bucket_t *place
+    cdef arrival_t *places
+    cdef arrival_t *place
     cdef uint64_t seen
     cdef int i
     cdef bint taken
     key = mix64(key ^ table.seed) | 1
-    places = &table.buckets[(key >> 16) % BUCKETS & ~(<uint64_t> BUCKET_WAYS - 1)]
+    places = &table.places[(key >> 16) % ARRIVALS & ~(<uint64_t> ARRIVAL_WAYS - 1)]
     i = 0
-    while i < BUCKET_WAYS:
+    while i < ARRIVAL_WAYS:
         if load_acquire(&places[i].key) == key:
             taken = rate_take(&places[i].arrival_ns, rate, now_ns)
             if load_acquire(&places[i].key) == key:
@@ -53,7 +53,7 @@ cdef inline bint bucket_take(buckets_t *table, uint64_t key, const rate_t *rate,
             # It was given to another key meanwhile, which has been charged: look again.
             i = -1
         i += 1
-    for i in range(BUCKET_WAYS):
+    for i in range(ARRIVAL_WAYS):
         place = &places[i]
         seen = load_u(&place.key)
         if load_u(&place.arrival_ns) > now_ns:
@@ -61,4 +61,4 @@ cdef inline bint bucket_take(buckets_t *table, uint64_t key, const rate_t *rate,
         if swap_if_u(&place.key, &seen, key) or seen == key:
             return rate_take(&place.arrival_ns, rate, now_ns)
     add_u(&table.overflows, 1)
-    return rate_take(&table.spare[(key >> 8) % BUCKET_SPARE], rate, now_ns)
+    return rate_take(&table.spare[(key >> 8) % ARRIVAL_SPARE], rate, now_ns)

@@ -20,6 +20,7 @@ from l4mesh._native.linux cimport (
     SO_RCVLOWAT, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, getsockopt, pipe2, recv, send, setsockopt,
     socklen_t, splice,
 )
+from l4mesh._native.shaping cimport shaping_allow, shaping_cut, shaping_settle, shaping_spend
 from l4mesh._native.stats cimport cluster_row_t
 from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
 from l4mesh._native.types cimport (
@@ -230,11 +231,12 @@ cdef inline void side_took(side_t *source, bint short_read, half_t *half) noexce
         source.flags &= ~<uint32_t> SIDE_READABLE
 
 
-cdef inline flow_t half_copy(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
+cdef inline flow_t half_copy(worker_t *worker, conn_t *conn, int h, uint32_t *moved, uint32_t limit) noexcept nogil:
     # One read of at most SCRATCH_BYTES.
     cdef half_t *half = &conn.phase.half[h]
     cdef side_t *source = &conn.side[h]
-    cdef ssize_t n = recv(source.fd, worker.scratch, SCRATCH_BYTES, 0)
+    cdef uint32_t most = SCRATCH_BYTES if limit > SCRATCH_BYTES else limit
+    cdef ssize_t n = recv(source.fd, worker.scratch, most, 0)
     if n < 0:
         return source_failed(conn, source)
     if n == 0:
@@ -246,7 +248,7 @@ cdef inline flow_t half_copy(worker_t *worker, conn_t *conn, int h, uint32_t *mo
         if half.full_reads == PROMOTE_READS and worker.plan.splice and not source.flags & SIDE_URGENT:
             half.flags |= HALF_SPLICE
             half.small_fills = 0
-    else:
+    elif <uint32_t> n < most:
         half.full_reads = 0
         side_took(source, True, half)
     return half_send(worker, conn, h, worker.scratch, <size_t> n)
@@ -275,7 +277,7 @@ cdef inline bint side_has_room(const side_t *sink) noexcept nogil:
     return memory[3] - memory[5] >= 2 * PLAIN_BYTES
 
 
-cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
+cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t *moved, uint32_t limit) noexcept nogil:
     # One read where TLS is on either side, or on both.
     cdef half_t *half = &conn.phase.half[h]
     cdef side_t *source = &conn.side[h]
@@ -290,6 +292,8 @@ cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t
         if ended:
             half.flags |= HALF_ENDED
     else:
+        if limit < most:
+            most = limit
         n = recv(source.fd, worker.plain, most, 0)
         if n < 0:
             return source_failed(conn, source)
@@ -300,6 +304,8 @@ cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t
     half.full_reads = length >= TLS_READ_BYTES
     if length == 0:
         return flow
+    if conn.shaping != NULL:
+        length = shaping_cut(conn, h, length)
     moved[0] += <uint32_t> length
     if conn.side[1 - h].tls != NULL:
         sent = half_encrypt(worker, conn, h, worker.plain, length)
@@ -316,7 +322,7 @@ cdef inline flow_t half_shut(worker_t *worker, conn_t *conn, int h) noexcept nog
     return tls_shut(worker, sink, &conn.errno_seen)
 
 
-cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
+cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *moved, uint32_t limit) noexcept nogil:
     # One fill of an empty pipe, and as much of it as the destination takes.
     cdef half_t *half = &conn.phase.half[h]
     cdef side_t *source = &conn.side[h]
@@ -324,7 +330,9 @@ cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *
     if half.pipe.read_fd < 0 and not pipe_take(worker, &half.pipe):
         half.flags &= ~<uint8_t> HALF_SPLICE
         return FLOW_MORE
-    n = splice(source.fd, NULL, half.pipe.write_fd, NULL, PIPE_BYTES, SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+    if limit > PIPE_BYTES:
+        limit = PIPE_BYTES
+    n = splice(source.fd, NULL, half.pipe.write_fd, NULL, limit, SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
     if n < 0:
         if errno == EINVAL:
             half.flags &= ~<uint8_t> HALF_SPLICE
@@ -334,7 +342,7 @@ cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *
         return half_end(half, source)
     moved[0] += <uint32_t> n
     half.piped = <uint32_t> n
-    if n < SMALL_FILL:
+    if n < SMALL_FILL and <uint32_t> n < limit:
         half.small_fills += 1
         if half.small_fills == DEMOTE_FILLS:
             half.flags &= ~<uint8_t> HALF_SPLICE
@@ -385,6 +393,26 @@ cdef inline bint half_pace(conn_t *conn, int h, uint64_t moved, uint64_t answere
     return False
 
 
+cdef inline flow_t half_read(worker_t *worker, conn_t *conn, int h, uint32_t *moved, uint32_t limit) noexcept nogil:
+    # One read, of no more than `limit` but for whole records of TLS.
+    if conn.phase.half[h].flags & HALF_SPLICE:
+        return half_splice(worker, conn, h, moved, limit)
+    if conn.side[h].tls != NULL or conn.side[1 - h].tls != NULL:
+        return half_copy_tls(worker, conn, h, moved, limit)
+    return half_copy(worker, conn, h, moved, limit)
+
+
+cdef inline flow_t half_read_shaped(worker_t *worker, conn_t *conn, int h, uint32_t *moved) noexcept nogil:
+    cdef uint32_t before = moved[0]
+    cdef uint32_t limit = shaping_allow(worker, conn, h, BUDGET_BYTES)
+    cdef flow_t flow
+    if limit == 0:
+        return FLOW_BLOCKED
+    flow = half_read(worker, conn, h, moved, limit)
+    shaping_spend(conn, h, moved[0] - before)
+    return flow
+
+
 cdef inline flow_t half_step(worker_t *worker, conn_t *conn, int h) noexcept nogil:
     # Moves bytes from side h to the other until something stops it. Never reads what it could not pass on or keep.
     cdef half_t *half = &conn.phase.half[h]
@@ -407,12 +435,12 @@ cdef inline flow_t half_step(worker_t *worker, conn_t *conn, int h) noexcept nog
             flow = FLOW_BLOCKED
         elif moved >= BUDGET_BYTES:
             return FLOW_MORE
-        elif half.flags & HALF_SPLICE:
-            flow = half_splice(worker, conn, h, &moved)
-        elif source.tls != NULL or sink.tls != NULL:
-            flow = half_copy_tls(worker, conn, h, &moved)
+        elif conn.shaping != NULL:
+            flow = half_read_shaped(worker, conn, h, &moved)
         else:
-            flow = half_copy(worker, conn, h, &moved)
+            flow = half_read(worker, conn, h, &moved, BUDGET_BYTES)
     if half.piped == 0:
         half_release_pipe(worker, half)
+    if conn.shaping != NULL:
+        shaping_settle(worker, conn, h)
     return flow

@@ -110,14 +110,12 @@ cdef inline uint32_t exact_find(
         at = (at + 1) & listener.exact_mask
 
 
-cdef inline int32_t route_find(
-    const plan_t *plan, const listener_t *listener, const address_t *destination, const address_t *source,
-    const hello_t *hello, uint64_t random,
+cdef inline uint32_t route_match(
+    const plan_t *plan, const listener_t *listener, const address_t *destination, const address_t *source, const hello_t *hello
 ) noexcept nogil:
-    # Index of the cluster in the plan, or -1: reject. `hello` is NULL where there was none. `random` decides a weighted split.
+    # Index + 1 of the route in the plan, or 0: none. `hello` is NULL where there was none.
     cdef uint32_t best = 0
-    cdef uint32_t other, i, ticket, total
-    cdef const route_t *route
+    cdef uint32_t other, i
     if listener.exact_mask:
         best = exact_find(plan, listener, destination, destination.port)
         other = exact_find(plan, listener, destination, 0)
@@ -127,8 +125,18 @@ cdef inline int32_t route_find(
         if best and plan.wide[i] + 1 > best:
             break
         if route_matches(plan, &plan.routes[plan.wide[i]], destination, source, hello):
-            best = plan.wide[i] + 1
-            break
+            return plan.wide[i] + 1
+    return best
+
+
+cdef inline int32_t route_find(
+    const plan_t *plan, const listener_t *listener, const address_t *destination, const address_t *source,
+    const hello_t *hello, uint64_t random,
+) noexcept nogil:
+    # Index of the cluster in the plan, or -1: reject. `random` decides a weighted split.
+    cdef uint32_t best = route_match(plan, listener, destination, source, hello)
+    cdef uint32_t i, ticket, total
+    cdef const route_t *route
     if best == 0:
         return listener.default_cluster
     route = &plan.routes[best - 1]

@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     CLOSE_REASONS = 40
     CONNECT_BUCKETS = 17
+    FAULT_KINDS = 7          # "none" included
 
 ctypedef struct endpoint_stat_t:
     # Written by all workers with relaxed atomics, once or twice a connection. `active` must be shared for least_connections to be
@@ -40,6 +41,7 @@ ctypedef struct cluster_row_t:
     uint64_t connect_ns
     uint64_t connect_buckets[CONNECT_BUCKETS]
     uint64_t cursor      # round robin's place; outlives reloads, starts at random
+    uint64_t faults[FAULT_KINDS]
     int64_t waiting      # connections in this worker's line; read by all
     int64_t offered      # 1: the worker has been told of a free place and has not looked yet; written by all
     void *line           # waiting_t; NULL: nobody waits here
@@ -64,7 +66,7 @@ ctypedef struct listener_stat_t:
     int64_t active
     uint64_t id
     listener_row_t *rows
-    uint64_t arrival_ns  # of its rate, as bucket_t
+    uint64_t arrival_ns  # of its rate, as arrival_t
 
 
 cdef inline int connect_bucket(uint64_t ns) noexcept nogil:

@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from l4mesh._native.address cimport address_t
 from l4mesh._native.balance cimport cluster_t
+from l4mesh._native.bandwidth cimport bucket_t, lane_t
 from l4mesh._native.linux cimport epoll_event
 from l4mesh._native.openssl cimport BIO, SSL, SSL_CTX, SSL_SESSION
 from l4mesh._native.spiffe cimport pattern_t
@@ -121,6 +122,8 @@ cdef enum:
     SIDE_RESET = 64        # the peer is gone: drain what it sent, send it nothing
     SIDE_TUNED = 256       # conn_tune has looked at it
     SIDE_PENDING = 128     # TLS holds bytes that were read from the socket and not yet from it
+    SIDE_WATCHED = 512     # it is in the epoll
+    SIDE_SETTLED = 1024    # keepalive is set on it, the upstream
 
 cdef enum:
     # half_t.flags
@@ -244,6 +247,31 @@ ctypedef union phase_t:
     dial_t dial            # until the relay: the cluster from the route on
     half_t half[2]         # RELAYING and RESETTING
 
+# errors.Fault has the same numbers; a test compares them.
+cdef enum fault_kind_t:
+    FAULT_NONE = 0
+    FAULT_DELAY = 1
+    FAULT_REFUSE = 2
+    FAULT_RESET = 3
+    FAULT_BLACK_HOLE = 4
+    FAULT_SLOW = 5
+    FAULT_STALL = 6
+
+ctypedef struct fault_t:
+    uint8_t kind           # fault_kind_t
+    uint8_t half           # RESET and STALL: whose bytes are counted
+    uint64_t bytes         # of it, before that happens; 0: at once, or by time
+    uint64_t from_ms       # DELAY, STALL, BLACK_HOLE: for how long, at least; RESET: when, if not by bytes. 0: for ever
+    uint64_t to_ms         # and at most
+    uint64_t rate          # SLOW: bytes a second, each way
+
+ctypedef struct shaping_t:
+    # What slows a connection down or breaks it on purpose; only those that this happens to have it. Owner: the connection.
+    lane_t lanes[2]        # limits, by half
+    fault_t fault          # a copy: a connection outlives its plan
+    uint64_t until_ms      # end of a delay, a black hole or a stall; or when a reset is due; 0: none of that
+    uint8_t injected       # the fault has happened, or has begun
+
 ctypedef struct source_t:
     # Live connections of one source address, in the table of sources; freed at 0.
     source_t *next
@@ -259,6 +287,7 @@ ctypedef struct conn_t:
     listener_stat_t *listener_stat   # likewise
     source_t *source_count
     source_t *handshake_count        # while a handshake with the downstream is under way
+    shaping_t *shaping               # malloc'd; NULL: no limit of bandwidth and no fault
     uint64_t accepted_ns
     uint64_t active_ms               # the last byte either way
     uint64_t ends_at_ms              # whatever it does then; 0: never. RESETTING: the latest end of that
@@ -271,35 +300,32 @@ ctypedef struct conn_t:
     uint32_t idle_ms                 # 0: off
     uint32_t half_closed_ms
     uint32_t user_timeout_ms
+    uint32_t queue_next              # also links free slots
+    uint32_t queue_prev
+    uint32_t generation              # of the slot: events and handles of earlier connections don't match
+    int32_t errno_seen
     uint16_t keepalive_idle_s
     uint16_t keepalive_interval_s
+    address_t source
+    address_t destination
+    address_t endpoint
+    uint16_t queued_ms               # waited for a place; 0: didn't
     uint8_t keepalive_count
     uint8_t state
     uint8_t attempts
-    uint8_t settled                  # keepalive is set on the upstream
     uint8_t listener_flags           # LISTENER_*, copied: a connection outlives its listener
     uint8_t first_end                # side whose FIN came first
-    uint8_t reset_reason             # RESETTING: what the connection will end with
-    uint8_t end_reason               # of ends_at_ms
+    uint8_t end_reason               # of ends_at_ms; RESETTING: what the connection will end with
     uint8_t leave_reason             # of leaves_at_ms
     uint8_t linger_ms                # RESETTING: step between two looks at the send queue
     uint8_t queued                   # QUEUED_*: the list that it is on, if any
     uint8_t proxy_protocol           # version to send, 0: none
-    uint8_t watched                  # downstream is in the epoll
     uint8_t tls_mode                 # TLS_MODE_* of the downstream
     uint8_t tls_cause                # of a failure whose side has no TLS, or no more
     uint8_t alert
     uint8_t routed                   # owns a reference to the dial's cluster: from the route to the relay
     uint8_t close_expired
     uint8_t local                    # the endpoint is a workload of this node: its policies apply, and no TLS
-    uint32_t queue_next              # also links free slots
-    uint32_t queue_prev
-    uint32_t generation              # of the slot: events and handles of earlier connections don't match
-    int32_t errno_seen
-    address_t source
-    address_t destination
-    address_t endpoint
-    uint16_t queued_ms               # waited for a place; 0: didn't
 
 cdef enum:
     LOG_NEVER = 0
@@ -375,6 +401,7 @@ ctypedef struct workload_t:
     uint8_t ip[16]
     uint32_t identity                # id; 0: none
     uint32_t policies                # index of its set
+    bucket_t *buckets[2]             # bandwidth in and out; NULL: no limit
     uint8_t taken                    # the place in the table is
     uint32_t id                      # the same for all of its addresses and for as long as its name is used
 
@@ -397,6 +424,13 @@ ctypedef struct route_t:
     uint32_t targets, targets_end
     span_t names                     # of SNI; PATTERN_SUFFIX is "*." with its dot
     span_t protocols                 # of ALPN
+    span_t faults
+
+ctypedef struct fault_rule_t:
+    # A fault, and whom it is for.
+    fault_t fault
+    uint64_t share                   # of 2^32
+    span_t sources                   # prefixes; empty: everybody
 
 ctypedef struct exact_route_t:
     # One address and one port (0: every port) to the first route that takes them.
@@ -413,20 +447,20 @@ ctypedef struct rates_t:
     rate_t total, source, workload, identity
 
 cdef enum:
-    BUCKETS = 65536                  # keys that are told apart at a time
-    BUCKET_WAYS = 8                  # places for a key
-    BUCKET_SPARE = 64
+    ARRIVALS = 65536                  # keys that are told apart at a time
+    ARRIVAL_WAYS = 8                  # places for a key
+    ARRIVAL_SPARE = 64
 
-ctypedef struct bucket_t:
+ctypedef struct arrival_t:
     uint64_t key                     # 0: was never used
     uint64_t arrival_ns              # theoretical arrival time of the next; one that is over says that the bucket is full
 
-ctypedef struct buckets_t:
+ctypedef struct arrivals_t:
     # By source, workload and identity, for all workers. Owner: the Engine object, which makes it when a rate is first configured.
     uint64_t seed
     uint64_t overflows
-    uint64_t spare[BUCKET_SPARE]     # arrival times that keys share for which there is no place
-    bucket_t buckets[BUCKETS]
+    uint64_t spare[ARRIVAL_SPARE]     # arrival times that keys share for which there is no place
+    arrival_t places[ARRIVALS]
 
 ctypedef struct listener_t:
     listener_stat_t *stat
@@ -442,6 +476,8 @@ ctypedef struct listener_t:
     uint32_t handshake_ms
     span_t strict, permissive, plain         # ports with a mode of their own
     span_t server_first                      # ports on which permissive waits for nothing
+    uint64_t rates[2]                        # of each connection, by half: bytes a second; 0: no limit
+    uint64_t burst
     uint32_t identity                        # id; 0: the destination workload's, or the node's
     uint8_t tls_mode
     uint8_t tls_v12
@@ -449,7 +485,7 @@ ctypedef struct listener_t:
     uint8_t close_expired
     uint8_t flags
     uint8_t rated                    # it or the process has a rate that is looked at before TLS
-    rates_t rates
+    rates_t arrival_rates
 
 ctypedef struct plan_t:
     # Immutable once published. Owner: the control loop, which frees it when every worker has seen a later one.
@@ -492,7 +528,10 @@ ctypedef struct plan_t:
     uint32_t revoked_mask
     uint64_t trust                   # live connections are looked at again when this changes
     int64_t max_handshakes_per_source
-    rates_t rates                    # of the process
+    uint8_t limits_bandwidth         # of some listener, cluster or workload
+    fault_rule_t *faults             # NULL: none are in force
+    span_t *cluster_faults           # by index of the cluster
+    rates_t arrival_rates            # of the process
     uint8_t rates_identities         # it or a listener has a rate by identity
 
 ctypedef struct record_t:
@@ -521,6 +560,7 @@ ctypedef struct record_t:
     uint8_t alert
     uint32_t policy
     uint32_t dry_policy
+    uint8_t fault                    # fault_kind_t that was injected
     int32_t queued_ms                # -1: didn't wait
 
 ctypedef struct ring_t:
@@ -607,8 +647,8 @@ ctypedef struct engine_t:
     uint64_t revocation_seed         # so that nobody can choose a certificate whose key is that of a revoked one
     cluster_stat_t *no_cluster       # for connections that end before a cluster is known
     int *wake_fds                    # one a worker; owner: the worker
-    buckets_t *buckets               # NULL until a rate by key is configured
-    uint64_t arrival_ns              # of the process's rate, as bucket_t
+    arrivals_t *arrivals             # NULL until a rate by key is configured
+    uint64_t arrival_ns              # of the process's rate, as arrival_t
     uint64_t seed                    # of hashes whose collisions nobody may choose
     int64_t accept_mode              # ACCEPT_*, as it should be
     uint64_t sweep                   # grows when live connections are to be looked at
@@ -652,6 +692,7 @@ ctypedef struct worker_t:
     uint64_t handshakes[2][2]        # by side; full and resumed
     uint64_t tls_failures[2][TLS_CAUSES]
     uint64_t dry_denied
+    uint64_t throttles               # times that a half waited for its bandwidth
     uint8_t *plain                   # PLAIN_BYTES: of a read where TLS is on either side
     uint8_t *cipher                  # CIPHER_BYTES: records on their way to one send
     uint8_t *feed                    # TLS_LARGE_BYTES: of a large read, on their way into OpenSSL

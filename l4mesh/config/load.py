@@ -17,7 +17,10 @@ from l4mesh.config import schema
 from l4mesh.config.quantities import shown
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
 from l4mesh.errors import ConfigError, Problem
-from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, Identity, Listener, Policy, TlsMode, Workload
+from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, HealthKind, Identity, Listener, Policy, TlsMode, Workload
+
+BURSTS_PER_S = 20
+"""Of at least so short a time must a burst be, for a rate to be kept by a timer of a millisecond on a busy machine."""
 
 Finding = tuple[str, KeyPath, str]
 """File, key path and message: a problem whose line is not known yet."""
@@ -179,7 +182,11 @@ def _read_clusters(
                     clusters.append(_placeholder(name))
                 continue
             cluster = schema.make_cluster(section)
-            findings += [(file, ("clusters", index, *path), message) for path, message in _check_cluster(cluster)]
+            if section.health_check:
+                checks = _check_health(cluster, section.health_check)
+                findings += [(file, ("clusters", index, "health_check", *path), message) for path, message in checks]
+            problems = (*_check_cluster(cluster), *_check_faults(section.faults), *_check_bandwidth(section.bandwidth_per_connection))
+            findings += [(file, ("clusters", index, *path), message) for path, message in problems]
         clusters.append(cluster)
         known[cluster.name] = (item, cluster)
     return clusters, known
@@ -226,6 +233,31 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
         yield ("tls", "peers"), 'is missing: name the identities that may answer, or say "*" for any of the trust domain'
 
 
+_OF_KINDS = {
+    "send": [HealthKind.TCP], "expect": [HealthKind.TCP], "path": [HealthKind.HTTP], "host": [HealthKind.HTTP],
+    "status": [HealthKind.HTTP], "user": [HealthKind.POSTGRESQL, HealthKind.MYSQL],
+}  # fmt: skip
+"""Keys of a health check that only some kinds have."""
+
+
+def _check_health(cluster: Cluster, section: schema.HealthCheckSection) -> Iterator[tuple[KeyPath, str]]:
+    check = cluster.health_check
+    assert check is not None
+    if cluster.name == ORIGINAL_DESTINATION:
+        yield (), "can't be here: this cluster has no endpoints that could be checked"
+    for key, kinds in _OF_KINDS.items():
+        if key in section.model_fields_set and check.kind not in kinds:
+            yield (key,), f"goes with type {' or '.join(kinds)} only; here it is {check.kind}"
+    if check.send and not check.expect:
+        yield ("send",), "needs expect: without an answer the check sees no more than a connection"
+    if check.kind == HealthKind.TLS and not check.tls:
+        yield ("tls",), "can't be off with type tls"
+    if section.sni and not check.tls:
+        yield ("sni",), "goes with tls: on or type tls only"
+    if check.fast_interval_ms > check.interval_ms:
+        yield ("fast_interval",), "must not be longer than interval"
+
+
 def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath, str]]:
     captures = listener.capture != Capture.NONE
     if listener.cluster and listener.default:
@@ -243,6 +275,32 @@ def _check_listener(listener: schema.ListenerSection) -> Iterator[tuple[KeyPath,
             yield ("routes", index), "must have one of cluster or split"
         elif route.split and not any(part.weight for part in route.split):
             yield ("routes", index, "split"), "must have a weight above 0"
+        yield from ((("routes", index, *path), message) for path, message in _check_faults(route.faults))
+    yield from _check_bandwidth(listener.bandwidth_per_connection)
+
+
+def _check_faults(faults: Sequence[schema.FaultSection]) -> Iterator[tuple[KeyPath, str]]:
+    for index, fault in enumerate(faults):
+        if len(fault.kinds) != 1:
+            got = f"got {' and '.join(fault.kinds)}" if fault.kinds else "got none"
+            yield ("faults", index), f"must have one of delay, refuse, reset, black_hole, slow or stall; {got}"
+        if fault.reset and fault.reset.direction and not fault.reset.after[0]:
+            yield ("faults", index, "reset", "direction"), "goes with a number of bytes after which to reset only"
+        if fault.stall and fault.stall.direction and not fault.stall.after:
+            yield ("faults", index, "stall", "direction"), "goes with after only: it says whose bytes are counted"
+    total = sum(fault.share for fault in faults if not fault.sources)
+    if total > 1.000001:
+        yield ("faults",), f"must not be for more than 100% of the connections; these add up to {total * 100:g}%"
+
+
+def _check_bandwidth(section: schema.BandwidthSection | schema.WorkloadBandwidthSection) -> Iterator[tuple[KeyPath, str]]:
+    key = "bandwidth" if isinstance(section, schema.WorkloadBandwidthSection) else "bandwidth_per_connection"
+    rates = [rate for name, rate in section if name != "burst" and rate]
+    if section.burst and not rates:
+        yield (key, "burst"), "goes with a rate only"
+    elif section.burst and section.burst * BURSTS_PER_S < max(rates):
+        least = -(-max(rates) // BURSTS_PER_S)
+        yield (key, "burst"), f"must be auto, or at least {least}B, a twentieth of a second of the rate: less would not reach it"
 
 
 def _check_whole(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding]:
@@ -289,6 +347,9 @@ def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding
                 seen.setdefault(item.name, file.file)
     owners: dict[str, str] = {}
     for file in parsed:
+        for index, section in enumerate(file.section.workloads):
+            for path, message in _check_bandwidth(section.bandwidth):
+                yield file.file, ("workloads", index, *path), message
         for index, workload in enumerate(file.workloads):
             for address in workload.addresses:
                 if owners.setdefault(address, workload.name) != workload.name:
@@ -314,6 +375,9 @@ def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding
         for index, cluster in enumerate(file.clusters):
             if cluster.tls:
                 references.append((("clusters", index, "tls", "identity"), cluster.tls.identity))
+                if cluster.health_check and cluster.health_check.tls and not (cluster.tls.identity or node_has_one):
+                    where = ("clusters", index, "health_check")
+                    yield file.file, where, "has no certificate to show: add identity under the cluster's tls, or under node"
         for path, name in references:
             if name and name not in identities:
                 yield file.file, path, f"{shown(name)} is not an identity; there are: {known}"
@@ -441,6 +505,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
         rates=schema.make_rates(limits),
+        faults_enabled=bool(single["faults"] and single["faults"].enabled),
         drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )

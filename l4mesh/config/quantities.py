@@ -5,22 +5,42 @@ All raise ValueError whose text goes on after the key: "must be …; got …".
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import socket
+from typing import Any
 
-from l4mesh.model import Endpoint, Mark, Network, Rate, SocketAddress
+import re2
+
+from l4mesh.model import Endpoint, Expect, Mark, Network, Rate, SocketAddress
 
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)(ms|s|m|h|d)")
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([kKMG]i?B|B)")
+_SIZE_BYTES = {
+    "B": 1,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "kiB": 1 << 10,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+}
 _SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)%")
-_RATE = re.compile(r"(\d{1,9})/([smh])")
-_RATE_S = {"s": 1, "m": 60, "h": 3600}
+_ARRIVALS = re.compile(r"(\d{1,9})/([smh])")
+_ARRIVALS_S = {"s": 1, "m": 60, "h": 3600}
 _HOST_NAME = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 _MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|\d{1,10})/(0x[0-9a-fA-F]{1,8}|\d{1,10})")
 MAX_DURATION_MS = 366 * 86_400_000
 MAX_WEIGHT = 256
-MAX_RATE = 1_000_000
+MAX_PAYLOAD_BYTES = 4096
+MAX_SIZE = 1 << 40
+MIN_RATE = 1000
+MAX_RATE = 100 * 10**9
+MAX_ARRIVALS_PER_S = 1_000_000
 MAX_QUEUE_TIMEOUT_MS = 60_000
 
 
@@ -69,6 +89,50 @@ def parse_optional_duration_ms(value: object) -> int:
         return parse_duration_ms(value)
     except ValueError as error:
         raise ValueError(str(error).replace("1h or 1d", "1h, 1d, or off")) from None
+
+
+def parse_duration_range_ms(value: object) -> tuple[int, int]:
+    """Least and greatest, milliseconds; a single duration is both."""
+    least, dash, most = value.partition("-") if isinstance(value, str) else ("", "", "")
+    try:
+        pair = parse_duration_ms(least), parse_duration_ms(most if dash else least)
+    except ValueError:
+        raise ValueError(f"must be a duration such as 250ms, or a range such as 100ms-2s; got {shown(value)}") from None
+    if pair[0] > pair[1]:
+        raise ValueError(f"must have the shorter duration first; got {shown(value)}")
+    return pair
+
+
+def parse_size(value: object) -> int:
+    """Bytes, at least 1."""
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"must be a size with its unit, such as 512B, 64KiB or 10MB; got {shown(value)}")
+    size = round(float(match[1]) * _SIZE_BYTES[match[2]])
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"must be between 1B and 1024GiB; got {shown(value)}")
+    return size
+
+
+def parse_rate(value: object) -> int:
+    """Bytes a second."""
+    try:
+        rate = parse_size(value.removesuffix("/s")) if isinstance(value, str) and value.endswith("/s") else 0
+    except ValueError:
+        rate = 0
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"must be a rate from 1kB/s to 100GB/s, such as 10MiB/s; got {shown(value)}")
+    return rate
+
+
+def parse_optional_rate(value: object) -> int:
+    """Bytes a second; 0 for off."""
+    if is_off(value):
+        return 0
+    try:
+        return parse_rate(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be off or")) from None
 
 
 def parse_whole_seconds(value: object) -> int:
@@ -127,16 +191,16 @@ def parse_limit(value: object) -> int:
     return value
 
 
-def parse_rate(value: object, burst: int | None = None) -> Rate | None:
+def parse_arrivals(value: object, burst: int | None = None) -> Rate | None:
     """New connections in a time, and how many may come at once; None for off. Without ``burst``: those of one second."""
     if is_off(value):
         return None
-    match = _RATE.fullmatch(value) if isinstance(value, str) else None
+    match = _ARRIVALS.fullmatch(value) if isinstance(value, str) else None
     if not match:
         raise ValueError(f"must be a rate with its unit, such as 100/s, 30/m or 10/h, or off; got {shown(value)}")
-    count, period_s = int(match[1]), _RATE_S[match[2]]
-    if not 1 <= count <= MAX_RATE * period_s:
-        raise ValueError(f"must be between 1/h and {MAX_RATE}/s; got {shown(value)}")
+    count, period_s = int(match[1]), _ARRIVALS_S[match[2]]
+    if not 1 <= count <= MAX_ARRIVALS_PER_S * period_s:
+        raise ValueError(f"must be between 1/h and {MAX_ARRIVALS_PER_S}/s; got {shown(value)}")
     return Rate(count, period_s, burst or max(1, count // period_s))
 
 
@@ -292,6 +356,88 @@ def parse_ip(value: object) -> str:
         return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
     except ValueError:
         raise ValueError(f"must be an IP address; got {shown(value)}") from None
+
+
+def parse_payload(value: object) -> bytes:
+    """``{text: …}`` or ``{hex: …}``"""
+    kind, payload = _read_payload(value, "text", "hex")
+    return _payload_bytes(kind, payload)
+
+
+def parse_expect(value: object) -> Expect:
+    """``{text: …}``, ``{hex: …}`` or ``{regex: …}``"""
+    kind, payload = _read_payload(value, "text", "hex", "regex")
+    wanted = _payload_bytes(kind, payload)
+    if kind == "regex":
+        try:
+            compile_regex(wanted)
+        except re2.error as error:
+            reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+            raise ValueError(f"must have a regular expression that RE2 understands: {reason}") from None
+    return Expect(wanted, kind == "regex")
+
+
+def _read_payload(value: object, *kinds: str) -> tuple[str, str]:
+    if isinstance(value, dict) and len(value) == 1:
+        kind, payload = next(iter(value.items()))
+        if kind in kinds and isinstance(payload, str) and payload:
+            return kind, payload
+    forms = " or ".join(f'{{{kind}: "…"}}' for kind in kinds)
+    raise ValueError(f"must be {forms}; got {shown(next(iter(value.values())) if isinstance(value, dict) and value else value)}")
+
+
+def _payload_bytes(kind: str, payload: str) -> bytes:
+    try:
+        content = bytes.fromhex(payload) if kind == "hex" else payload.encode()
+    except ValueError:
+        raise ValueError(f"must have pairs of hexadecimal digits; got {shown(payload)}") from None
+    if not 0 < len(content) <= MAX_PAYLOAD_BYTES:
+        raise ValueError(f"must be of 1 to {MAX_PAYLOAD_BYTES} bytes; got {len(content)}")
+    return content
+
+
+@functools.lru_cache(1024)
+def compile_regex(pattern: bytes) -> Any:
+    """Over bytes, and in time that grows with the input only: RE2 does not go back. Raises re2.error."""
+    options = re2.Options()
+    options.encoding = re2.Options.Encoding.LATIN1
+    options.log_errors = False
+    options.dot_nl = True
+    return re2.compile(pattern, options)
+
+
+def parse_http_path(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not text.startswith("/") or len(text) > 2048 or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"must be a path such as /healthz, of visible ASCII characters; got {shown(value)}")
+    return text
+
+
+def parse_http_host(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not 0 < len(text) <= 255 or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"must be a host name, with or without a port; got {shown(value)}")
+    return text
+
+
+def parse_status(value: object) -> tuple[int, int]:
+    """An HTTP status, or an inclusive range of them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        first = last = value
+    elif isinstance(value, str) and re.fullmatch(r"\d{3}-\d{3}", value):
+        first, last = map(int, value.split("-"))
+    else:
+        first = last = 0
+    if not 100 <= first <= last <= 599:
+        raise ValueError(f'must be a status from 100 to 599, or a range such as "200-399"; got {shown(value)}')
+    return first, last
+
+
+def parse_user(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not 0 < len(text.encode()) <= 63 or not text.isprintable():
+        raise ValueError(f"must be the name of a user; got {shown(value)}")
+    return text
 
 
 def parse_mark(value: object) -> Mark:

@@ -12,13 +12,16 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator
 
+from l4mesh import model
 from l4mesh.config import quantities as q
 from l4mesh.config.yaml import KeyPath
+from l4mesh.errors import Fault
 from l4mesh.model import (
     ORIGINAL_DESTINATION,
     AccessLog,
     Action,
     Balance,
+    Bandwidth,
     CaClient,
     Capture,
     CaptureFilter,
@@ -28,6 +31,10 @@ from l4mesh.model import (
     Direction,
     Drain,
     Endpoint,
+    Expect,
+    FaultRule,
+    HealthCheck,
+    HealthKind,
     Identity,
     Keepalive,
     Listener,
@@ -39,13 +46,13 @@ from l4mesh.model import (
     Peers,
     Policy,
     ProxyProtocol,
-    Rate,
     Rates,
     Route,
     RouteMatch,
     SocketAddress,
     TlsMode,
     Workload,
+    WorkloadBandwidth,
 )
 
 T = TypeVar("T")
@@ -143,13 +150,13 @@ def _parse_workers(value: object) -> int:
 
 
 class RateSection(Section):
-    rate: Annotated[Rate | None, PlainValidator(q.parse_rate)]
+    rate: Annotated[model.Rate | None, PlainValidator(q.parse_arrivals)]
     burst: Annotated[int | None, PlainValidator(_whole(1, 100_000_000))] = None
 
 
-def _read_rate(value: object, section: Callable[[object], RateSection]) -> Rate | None:
+def _read_rate(value: object, section: Callable[[object], RateSection]) -> model.Rate | None:
     if not isinstance(value, dict):
-        return q.parse_rate(value)
+        return q.parse_arrivals(value)
     long_form = section(value)
     return dataclasses.replace(long_form.rate, burst=long_form.burst or long_form.rate.burst) if long_form.rate else None
 
@@ -211,10 +218,109 @@ class SplitSection(Section):
     weight: Weight
 
 
+def _parse_burst(value: object) -> int:
+    if value == "auto":
+        return 0
+    try:
+        return q.parse_size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+
+
+Rate = Annotated[int, PlainValidator(q.parse_rate)]
+OptionalRate = Annotated[int, PlainValidator(q.parse_optional_rate)]
+Burst = Annotated[int, PlainValidator(_parse_burst)]
+
+
+class BandwidthSection(Section):
+    to_upstream: OptionalRate = 0
+    to_downstream: OptionalRate = 0
+    burst: Burst = 0
+
+
+class WorkloadBandwidthSection(Section):
+    receive: OptionalRate = 0
+    send: OptionalRate = 0
+    burst: Burst = 0
+
+
+DurationRange = Annotated[tuple[int, int], PlainValidator(q.parse_duration_range_ms)]
+
+
+def _parse_after(value: object) -> tuple[int, int]:
+    """(bytes, 0) or (0, ms)."""
+    try:
+        return q.parse_size(value), 0
+    except ValueError:
+        pass
+    try:
+        return 0, q.parse_duration_ms(value)
+    except ValueError:
+        raise ValueError(f"must be a size such as 64KiB, or a duration such as 5s; got {q.shown(value)}") from None
+
+
+def _parse_black_hole(value: object) -> int:
+    """Milliseconds; 0: until the client gives up."""
+    if value is True or value == "on":
+        return 0
+    try:
+        return q.parse_duration_ms(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be on, or")) from None
+
+
+def _parse_refuse(value: object) -> bool:
+    if value is not True and value != "on":
+        raise ValueError(f"must be on; got {q.shown(value)}: without this fault leave its entry out")
+    return True
+
+
+ByteDirection = Annotated[str | None, PlainValidator(_one_of("to_upstream", "to_downstream"))]
+
+
+class ResetFaultSection(Section):
+    after: Annotated[tuple[int, int], PlainValidator(_parse_after)]
+    direction: ByteDirection = None
+
+
+class StallFaultSection(Section):
+    for_: DurationRange = Field(alias="for")
+    after: Annotated[int, PlainValidator(q.parse_size)] = 0
+    direction: ByteDirection = None
+
+
+def _parse_fault_share(value: object) -> float:
+    share = q.parse_share(value)
+    if share == 0:
+        raise ValueError("must be above 0%: without this fault leave its entry out")
+    return share
+
+
+class FaultSection(Section):
+    share: Annotated[float, PlainValidator(_parse_fault_share)]
+    sources: Annotated[list[Cidr] | None, Field(min_length=1)] = None
+    delay: DurationRange | None = None
+    refuse: Annotated[bool, PlainValidator(_parse_refuse)] | None = None
+    reset: ResetFaultSection | None = None
+    black_hole: Annotated[int, PlainValidator(_parse_black_hole)] | None = None
+    slow: Rate | None = None
+    stall: StallFaultSection | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those that are given."""
+        return [kind.label for kind in Fault if kind and getattr(self, kind.label) is not None]
+
+
+class FaultsSection(Section):
+    enabled: Switch = False
+
+
 class RouteSection(Section):
     match: MatchSection = MatchSection()
     cluster: Name | None = None
     split: list[SplitSection] = []
+    faults: list[FaultSection] = []
 
 
 class FilterSection(Section):
@@ -300,6 +406,7 @@ class WorkloadSection(Section):
     addresses: Annotated[list[Annotated[str, PlainValidator(q.parse_ip)]], Field(min_length=1)]
     identity: Name | None = None
     labels: Labels = ()
+    bandwidth: WorkloadBandwidthSection = WorkloadBandwidthSection()
 
 
 class PeersSection(Section):
@@ -341,6 +448,7 @@ class ListenerSection(Section):
     user_timeout: OptionalDuration = 0
     backlog: Annotated[int, PlainValidator(_whole(1, 65535))] = 4096
     tls: ListenerTlsSection | None = None
+    bandwidth_per_connection: BandwidthSection = BandwidthSection()
 
 
 class RetryBudgetSection(Section):
@@ -410,6 +518,30 @@ def _read_endpoint(value: object, section: Callable[[object], EndpointSection]) 
     return Endpoint(*long_form.address, long_form.weight, long_form.zone)
 
 
+class HealthCheckSection(Section):
+    type: Annotated[str, PlainValidator(_one_of(*HealthKind))] = "tcp"
+    interval: Duration = 2000
+    fast_interval: Duration | None = None
+    timeout: Duration = 1000
+    rise: Annotated[int, PlainValidator(_whole(1, 100))] = 2
+    fall: Annotated[int, PlainValidator(_whole(1, 100))] = 3
+    jitter: Annotated[float, PlainValidator(q.parse_share)] = 0.1
+    initial: Annotated[str, PlainValidator(_one_of("up", "down"))] = "up"
+    port: Annotated[int, PlainValidator(_whole(1, 65535))] = 0
+    tls: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
+    sni: Annotated[str, PlainValidator(q.parse_server_name)] = ""
+    send: Annotated[bytes, PlainValidator(q.parse_payload)] = b""
+    expect: Annotated[Expect | None, PlainValidator(q.parse_expect)] = None
+    path: Annotated[str, PlainValidator(q.parse_http_path)] = "/"
+    host: Annotated[str, PlainValidator(q.parse_http_host)] = ""
+    status: Annotated[list[Annotated[tuple[int, int], PlainValidator(q.parse_status)]], Field(min_length=1)] = [(200, 399)]
+    user: Annotated[str, PlainValidator(q.parse_user)] = "l4mesh"
+
+
+def _health_check_off(value: object) -> object:
+    return None if q.is_off(value) else value
+
+
 class ClusterSection(Section):
     name: Name
     endpoints: list[Annotated[EndpointSection, WrapValidator(_read_endpoint)]] = []
@@ -426,6 +558,9 @@ class ClusterSection(Section):
     tls: ClusterTlsSection | None = None
     panic_threshold: OptionalShare = 0.5
     drain: ClusterDrainSection = ClusterDrainSection()
+    health_check: Annotated[HealthCheckSection | None, BeforeValidator(_health_check_off)] = None
+    bandwidth_per_connection: BandwidthSection = BandwidthSection()
+    faults: list[FaultSection] = []
 
 
 class FileSection(Section):
@@ -440,6 +575,7 @@ class FileSection(Section):
     marks: MarksSection | None = None
     drain: DrainSection | None = None
     ca: CaSection | None = None
+    faults: FaultsSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
     policies: list[PolicySection] = []
@@ -447,8 +583,8 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca",
+SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults"], ...] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults",
 )  # fmt: skip
 
 
@@ -466,9 +602,35 @@ def make_filter(section: FilterSection) -> CaptureFilter:
 
 def make_route(section: RouteSection) -> Route:
     match = RouteMatch(**{key: tuple(values) for key, values in section.match})
-    if section.cluster:
-        return Route(match, ((section.cluster, 1),))
-    return Route(match, tuple((part.cluster, part.weight) for part in section.split))
+    split = ((section.cluster, 1),) if section.cluster else tuple((part.cluster, part.weight) for part in section.split)
+    return Route(match, split, make_faults(section.faults))
+
+
+def make_faults(sections: Sequence[FaultSection]) -> tuple[FaultRule, ...]:
+    """Those of one kind; any other is a mistake that is named elsewhere."""
+    return tuple(_make_fault(section) for section in sections if len(section.kinds) == 1)
+
+
+def _make_fault(section: FaultSection) -> FaultRule:
+    kind = Fault[section.kinds[0].upper()]
+    least = most = after = rate = 0
+    direction = None
+    if section.delay:
+        least, most = section.delay
+    elif section.reset:
+        after, least = section.reset.after
+        most, direction = least, section.reset.direction
+    elif section.black_hole:
+        least = most = section.black_hole
+    elif section.slow:
+        rate = section.slow
+    elif section.stall:
+        (least, most), after, direction = section.stall.for_, section.stall.after, section.stall.direction
+    return FaultRule(kind, section.share, tuple(section.sources or ()), direction == "to_upstream", after, least, most, rate)
+
+
+def make_bandwidth(section: BandwidthSection) -> Bandwidth:
+    return Bandwidth(section.to_upstream, section.to_downstream, section.burst)
 
 
 def make_listener(section: ListenerSection) -> Listener:
@@ -493,6 +655,7 @@ def make_listener(section: ListenerSection) -> Listener:
         backlog=section.backlog,
         tls=make_listener_tls(section.tls) if section.tls else ListenerTls(),
         rates=make_rates(section.limits),
+        bandwidth=make_bandwidth(section.bandwidth_per_connection),
     )
 
 
@@ -555,7 +718,8 @@ def place_identity(identity: Identity, ca: CaClient | None) -> Identity:
 
 
 def make_workload(section: WorkloadSection) -> Workload:
-    return Workload(section.name, section.namespace, tuple(section.addresses), section.identity or "", section.labels)
+    bandwidth = WorkloadBandwidth(section.bandwidth.receive, section.bandwidth.send, section.bandwidth.burst)
+    return Workload(section.name, section.namespace, tuple(section.addresses), section.identity or "", section.labels, bandwidth)
 
 
 def make_policy(section: PolicySection) -> Policy:
@@ -601,6 +765,38 @@ def make_cluster(section: ClusterSection) -> Cluster:
         retry_minimum=connect.retry_budget.minimum,
         backoff_ms=connect.backoff,
         drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
+        health_check=make_health_check(section) if section.health_check else None,
+        bandwidth=make_bandwidth(section.bandwidth_per_connection),
+        faults=make_faults(section.faults),
+    )
+
+
+def make_health_check(cluster: ClusterSection) -> HealthCheck:
+    section = cluster.health_check
+    assert section is not None
+    kind = HealthKind(section.type)
+    secured = cluster.tls is not None and cluster.tls.mode == "mutual"
+    # Another port is another server, of which the cluster's TLS says nothing.
+    talks_as_the_cluster = secured and not section.port and (kind != HealthKind.TCP or section.expect is not None)
+    tls = section.tls if section.tls is not None else kind == HealthKind.TLS or talks_as_the_cluster
+    return HealthCheck(
+        kind=kind,
+        interval_ms=section.interval,
+        fast_interval_ms=section.fast_interval or max(1, section.interval // 4),
+        timeout_ms=section.timeout,
+        rise=section.rise,
+        fall=section.fall,
+        jitter=section.jitter,
+        starts_up=section.initial == "up",
+        port=section.port,
+        tls=tls,
+        sni=section.sni or (cluster.tls.sni or "" if cluster.tls and tls else ""),
+        send=section.send,
+        expect=section.expect,
+        path=section.path,
+        host=section.host,
+        status=tuple(section.status),
+        user=section.user,
     )
 
 

@@ -1,10 +1,10 @@
-"""TLS contexts of the control plane: CA and node know each other by SPIFFE IDs, as workloads do."""
+"""TLS contexts of the control loop: CA and node know each other by SPIFFE IDs, as workloads do; health checks speak as a workload."""
 
 from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cryptography import x509
 
@@ -47,6 +47,41 @@ def client_context(node: Material, server: str) -> ssl.SSLContext:
     return context
 
 
+def workload_context(material: Material, *, allow_tls12: bool) -> ssl.SSLContext:
+    """What the data path shows and trusts where it dials. Whose the other end's certificate is must be asked: ``check_peer``."""
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, material.private_key + material.certificates, material.trust_bundle)
+    # A CA of the bundle need not be a root.
+    context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+    if allow_tls12:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def open_context() -> ssl.SSLContext:
+    """Shows nothing and looks at no certificate: for asking whether a server can shake hands at all."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def check_peer(der: bytes, peers: Sequence[str], material: Material) -> None:
+    """That the other end is of our trust domain, among ``peers`` (patterns), and not revoked. Raises ssl.SSLCertVerificationError."""
+    found, certificate = _read_peer(der, "the endpoint's certificate")
+    if found.split("/")[2] != material.spiffe_id.split("/")[2]:
+        raise ssl.SSLCertVerificationError(1, f"the other end is {found}, of another trust domain")
+    if not any(_matches(pattern, found) for pattern in peers):
+        raise ssl.SSLCertVerificationError(1, f"the other end is {found}, which is not among the peers")
+    _check_revoked(certificate, found, material)
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Exact, ``prefix*``, ``*suffix`` or ``*``."""
+    if pattern.endswith("*"):
+        return text.startswith(pattern[:-1])
+    return text.endswith(pattern[1:]) if pattern.startswith("*") else text == pattern
+
+
 def _context(protocol: int, credential: bytes, bundle: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -65,13 +100,21 @@ def _context(protocol: int, credential: bytes, bundle: bytes) -> ssl.SSLContext:
 
 
 def _check_server(der: bytes, server: str, node: Material) -> None:
-    try:
-        certificate = x509.load_der_x509_certificate(der)
-        check_leaf("the CA's certificate", certificate)
-        found = read_spiffe_id("the CA's certificate", certificate)
-    except (ValueError, IdentityError) as error:
-        raise ssl.SSLCertVerificationError(1, str(error)) from None
+    found, certificate = _read_peer(der, "the CA's certificate")
     if found != server:
         raise ssl.SSLCertVerificationError(1, f"the other end is {found}, not {server}")
-    if (certificate.issuer.public_bytes(), number_bytes(certificate.serial_number)) in node.revoked:
-        raise ssl.SSLCertVerificationError(1, f"the certificate of {server} is revoked")
+    _check_revoked(certificate, server, node)
+
+
+def _read_peer(der: bytes, whose: str) -> tuple[str, x509.Certificate]:
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        check_leaf(whose, certificate)
+        return read_spiffe_id(whose, certificate), certificate
+    except (ValueError, IdentityError) as error:
+        raise ssl.SSLCertVerificationError(1, str(error)) from None
+
+
+def _check_revoked(certificate: x509.Certificate, spiffe_id: str, own: Material) -> None:
+    if (certificate.issuer.public_bytes(), number_bytes(certificate.serial_number)) in own.revoked:
+        raise ssl.SSLCertVerificationError(1, f"the certificate of {spiffe_id} is revoked")

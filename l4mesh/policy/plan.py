@@ -9,9 +9,11 @@ from typing import TypedDict
 from l4mesh.model import (
     ORIGINAL_DESTINATION,
     Balance,
+    Bandwidth,
     Capture,
     Cluster,
     Direction,
+    FaultRule,
     Listener,
     Network,
     ProxyProtocol,
@@ -27,9 +29,11 @@ Prefix = tuple[Packed, int]
 Target = tuple[int, int]
 Pattern = tuple[int, bytes]
 """Kind and text: exact, prefix, suffix, any."""
-RateRows = tuple[tuple[int, int], ...]
+ArrivalRow = tuple[tuple[int, int], ...]
 """(ns between two connections or 0, burst) in all, by source, by workload and by identity."""
-RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Pattern], list[Pattern], list[Target]]
+FaultRow = tuple[int, int, int, int, int, int, int, list[Prefix]]
+"""Kind, half whose bytes are counted, after how many, from ms, to ms, bytes a second, share of 2^32, sources."""
+RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Pattern], list[Pattern], list[Target], list[FaultRow]]
 
 LISTENER_REDIRECT = 1
 LISTENER_TPROXY = 2
@@ -90,6 +94,8 @@ class ClusterSettings(TypedDict):
     keepalive_count: int
     user_timeout_ms: int
     bounded_load_percent: int
+    rates: list[int]
+    burst: int
     queue_size: int
     queue_timeout_ms: int
     retry_permille: int
@@ -171,10 +177,24 @@ def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
         retry_permille=round(cluster.retry_share * 1000),
         retry_minimum=cluster.retry_minimum,
         backoff_ms=cluster.backoff_ms,
+        rates=compile_rates(cluster.bandwidth),
+        burst=cluster.bandwidth.burst,
     )
 
 
-def compile_rates(rates: Rates) -> RateRows:
+def compile_rates(bandwidth: Bandwidth) -> list[int]:
+    """By half."""
+    return [bandwidth.to_upstream, bandwidth.to_downstream]
+
+
+def compile_fault(rule: FaultRule) -> FaultRow:
+    half = 0 if rule.to_upstream else 1
+    sources = [pack_prefix(network) for network in rule.sources]
+    share = max(1, round(rule.share * 2**32))
+    return int(rule.kind), half, rule.after_bytes, rule.from_ms, rule.to_ms, rule.rate, share, sources
+
+
+def compile_arrivals(rates: Rates) -> ArrivalRow:
     rows = (rates.total, rates.source, rates.workload, rates.identity)
     return tuple((rate.interval_ns, rate.burst) if rate else (0, 1) for rate in rows)
 
@@ -184,7 +204,8 @@ def endpoint_tier(cluster: Cluster, endpoint_zone: str, node_zone: str) -> int:
     return int(cluster.zone_preference and bool(node_zone) and endpoint_zone != node_zone)
 
 
-def compile_route(route: Route, cluster_index: Mapping[str, int]) -> RouteRow:
+def compile_route(route: Route, cluster_index: Mapping[str, int], faults: bool) -> RouteRow:
+    """``faults``: whether they are in force."""
     return (
         [pack_prefix(network) for network in route.match.destinations],
         list(route.match.ports),
@@ -192,6 +213,7 @@ def compile_route(route: Route, cluster_index: Mapping[str, int]) -> RouteRow:
         [compile_pattern(name) for name in route.match.sni],
         [(EXACT, protocol.encode()) for protocol in route.match.alpn],
         [(cluster_index[name], weight) for name, weight in route.split if weight],
+        [compile_fault(rule) for rule in route.faults if faults],
     )
 
 

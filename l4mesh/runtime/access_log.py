@@ -66,6 +66,8 @@ def make_fields(record: ConnectionRecord) -> dict[str, Any]:
         text = getattr(record, name)
         if text:
             fields[name] = text
+    if record.fault:
+        fields["fault"] = record.fault.label
     if record.tls_cause:
         fields["tls_error"] = record.tls_cause.label
         if record.tls_alert:

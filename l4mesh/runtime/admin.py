@@ -17,7 +17,7 @@ import structlog
 from aiohttp import web
 
 from l4mesh import __version__
-from l4mesh.errors import CommandError
+from l4mesh.errors import CommandError, Fault
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.metrics import Sources, render_metrics
 from l4mesh.snapshot import ConnectionSnapshot, EndpointSnapshot, Snapshot
@@ -153,9 +153,19 @@ class AdminServer:
                 "identities": self._identities(),
                 "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
                 "closed": closed,
+                "faults": self._faults(snapshot),
                 "access_log_dropped": self._sources.access_log_dropped(),
             }
         )
+
+    def _faults(self, snapshot: Snapshot) -> dict[str, Any]:
+        config = self._facts.config()
+        injected = [sum(counts) for counts in zip(*(cluster.faults for cluster in (*snapshot.clusters, snapshot.retired)), strict=True)]
+        return {
+            "enabled": bool(config and config.faults_enabled),
+            "configured": config.fault_rules if config else 0,
+            "injected": {fault.label: injected[fault] for fault in Fault if injected[fault]},
+        }
 
     def _identities(self) -> list[dict[str, Any]]:
         renewals = {renewal.name: renewal for renewal in self._sources.renewals()}
@@ -190,6 +200,8 @@ class AdminServer:
                 {"cause": out.cause.label, "since_unix_s": round(out.since_unix_s, 3), "why": out.why}
                 for out in self._sources.registry.out(endpoint.cluster, endpoint.address)
             ]
+            verdict = self._sources.health.verdict(endpoint.cluster, endpoint.address)
+            shown["health"] = dataclasses.asdict(verdict) if verdict else None
             by_cluster.setdefault(endpoint.cluster, []).append(shown)
         clusters = [
             {

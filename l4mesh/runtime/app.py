@@ -23,7 +23,8 @@ from l4mesh.identity.svid import Material
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
-from l4mesh.runtime.endpoints import EndpointRegistry
+from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
+from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.reload import Reloader
@@ -37,6 +38,8 @@ EXPIRY_LOOK_EVERY_S = 3600.0
 RESERVED_DESCRIPTORS = 256
 """Kept for files, the admin server and everything else that is not a connection."""
 POOLED_PIPES_DESCRIPTORS = 128
+CHECKS_MAX = 2048
+"""Health checks under way at once, where there are descriptors enough."""
 DESCRIPTORS_PER_CONNECTION = 2.5
 """Two sockets, and a pipe for one in four (HAProxy's ratio); a half that gets no pipe copies."""
 
@@ -78,9 +81,14 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def connections_within(descriptors: int, workers: int) -> int:
-    """How many connections the descriptors are enough for."""
-    free = descriptors - RESERVED_DESCRIPTORS - workers * POOLED_PIPES_DESCRIPTORS
+def checks_within(descriptors: int) -> int:
+    """How many health checks may be under way at once."""
+    return max(16, min(CHECKS_MAX, descriptors // 16))
+
+
+def connections_within(descriptors: int, workers: int, checks: int) -> int:
+    """How many connections the descriptors are enough for, beside so many health checks."""
+    free = descriptors - RESERVED_DESCRIPTORS - workers * POOLED_PIPES_DESCRIPTORS - checks
     return max(16, int(free / DESCRIPTORS_PER_CONNECTION))
 
 
@@ -102,6 +110,7 @@ class App:
         self._access_log: AccessLog | None = None
         self._descriptors = raise_descriptor_limit()
         self._n_workers = 0
+        self._health = HealthChecker(self._note_health, lambda: self._reloader.materials, checks_within(self._descriptors))
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -117,6 +126,7 @@ class App:
             assert config is not None
             assert self._datapath is not None
             self._datapath.start()
+            self._health.start()
             await self._published()
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
@@ -152,6 +162,7 @@ class App:
             log.info("stopped")
 
     def _close(self) -> None:
+        self._health.close()
         if self._datapath:
             self._datapath.stop()
         if self._listeners:
@@ -181,13 +192,22 @@ class App:
         generation = self._datapath.apply(config, sockets, own, self._max_connections(config), materials)
         self._bound = bound
         self._listeners.close_unused(config)
+        _say_faults(config)
         return generation
 
     def _applied(self, config: Config) -> None:
         """Called by the reloader on the control loop."""
         assert self._endpoints is not None
         self._endpoints.configure(config)
+        self._health.configure(config)
         self._renewer.configure(config)
+
+    def _note_health(self, cluster: str, address: str, healthy: bool, why: str) -> None:
+        assert self._endpoints is not None
+        if healthy:
+            self._endpoints.put_back(cluster, address, OutCause.UNHEALTHY)
+        else:
+            self._endpoints.take_out(cluster, address, OutCause.UNHEALTHY, why)
 
     async def _published(self) -> None:
         """Waits until the workers, which have just started, have the first plan: then every listener is served."""
@@ -195,7 +215,8 @@ class App:
         await asyncio.to_thread(self._datapath.wait_until_seen)
 
     def _max_connections(self, config: Config) -> int:
-        most = connections_within(self._descriptors, self._n_workers)
+        checks = any(cluster.health_check for cluster in config.clusters.values())
+        most = connections_within(self._descriptors, self._n_workers, checks_within(self._descriptors) if checks else 0)
         return min(config.max_connections, most) if config.max_connections else most
 
     def _warn_of_fixed(self, config: Config) -> None:
@@ -220,8 +241,10 @@ class App:
             self._reloader.identities.status,
             self._renewer.status,
             lambda: self._access_log.dropped if self._access_log else 0,
+            lambda: bool(self._reloader.config and self._reloader.config.faults_enabled),
             self._take_lag,
             self._endpoints,
+            self._health,
         )
 
     def _is_ready(self) -> bool:
@@ -298,3 +321,11 @@ class App:
         for name, left_s in self._reloader.identities.expiring(time.time()):
             state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
             log.warning("identity_expires", identity=name, state=state, left_s=round(left_s))
+
+
+def _say_faults(config: Config) -> None:
+    """At every plan, so that they can't be left on unseen."""
+    if config.faults_enabled:
+        log.warning("faults_enabled", rules=config.fault_rules, means="connections are delayed or broken on purpose")
+    elif config.fault_rules:
+        log.info("faults_not_enabled", rules=config.fault_rules, means="they do nothing; faults: {enabled: on} puts them in force")

@@ -76,11 +76,14 @@ class EndpointRegistry:
         self._marks = marks
         self._clusters: Mapping[str, Cluster] = {}
         self._out: dict[str, dict[str, tuple[Out, ...]]] = {}
+        self._weighted: dict[str, tuple[Cluster, frozenset[str]]] = {}
+        self._weighted_out: dict[str, int] = {}
         self._panic: set[str] = set()
 
     def configure(self, config: Config) -> None:
         """The configuration in force is another. States of endpoints that stay, stay."""
         self._clusters = config.clusters
+        self._weighted = {name: known for name, known in self._weighted.items() if name in config.clusters}
         for name in list(self._out):
             cluster = config.clusters.get(name)
             addresses = {endpoint.address for endpoint in cluster.endpoints} if cluster else set()
@@ -89,6 +92,7 @@ class EndpointRegistry:
                 self._out[name] = kept
             else:
                 del self._out[name]
+            self._weighted_out[name] = sum(1 for address in self._addresses(name) if address in kept)
             self._judge(name)
 
     def take_out(self, cluster: str, address: str, cause: OutCause, why: str) -> bool:
@@ -120,22 +124,35 @@ class EndpointRegistry:
             causes |= out.cause
         if not self._marks.set_endpoint_out(cluster, address, causes):
             return False
-        known = dict(self._out.get(cluster, {}))
+        # Other threads look single endpoints up, and walk over none of this.
+        known = self._out.setdefault(cluster, {})
+        change = bool(outs) - (address in known)
         if outs:
             known[address] = outs
         else:
             known.pop(address, None)
-        # Replaced as a whole: other threads read it.
-        self._out[cluster] = known
         if not known:
             del self._out[cluster]
-        self._judge(cluster)
+        if change and address in self._addresses(cluster):
+            self._weighted_out[cluster] = self._weighted_out.get(cluster, 0) + change
+            self._judge(cluster)
         return True
+
+    def _addresses(self, name: str) -> frozenset[str]:
+        """Of the cluster's endpoints with a weight. Kept: thousands of them may go out one by one."""
+        cluster = self._clusters.get(name)
+        if cluster is None:
+            self._weighted.pop(name, None)
+            return frozenset()
+        known = self._weighted.get(name)
+        if known is None or known[0] is not cluster:
+            known = self._weighted[name] = (cluster, frozenset(one.address for one in cluster.endpoints if one.weight))
+        return known[1]
 
     def _judge(self, name: str) -> None:
         """Begins a panic, or ends it."""
         cluster = self._clusters.get(name)
-        endpoints = sum(1 for endpoint in cluster.endpoints if endpoint.weight) if cluster else 0
+        endpoints = len(self._addresses(name))
         serving = self.serving(name)
         panic = cluster is not None and serving < cluster.panic_threshold * endpoints
         if panic == (name in self._panic):
@@ -157,9 +174,7 @@ class EndpointRegistry:
 
     def serving(self, cluster: str) -> int:
         """How many endpoints with a weight nobody speaks against."""
-        known = self._out.get(cluster, {})
-        endpoints = self._clusters[cluster].endpoints if cluster in self._clusters else ()
-        return sum(1 for endpoint in endpoints if endpoint.weight and endpoint.address not in known)
+        return len(self._addresses(cluster)) - self._weighted_out.get(cluster, 0)
 
     def is_panicking(self, cluster: str) -> bool:
         return cluster in self._panic

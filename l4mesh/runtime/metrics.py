@@ -15,9 +15,10 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from l4mesh import __version__
-from l4mesh.errors import CloseReason
+from l4mesh.errors import CloseReason, Fault
 from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
+from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
@@ -35,9 +36,11 @@ class Sources:
     identities: Callable[[], list[IdentityStatus]]
     renewals: Callable[[], list[RenewalStatus]]
     access_log_dropped: Callable[[], int]
+    faults_enabled: Callable[[], bool]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
     registry: EndpointRegistry
+    health: HealthChecker
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -64,8 +67,9 @@ class MeshCollector(Collector):
         snapshot = self._sources.snapshot()
         yield from _listener_metrics(snapshot)
         yield from _cluster_metrics(snapshot)
-        yield from _endpoint_metrics(self._sources.endpoints())
+        yield from _endpoint_metrics(self._sources.endpoints(), self._sources.health)
         yield from _state_metrics(self._sources.registry.states())
+        yield from _health_metrics(self._sources.health)
         yield from _tls_metrics(snapshot.tls)
         yield from _identity_metrics(self._sources.identities())
         yield from _renewal_metrics(self._sources.renewals())
@@ -81,6 +85,7 @@ class MeshCollector(Collector):
             "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.",
             self._sources.access_log_dropped(),
         )  # fmt: skip
+        yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(self._sources.faults_enabled()))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         yield _counter(
@@ -151,6 +156,12 @@ def _cluster_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         failures.add_metric([cluster.name], cluster.connect_failures)
         connect.add_metric([cluster.name], _buckets(cluster), cluster.connect_seconds_sum)
     yield from (opened, active, closed, moved, attempts, failures, connect, waiting, queued, waited, retrying, refused)
+    faults = CounterMetricFamily("l4mesh_faults_injected", "Connections that a fault was injected into.", labels=["cluster", "fault"])
+    for cluster in (*snapshot.clusters, snapshot.retired):
+        for fault in Fault:
+            if cluster.faults[fault]:
+                faults.add_metric([cluster.name, fault.label], cluster.faults[fault])
+    yield faults
 
 
 def _buckets(cluster: ClusterSnapshot) -> list[tuple[str, float]]:
@@ -162,7 +173,7 @@ def _buckets(cluster: ClusterSnapshot) -> list[tuple[str, float]]:
     return buckets
 
 
-def _endpoint_metrics(endpoints: list[EndpointSnapshot]) -> Iterator[Metric]:
+def _endpoint_metrics(endpoints: list[EndpointSnapshot], health: HealthChecker) -> Iterator[Metric]:
     labels = ["cluster", "endpoint"]
     active = GaugeMetricFamily("l4mesh_endpoint_connections_active", "Live connections, dials included.", labels=labels)
     opened = CounterMetricFamily("l4mesh_endpoint_connections_opened", "Connections made.", labels=labels)
@@ -170,16 +181,21 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot]) -> Iterator[Metric]:
     moved = CounterMetricFamily(
         "l4mesh_endpoint_bytes", "Bytes of connections that ended.", labels=["cluster", "endpoint", "direction"]
     )
+    healthy = GaugeMetricFamily("l4mesh_endpoint_healthy", "0 while health checks fail; of endpoints that are checked.", labels=labels)
     for endpoint in endpoints:
-        if not (endpoint.opened or endpoint.active or endpoint.connect_failures):
+        verdict = health.verdict(endpoint.cluster, endpoint.address)
+        unhealthy = verdict is not None and verdict.state == "unhealthy"
+        if not (endpoint.opened or endpoint.active or endpoint.connect_failures or unhealthy):
             continue
         names = [endpoint.cluster, endpoint.address]
+        if verdict:
+            healthy.add_metric(names, int(not unhealthy))
         active.add_metric(names, endpoint.active)
         opened.add_metric(names, endpoint.opened)
         failures.add_metric(names, endpoint.connect_failures)
         moved.add_metric([*names, "to_upstream"], endpoint.bytes_to_upstream)
         moved.add_metric([*names, "to_downstream"], endpoint.bytes_to_downstream)
-    yield from (active, opened, failures, moved)
+    yield from (active, opened, failures, moved, healthy)
 
 
 def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
@@ -190,6 +206,18 @@ def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
         out.add_metric([state.cluster, "unhealthy"], state.unhealthy)
         panic.add_metric([state.cluster], int(state.panic))
     yield from (out, panic)
+
+
+def _health_metrics(health: HealthChecker) -> Iterator[Metric]:
+    checks = CounterMetricFamily("l4mesh_health_check", "Health checks, by result.", labels=["cluster", "type", "result"])
+    for cluster, kind, counts in health.counts():
+        for result, count in counts.items():
+            checks.add_metric([cluster, kind, result], count)
+    yield checks
+    yield _gauge("l4mesh_health_checks_under_way", "Health checks begun and not ended.", health.under_way)
+    yield _gauge(
+        "l4mesh_health_check_late_max_seconds", "How late the latest health check began since the scrape before.", health.take_late_s()
+    )
 
 
 def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
@@ -205,6 +233,7 @@ def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         (CounterMetricFamily, "bytes_spliced", "Bytes moved inside the kernel.", "bytes_spliced"),
         (CounterMetricFamily, "stream_holds", "Times that a stream was left for a moment to gather more bytes.", "holds"),
         (CounterMetricFamily, "accepts_put_aside", "Connections that waited for the turn of their source.", "put_aside"),
+        (CounterMetricFamily, "bandwidth_waits", "Times that one direction of a connection waited for its bandwidth.", "throttles"),
     ]
     for kind, name, text, field in figures:
         family = kind(f"l4mesh_{name}", text, labels=["worker"])

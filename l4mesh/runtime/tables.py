@@ -37,6 +37,9 @@ def cluster_table(clusters: list[dict[str, Any]]) -> Table:
     for cluster in clusters:
         for endpoint in cluster["endpoints"]:
             state = "warming" if endpoint["warming"] else "drained" if endpoint["weight"] == 0 else "serving"
+            if (health := endpoint["health"]) and not endpoint["out"]:
+                since = f" since {show_time(health['since_unix_s'])}" if health["state"] == "healthy" else ""
+                state += f", {health['state']}{since}"
             if endpoint["out"]:
                 state = "; ".join(f"{out['cause']} since {show_time(out['since_unix_s'])}: {out['why']}" for out in endpoint["out"])
                 state += " (serves: panic)" if cluster["panic"] else ""
@@ -98,6 +101,9 @@ def print_status(console: Console, status: dict[str, Any], clusters: list[dict[s
     console.print(cluster_table(clusters))
     if status["identities"]:
         console.print(identity_table(status["identities"]))
+    if status["faults"]["enabled"]:
+        injected = ", ".join(f"{count} {fault}" for fault, count in status["faults"]["injected"].items())
+        console.print(f"faults are enabled: {status['faults']['configured']} rules; injected: {injected or 'none yet'}")
     if status["closed"]:
         console.print(reason_table(status["closed"]))
 

@@ -9,13 +9,17 @@ from l4mesh._native.atomic cimport add_u, load_u
 from l4mesh._native.balance cimport (
     cluster_build, cluster_drop, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t, pick_random,
 )
+from l4mesh._native.bandwidth cimport (
+    OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_allow, lane_end,
+    lane_settle, lane_share, lane_t, lane_waits,
+)
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
-from l4mesh._native.rates cimport bucket_take, rate_take
+from l4mesh._native.rates cimport arrival_take, rate_take
 from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, cluster_stat_t, connect_bucket, endpoint_stat_t
-from l4mesh._native.types cimport BUCKETS, buckets_t, rate_t, record_t, ring_t
+from l4mesh._native.types cimport ARRIVALS, arrivals_t, rate_t, record_t, ring_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
 
 
@@ -133,6 +137,71 @@ cdef class Balancer:
         return counts
 
 
+cdef class SharedBucket:
+    cdef bucket_t *bucket
+
+    def __cinit__(self, uint64_t rate, uint64_t now_ns):
+        self.bucket = <bucket_t *> calloc(1, sizeof(bucket_t))
+        self.bucket.refs = 1
+        bucket_change(self.bucket, rate, 0, now_ns)
+
+    def __dealloc__(self):
+        bucket_drop(self.bucket)
+
+    def change(self, uint64_t rate, uint64_t now_ns):
+        bucket_change(self.bucket, rate, 0, now_ns)
+
+    @property
+    def refs(self):
+        return self.bucket.refs
+
+    @property
+    def next_ns(self):
+        return self.bucket.next_ns
+
+
+cdef class Lane:
+    """One half of a connection, as its limits see it."""
+
+    cdef lane_t lane
+    cdef bint ended
+
+    def __cinit__(self, uint64_t rate=0, uint64_t burst=0, tuple shared=()):
+        cdef SharedBucket one
+        if rate:
+            bucket_set(&self.lane.own, rate, burst, bucket_quantum(rate, OWN_PER_S, OWN_QUANTUM_MIN))
+        for one in shared:
+            lane_share(&self.lane, one.bucket)
+
+    def __dealloc__(self):
+        self.end()
+
+    def allow(self, uint64_t now_ns):
+        return lane_allow(&self.lane, now_ns)
+
+    def spend(self, int n):
+        self.lane.left -= n
+
+    def settle(self, uint64_t now_ns):
+        lane_settle(&self.lane, now_ns)
+
+    def waits(self, uint64_t now_ns):
+        return lane_waits(&self.lane, now_ns)
+
+    def end(self):
+        if not self.ended:
+            self.ended = True
+            lane_end(&self.lane)
+
+    @property
+    def at_ns(self):
+        return self.lane.at_ns
+
+    @property
+    def left(self):
+        return self.lane.left
+
+
 cdef void pick_random_of(uint64_t *state):
     cdef pick_t pick
     pick.random = state
@@ -222,12 +291,12 @@ cdef class Rates:
     cdef rate_t rate
     cdef uint64_t arrival_ns
     cdef uint64_t now_ns
-    cdef buckets_t *table
+    cdef arrivals_t *table
 
     def __cinit__(self, uint64_t interval_ns, uint64_t burst, uint64_t now_ns=10**12, uint64_t seed=1):
         self.set_rate(interval_ns, burst)
         self.now_ns = now_ns
-        self.table = <buckets_t *> calloc(1, sizeof(buckets_t))
+        self.table = <arrivals_t *> calloc(1, sizeof(arrivals_t))
         self.table.seed = seed
 
     def __dealloc__(self):
@@ -244,7 +313,7 @@ cdef class Rates:
         return bool(rate_take(&self.arrival_ns, &self.rate, self.now_ns))
 
     def take_key(self, uint64_t key):
-        return bool(bucket_take(self.table, key, &self.rate, self.now_ns))
+        return bool(arrival_take(self.table, key, &self.rate, self.now_ns))
 
     def hammer(self, uint64_t until_ns, uint64_t step_ns, key=None):
         """Takes as fast as it can, each time moving the clock on, and returns how often it was let pass."""
@@ -254,7 +323,7 @@ cdef class Rates:
             while now_ns < until_ns:
                 now_ns = add_u(&self.now_ns, step_ns)
                 if key_:
-                    passed += bucket_take(self.table, key_, &self.rate, now_ns)
+                    passed += arrival_take(self.table, key_, &self.rate, now_ns)
                 else:
                     passed += rate_take(&self.arrival_ns, &self.rate, now_ns)
         return passed
@@ -264,7 +333,7 @@ cdef class Rates:
         cdef uint64_t key, passed = 0
         with nogil:
             for key in range(first, first + count):
-                passed += bucket_take(self.table, key, &self.rate, load_u(&self.now_ns))
+                passed += arrival_take(self.table, key, &self.rate, load_u(&self.now_ns))
         return passed
 
     @property
@@ -273,7 +342,7 @@ cdef class Rates:
 
     @property
     def places(self):
-        return BUCKETS
+        return ARRIVALS
 
 
 def take_retries(int64_t active, uint32_t permille, int64_t minimum, uint32_t wanted):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4mesh import _fastpath
-from l4mesh.errors import CloseReason
+from l4mesh.errors import CloseReason, Fault
 from l4mesh.policy.plan import pack_ip
 from l4mesh.snapshot import CONNECT_BUCKETS_S
 from tests.native import probe
@@ -17,6 +17,10 @@ from tests.native import probe
 
 def test_close_reasons_are_numbered_alike_in_both_languages() -> None:
     assert _fastpath.close_reasons() == {reason.name: reason.value for reason in CloseReason}
+
+
+def test_faults_are_numbered_alike_in_both_languages() -> None:
+    assert _fastpath.faults() == {fault.name: fault.value for fault in Fault}
 
 
 def test_connect_buckets_are_bounded_alike_in_both_languages() -> None:

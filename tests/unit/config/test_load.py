@@ -1,5 +1,6 @@
 """Files and folders, merging, caching, and the examples in conf/."""
 
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from l4mesh.config import schema
 from l4mesh.config.load import ConfigCache, load_config, parse_config
-from l4mesh.errors import ConfigError
-from l4mesh.model import Balance, Cluster, Rate, Rates
+from l4mesh.errors import ConfigError, Fault
+from l4mesh.model import Balance, Bandwidth, Cluster, FaultRule, Rate, Rates, WorkloadBandwidth
 
 CONF = Path(__file__).parents[3] / "conf"
 LISTENER = 'listeners: [{name: web, bind: "127.0.0.1:8080", cluster: a}]\n'
@@ -93,6 +94,46 @@ def test_addresses_are_canonical() -> None:
         "10.0.0.1:81",
         "host.example:82",
     ]
+
+
+def test_rates_and_faults_become_numbers() -> None:
+    config = parse_config(
+        """
+faults: {enabled: on}
+workloads: [{name: w, addresses: [10.0.0.2], bandwidth: {send: 100MiB/s, burst: 10MiB}}]
+listeners:
+  - name: web
+    bind: "127.0.0.1:8080"
+    bandwidth_per_connection: {to_downstream: 1.5kB/s}
+    routes: [{cluster: a, faults: [{share: 25%, sources: [10.0.0.0/8], stall: {for: 1s-2s, after: 1KiB, direction: to_upstream}}]}]
+clusters:
+  - name: a
+    endpoints: ["127.0.0.1:1"]
+    faults:
+      - {share: 1%, delay: 200ms}
+      - {share: 1%, refuse: on}
+      - {share: 1%, reset: {after: 64kB}}
+      - {share: 1%, reset: {after: 5s}}
+      - {share: 1%, black_hole: on}
+      - {share: 1%, black_hole: 30s}
+      - {share: 1%, slow: 10KiB/s}
+"""
+    )
+    assert config.faults_enabled
+    assert config.fault_rules == 8
+    assert config.workloads[0].bandwidth == WorkloadBandwidth(0, 100 << 20, 10 << 20)
+    assert config.listeners["web"].bandwidth == Bandwidth(0, 1500)
+    stall = FaultRule(Fault.STALL, 0.25, (ip_network("10.0.0.0/8"),), True, 1024, 1000, 2000)
+    assert config.listeners["web"].routes[0].faults == (stall,)
+    assert config.clusters["a"].faults == (
+        FaultRule(Fault.DELAY, 0.01, (), from_ms=200, to_ms=200),
+        FaultRule(Fault.REFUSE, 0.01, ()),
+        FaultRule(Fault.RESET, 0.01, (), after_bytes=64_000),
+        FaultRule(Fault.RESET, 0.01, (), from_ms=5000, to_ms=5000),
+        FaultRule(Fault.BLACK_HOLE, 0.01, ()),
+        FaultRule(Fault.BLACK_HOLE, 0.01, (), from_ms=30_000, to_ms=30_000),
+        FaultRule(Fault.SLOW, 0.01, (), rate=10_240),
+    )
 
 
 def test_the_implicit_cluster_of_original_destinations_can_be_tuned() -> None:

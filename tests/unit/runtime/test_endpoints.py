@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,3 +127,24 @@ def test_a_reload_forgets_endpoints_that_are_gone_and_judges_anew(tmp_path: Path
     marks.config = replace(marks.config, clusters={})
     registry.configure(marks.config)
     assert registry.states() == []
+
+
+def test_what_serves_is_counted_right_whatever_happens(tmp_path: Path) -> None:
+    registry, marks, addresses = make_registry(tmp_path, n=8)
+    chance = random.Random(7)
+    whole = marks.config.clusters["web"]
+    for _ in range(2000):
+        address = chance.choice(addresses)
+        cause = chance.choice(list(OutCause))
+        if chance.random() < 0.1:
+            some = tuple(replace(one, weight=chance.choice((0, 1))) for one in whole.endpoints if chance.random() < 0.8)
+            marks.config = make_config(replace(whole, endpoints=some), marks.config)
+            registry.configure(marks.config)
+        elif chance.random() < 0.5:
+            registry.take_out("web", address, cause, "x")
+        else:
+            registry.put_back("web", address, cause)
+        weighted = [one.address for one in marks.config.clusters["web"].endpoints if one.weight]
+        serving = sum(1 for one in weighted if not registry.out("web", one))
+        assert registry.serving("web") == serving
+        assert marks.panic == registry.is_panicking("web") == (serving < 0.5 * len(weighted))
