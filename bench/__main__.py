@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import click
 
 from bench.bandwidth import run_bandwidth, summarize_bandwidth
+from bench.ejection import REPEATS as EJECTION_REPEATS
+from bench.ejection import run_ejection, summarize_ejection
 from bench.fairness import run_fairness, summarize_fairness
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
@@ -42,8 +44,9 @@ RELOAD = "reload"
 STORM = "storm"
 HEALTH = "health"
 BANDWIDTH = "bandwidth"
+EJECTION = "ejection"
 FAIRNESS = "fairness"
-SCENARIOS = (RELOAD, STORM, HEALTH, BANDWIDTH, FAIRNESS)
+SCENARIOS = (RELOAD, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
 NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
@@ -192,6 +195,12 @@ def measure_all(
         "health checks of many endpoints",
         partial(run_health, machine, proxies, 3 if effort.discard_first else 1),
         lambda checked: result.update(health=summarize_health(checked)),
+    )
+    attempt(
+        EJECTION,
+        "connections that fail when endpoints turn bad",
+        partial(run_ejection, machine, proxies, EJECTION_REPEATS if effort.discard_first else 1, seed),
+        lambda seen: result.update(ejection=summarize_ejection(seen)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.ejection import RATE as EJECTION_RATE
 from bench.fairness import AT_ONCE
 from bench.fairness import RATE as OTHERS_RATE
 from bench.health import ENDPOINTS, INTERVAL_S
@@ -33,6 +34,8 @@ def render(result: dict[str, Any]) -> str:
         parts.append(_health_table(result["health"]["entries"]))
     if result.get("bandwidth"):
         parts.append(_bandwidth_table(result["bandwidth"]["entries"]))
+    if result.get("ejection"):
+        parts.append(_ejection_table(result["ejection"]))
     if result["errors"]:
         parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {error}" for name, error in result["errors"].items()))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -185,6 +188,19 @@ def _bandwidth_table(entries: dict[str, dict[str, float]]) -> str:
         shares = f"{own['least']:.3f}, {own['most']:.3f}" if own["least"] != own["most"] else NOTHING
         lines.append([name, f"{own['measured'] / 1e6:,.2f}", off, _number(own["cpu_s_per_gb"]), f"{own['spliced']:.0%}", shares])
     return "Streams to the server through l4mesh, one worker, with a limit:\n\n" + _table(header, lines)
+
+
+def _ejection_table(ejection: dict[str, Any]) -> str:
+    """Connections that fail; in brackets for how long, in seconds."""
+    entries = ejection["entries"]
+    troubles = list(next(iter(entries.values())))
+    header = ["failed connections", *(trouble.replace("_", " ") for trouble in troubles), "together"]
+    lines = []
+    for name, own in entries.items():
+        cells = [f"{own[t]['failed']:g} ({own[t]['until_s']:.1f} s)" if own[t]["failed"] else "0" for t in troubles]
+        lines.append([_name(name), *cells, f"{ejection['sums'][name]:g}"])
+    text = f"Of 20 endpoints 3 turn bad, under {EJECTION_RATE} connections/s, for 6 s:\n\n" + _table(header, lines)
+    return text + f"\n\nl4mesh has the fewest: {'yes' if ejection['met'] else '**no**'}."
 
 
 def render_comparison(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -38,6 +38,10 @@ from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, h
 from l4mesh._native.lanes cimport LANE_DIRECT, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
+from l4mesh._native.outlier cimport (
+    outlier_connected, outlier_dial_failed, outlier_ended, outlier_finished, outlier_lived, outlier_next, outlier_refused_tls,
+    outlier_take,
+)
 from l4mesh._native.places cimport line_join, line_leave, place_take, places_offer
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
@@ -56,14 +60,18 @@ from l4mesh._native.spiffe cimport (
     PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,
 )
 from l4mesh._native.stats cimport (
-    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t, listener_row_t,
-    listener_stat_t,
+    CLOSE_REASONS, CONNECT_BUCKETS, FAULT_KINDS, NAME_BYTES, SIGNALS, cluster_row_t, cluster_stat_t, connect_bucket, endpoint_stat_t,
+    listener_row_t, listener_stat_t,
 )
 from l4mesh._native.tls cimport (
     HANDSHAKE_DONE, HANDSHAKE_FAILED, certificate_key, cluster_expects, context_configure, plan_revokes_chain, tls_bio_ctrl, tls_bio_read,
     tls_bio_write, tls_free, tls_handshake, tls_open, tls_park, unix_seconds,
 )
 from l4mesh._native.types cimport *
+from l4mesh._native.watchdog cimport (
+    DOING_ACCEPT, DOING_ADOPT, DOING_END, DOING_EVENT, DOING_HANDSHAKE, DOING_HELD, DOING_PAGE, DOING_READY, DOING_SWEEP, DOING_TIMER,
+    DOING_TURN, DOING_WAIT, doing, l4_thread_id, watch, watch_allow_stack, watched_t,
+)
 from l4mesh._native.wheel cimport WHEEL_NONE, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove
 
 cdef extern from *:
@@ -1238,6 +1246,7 @@ cdef void dial_failed(worker_t *worker, conn_t *conn, int error) noexcept nogil:
         row.connect_failures += 1
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
+        outlier_dial_failed(worker, conn, error)
     dial_abandon(worker, conn)
 
 
@@ -1426,6 +1435,7 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     row.connect_buckets[connect_bucket(took_ns)] += 1
     if conn.endpoint_stat != NULL:
         add_u(&conn.endpoint_stat.opened, 1)
+        outlier_connected(conn, took_ns)
     conn.errno_seen = 0
     conn.tls_cause = TLS_OK
     conn.alert = 0
@@ -1549,6 +1559,8 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
                     CLOSE_DOWNSTREAM_CLOSED if conn.first_end == DOWNSTREAM else CLOSE_UPSTREAM_CLOSED, False,
                 )
                 return
+            if h == UPSTREAM:
+                outlier_ended(worker, conn)
             shutdown(conn.side[1 - h].fd, SHUT_WR)
             half.flags |= HALF_SHUT
             conn.first_end = <uint8_t> h
@@ -1591,6 +1603,7 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
+        outlier_refused_tls(worker, conn)
     return True
 
 
@@ -1739,6 +1752,7 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
     if conn.routed:
         cluster_drop(conn.phase.dial.cluster)
     elif conn.state == CONN_RELAYING or conn.state == CONN_RESETTING:
+        outlier_finished(worker, conn, reason)
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.bytes_to_upstream, conn.phase.half[DOWNSTREAM].bytes)
             add_u(&conn.endpoint_stat.bytes_to_downstream, conn.phase.half[UPSTREAM].bytes)
@@ -1937,6 +1951,7 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
             return
         if not conn.side[UPSTREAM].flags & SIDE_SETTLED:
             conn_settle(conn)
+            outlier_lived(worker, conn)
             at = conn_deadline(worker, conn)
         if at:
             conn_arm(worker, conn, slot, at)
@@ -2053,10 +2068,12 @@ cdef inline int worker_wait(worker_t *worker) noexcept nogil:
         now_ns = clock_ns(CLOCK_MONOTONIC)
         left.tv_sec = 0
         left.tv_nsec = <long> (at_ns - now_ns) if at_ns > now_ns else 0
+        doing(worker, DOING_WAIT, worker.now_ms + 1)
         n = l4_epoll_pwait2(worker.epoll_fd, worker.events, MAX_EVENTS, &left)
         if n >= 0 or errno != ENOSYS:
             return n
         wait_ms = 1
+    doing(worker, DOING_WAIT, worker.now_ms + <uint64_t> wait_ms if wait_ms >= 0 else 0)
     return epoll_wait(worker.epoll_fd, worker.events, MAX_EVENTS, wait_ms)
 
 
@@ -2073,6 +2090,7 @@ cdef void worker_serve_heavy(worker_t *worker) noexcept nogil:
     while worker.heavy.head != WHEEL_NONE:
         slot = worker.heavy.head
         conn = conn_at(worker, slot)
+        doing(worker, DOING_HANDSHAKE, slot)
         queue_remove(worker, conn)
         if conn.state == CONN_HANDSHAKE:
             conn_handshake(worker, conn, slot)
@@ -2101,13 +2119,16 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     worker.now_ns = clock_ns(CLOCK_MONOTONIC)
     worker.now_ms = worker.now_ns // 1000000
     worker.turns += 1
+    doing(worker, DOING_TURN, 0)
     if plan != worker.plan:
+        doing(worker, DOING_ADOPT, 0)
         worker_adopt(worker, plan)
         store_release(&worker.seen_generation, plan.generation)
         worker_forget_listeners(worker, n)
     elif worker.accept_paused_until_ms and worker.now_ms >= worker.accept_paused_until_ms:
         accept_resume(worker)
     if load(&worker.engine.accept_mode) != worker.accept_mode:
+        doing(worker, DOING_ACCEPT, 0)
         worker_set_accept_mode(worker, load(&worker.engine.accept_mode))
         worker_forget_listeners(worker, n)
     if load_acquire(&worker.engine.sweep) != worker.sweep:
@@ -2117,15 +2138,18 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         tag = worker.events[i].data.u64
         if tag >> 32 == TAG_LISTENER:
             if worker.accept_paused_until_ms == 0:
+                doing(worker, DOING_ACCEPT, <uint32_t> tag)
                 listener_accept(worker, <uint32_t> tag)
         elif tag >> 32 == TAG_WAKE:
             read(worker.wake_fd, &count, sizeof(count))
             worker.serving = worker.lines != NULL
         else:
+            doing(worker, DOING_EVENT, tag >> 32)
             conn_event(worker, tag, worker.events[i].events)
     last = worker.ready.tail
     while worker.ready.head != WHEEL_NONE:
         slot = worker.ready.head
+        doing(worker, DOING_READY, slot)
         queue_remove(worker, conn_at(worker, slot))
         if conn_at(worker, slot).state == CONN_RESETTING:
             conn_drain(worker, conn_at(worker, slot), slot)
@@ -2134,10 +2158,12 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         if slot == last:
             break
     while worker.held.head != WHEEL_NONE and conn_at(worker, worker.held.head).held_until_ns <= worker.now_ns:
+        doing(worker, DOING_HELD, worker.held.head)
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
     worker_serve_heavy(worker)
     slot = wheel_expire(&worker.wheel, worker.now_ms)
     while slot != WHEEL_NONE:
+        doing(worker, DOING_TIMER, slot)
         conn_timeout(worker, conn_at(worker, slot), slot)
         slot = wheel_expire(&worker.wheel, worker.now_ms)
     if worker.lanes.n:
@@ -2145,8 +2171,10 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     if worker.serving:
         worker_serve_lines(worker)
     if worker.sweep_end:
+        doing(worker, DOING_SWEEP, 0)
         worker_sweep(worker)
     if load_acquire(<uint64_t *> &worker.page.state) == 1:
+        doing(worker, DOING_PAGE, 0)
         worker_show_page(worker)
 
 
@@ -2157,6 +2185,7 @@ cdef void worker_end(worker_t *worker) noexcept nogil:
     for slot in range(worker.n_chunks * CONN_CHUNK):
         conn = conn_at(worker, slot)
         if conn.state != CONN_FREE:
+            doing(worker, DOING_END, slot)
             conn_finish(worker, conn, slot, CLOSE_SHUTDOWN, True)
     while worker.n_pool:
         worker.n_pool -= 1
@@ -2168,9 +2197,12 @@ cdef int worker_run(worker_t *worker) noexcept nogil:
     worker.now_ns = clock_ns(CLOCK_MONOTONIC)
     worker.now_ms = worker.now_ns // 1000000
     wheel_init(&worker.wheel, worker.now_ms, conn_timer, worker)
+    watch_allow_stack()
+    store(&worker.tid, l4_thread_id())
     while not load(&worker.engine.stopping):
         worker_turn(worker)
     worker_end(worker)
+    store(&worker.tid, 0)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import shutil
@@ -71,9 +70,18 @@ def cli() -> None:
 
 @cli.command(cls=Examples, epilog="l4mesh run -c /etc/l4mesh")
 @config_option
-def run(paths: tuple[Path, ...]) -> None:
+@click.option(
+    "--manage-redirect", is_flag=True,
+    help="Run as the child of a supervisor: it puts the rules of `l4mesh redirect` in place when the child serves, keeps them there, "
+    "removes them at the end, and replaces a child that dies. SIGUSR2 replaces it by a new one.",
+)  # fmt: skip
+def run(paths: tuple[Path, ...], manage_redirect: bool) -> None:
     """Run in the foreground until SIGTERM, which drains, or SIGINT, which ends it at once. SIGHUP looks at the files at once and
     reopens the access log."""
+    if manage_redirect:
+        from l4mesh.runtime.supervisor import supervise
+
+        sys.exit(supervise())
     from l4mesh.runtime.app import run as run_app
 
     sys.exit(run_app(_paths(paths)))
@@ -439,6 +447,8 @@ def _console() -> Any:
 
 def _ask(admin: str, *paths: str) -> list[dict[str, Any]]:
     """The JSON answers of the admin server. Raises CommandError when it can't be reached."""
+    import asyncio
+
     import aiohttp
 
     async def ask() -> list[dict[str, Any]]:

@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from l4mesh import _fastpath
 from l4mesh.errors import CloseReason, Fault, InternalError, TlsCause
 from l4mesh.identity.svid import Material
 from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAddress, Workload
 from l4mesh.policy.authz import add_policies
+from l4mesh.policy.outlier import Counts
 from l4mesh.policy.plan import (
     compile_arrivals,
     compile_fault,
@@ -29,6 +31,7 @@ from l4mesh.policy.plan import (
     compile_rates,
     compile_route,
     compile_settings,
+    compile_watch,
     endpoint_tier,
     own_addresses,
     pack_ip,
@@ -36,6 +39,7 @@ from l4mesh.policy.plan import (
 )
 from l4mesh.snapshot import (
     CONNECT_BUCKETS_S,
+    SIGNALS,
     ClusterSnapshot,
     ConnectionRecord,
     ConnectionSnapshot,
@@ -121,6 +125,8 @@ class Datapath:
         self._contexts: dict[str, tuple[tuple[bytes, int], _fastpath.TlsContext]] = {}
         self._trusted: tuple[object, ...] = ()
         self._trust = 0
+        self.on_told: Callable[[list[int]], None] = lambda ids: None
+        """Called on the control loop with endpoints that have just failed as often in a row as their clusters put up with."""
         self._threads: list[threading.Thread] = []
         self._woken: asyncio.Event | None = None
         self._gathering: asyncio.Handle | None = None
@@ -139,7 +145,24 @@ class Datapath:
             self._threads.append(thread)
             thread.start()
 
+    def watch(self, limit_ms: int, stacks_signal: int) -> None:
+        """See ``Engine.watch``; on a thread of the caller's."""
+        _name_thread("l4mesh-watchdog")
+        self._engine.watch(limit_ms, stacks_signal)
+
+    def end_watch(self) -> None:
+        self._engine.end_watch()
+
+    def beat(self) -> None:
+        """The control loop has come round."""
+        self._engine.beat()
+
+    def rest(self) -> None:
+        """The control loop need not come round any more."""
+        self._engine.rest()
+
     def _run_worker(self, index: int) -> None:
+        _name_thread(f"l4mesh-{index}")
         # Signals are the control loop's: none may interrupt a worker's system calls.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._engine.run(index)
@@ -349,6 +372,22 @@ class Datapath:
             entry.compiled.stat.panic = panic
             self._engine.offer_places()
 
+    def endpoint_ids(self, cluster: str) -> dict[int, str]:
+        """By the numbers that ``on_told`` gets."""
+        entry = self._clusters.get(cluster)
+        return {stat.id: address for address, stat in entry.endpoints.items()} if entry else {}
+
+    def outlier_counts(self, cluster: str) -> dict[str, Counts]:
+        """What outlier detection goes by, by address."""
+        entry = self._clusters.get(cluster)
+        return {address: _count_outlier(stat) for address, stat in entry.endpoints.items()} if entry else {}
+
+    def forget_failures(self, cluster: str, address: str) -> None:
+        """Failures in a row count from 0 again."""
+        stat = self._endpoint_stat(cluster, address)
+        if stat is not None:
+            stat.forget_failures()
+
     def wait_until_seen(self) -> None:
         """Waits until every worker serves the current plan. Raises InternalError after ten seconds."""
         with self._lock:
@@ -377,6 +416,7 @@ class Datapath:
         peers = [compile_pattern(pattern) for pattern in cluster.tls.peers] if cluster.tls else []
         sni = cluster.tls.sni.encode() if cluster.tls else b""
         identity = self._identity_id(cluster.tls.identity) if cluster.tls else 0
+        stat.watch(*compile_watch(cluster.outlier_detection))
         compiled = _fastpath.Cluster(stat, rows, peers, sni, **compile_settings(cluster, identity))
         return _ClusterEntry(cluster, zone, compiled, endpoints)
 
@@ -385,7 +425,7 @@ class Datapath:
     ) -> _fastpath.ListenerStat:
         stat = self._listeners.get(listener.name)
         if stat is None:
-            stat = _fastpath.ListenerStat(self._new_id(), self._n_workers)
+            stat = _fastpath.ListenerStat(self._new_id(), self._n_workers, listener.name)
             self._names[stat.id] = listener.name
         for bind, fds in sockets:
             plan.add_listener(
@@ -411,7 +451,7 @@ class Datapath:
         return self._ids
 
     def _new_cluster_stat(self, name: str) -> _fastpath.ClusterStat:
-        stat = _fastpath.ClusterStat(self._new_id(), self._n_workers, [random.getrandbits(32) for _ in range(self._n_workers)])
+        stat = _fastpath.ClusterStat(self._new_id(), self._n_workers, [random.getrandbits(32) for _ in range(self._n_workers)], name)
         self._names[stat.id] = name
         return stat
 
@@ -470,7 +510,7 @@ class Datapath:
             removed = self._removed
             self._removed = _Removed(
                 compiled=[cluster for cluster in removed.compiled if cluster.dials],
-                endpoints=[stat for stat in removed.endpoints if stat.active],
+                endpoints=[stat for stat in removed.endpoints if stat.in_use],
             )
             for name, stat, was_idle in removed.clusters:
                 if stat.active or not was_idle:
@@ -573,6 +613,8 @@ class Datapath:
 
     def _wake(self) -> None:
         os.eventfd_read(self._engine.fileno())
+        if told := self._engine.take_told():
+            self.on_told(told)
         if self._woken is not None:
             self._woken.set()
         if self._gathering is None:
@@ -613,6 +655,11 @@ class Datapath:
             _show_version(upstream_version, resumed=upstream_resumed), _CAUSES[cause], alert, self._policy_names.get(policy, ""),
             self._policy_names.get(dry_policy, ""), _FAULTS[fault], queued_ms,
         )  # fmt: skip
+
+
+def _name_thread(name: str) -> None:
+    """For `ps -L` and `top -H`."""
+    Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
 
 
 def openssl_version() -> str:
@@ -679,13 +726,23 @@ def _add_listener(before: ListenerSnapshot, counts: tuple[int, int, list[int]]) 
     return ListenerSnapshot(before.name, before.active + active, before.opened + opened, _count_reasons(closed, before.closed))
 
 
+def _count_outlier(stat: _fastpath.EndpointStat) -> Counts:
+    opened, connect_ns, failures, failed_connects, failed_answers = stat.read_outlier()
+    before_connect = failures[SIGNALS.index("connect_failure")] + failures[SIGNALS.index("tls_failure")]
+    return Counts(opened + before_connect, sum(failures), opened, connect_ns, failed_connects, failed_answers)
+
+
+def _name_failures(failures: list[int]) -> dict[str, int]:
+    return {signal: count for signal, count in zip(SIGNALS, failures, strict=True) if count}
+
+
 def _show_endpoint(entry: _ClusterEntry, endpoint: Endpoint, now_ms: int) -> EndpointSnapshot:
     address = endpoint.address
     stat = entry.endpoints[address]
     active, opened, failures, to_upstream, to_downstream = stat.read()
     return EndpointSnapshot(
         entry.model.name, address, endpoint.weight, endpoint.zone, active, opened, failures, to_upstream, to_downstream,
-        now_ms < stat.warm_until_ms,
+        now_ms < stat.warm_until_ms, _name_failures(stat.read_outlier()[2]),
     )  # fmt: skip
 
 

@@ -357,6 +357,60 @@ class HealthCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class SuccessRateDetector:
+    """An endpoint whose success rate is more than ``factor`` standard deviations, and more than ``margin`` (0 to 1), below the mean."""
+
+    factor: float
+    margin: float
+    minimum_endpoints: int
+    minimum_connections: int
+    """That an endpoint must have had in the interval to be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePercentageDetector:
+    threshold: float
+    """Share of an endpoint's connections, 0 to 1, that must fail."""
+    minimum_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyDetector:
+    """An endpoint that takes longer to connect to than the median of its zone, by ``factor`` median absolute deviations and by
+    ``floor``."""
+
+    factor: float
+    floor: int
+    """Milliseconds."""
+    minimum_endpoints: int
+    minimum_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutlierDetection:
+    """Which endpoints of a cluster are ejected, and for how long."""
+
+    consecutive_failures: int
+    """0 is off."""
+    interval_ms: int
+    base_ejection_ms: int
+    max_ejection_ms: int
+    max_ejected: float
+    """Share of the endpoints, above 0 to 1; at least one may be ejected."""
+    enforce: float
+    """Share of the detections that lead to an ejection; the others are only said."""
+    probe: bool
+    """An ejected endpoint returns only when it can be connected."""
+    connect_failure: bool
+    tls_failure: bool
+    early_reset_ms: int
+    no_answer_ms: int
+    success_rate: SuccessRateDetector | None
+    failure_percentage: FailurePercentageDetector | None
+    latency: LatencyDetector | None
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -395,6 +449,7 @@ class Cluster:
     """0: no pause between attempts."""
     drain: ClusterDrain = ClusterDrain()
     health_check: HealthCheck | None = None
+    outlier_detection: OutlierDetection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +525,24 @@ class AccessLog:
     """Share of the records that ``when`` lets through, 0 to 1."""
 
 
+class OnCrash(StrEnum):
+    """What becomes of new connections while a crashed data plane is replaced."""
+
+    CLOSED = "closed"
+    """The rules stay: they are refused."""
+    OPEN = "open"
+    """The rules go: they bypass us, without encryption and policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """How ``l4mesh run --manage-redirect`` keeps the rules."""
+
+    on_crash: OnCrash = OnCrash.CLOSED
+    check_interval_ms: int = 5000
+    """0: never looks at what is in place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """A whole valid configuration."""
@@ -500,6 +573,9 @@ class Config:
     max_handshakes_per_source: int = 0
     rates: Rates = Rates()
     """Of the process, over all listeners."""
+    redirect: Redirect = Redirect()
+    watchdog_ms: int = 0
+    """A worker that is stuck for as long ends the process; 0: never."""
     faults_enabled: bool = False
     """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()

@@ -17,6 +17,11 @@ CONNECT_BUCKETS_S: tuple[float, ...] = (
 """Upper bounds of the connect-time histogram, seconds; one more bucket, +Inf, follows."""
 
 
+SIGNALS = ("connect_failure", "tls_failure", "early_reset", "no_answer", "tls_refusal")
+"""What outlier detection counts against an endpoint; the places are those of ``SIGNAL_*`` in ``_native/stats.pxd``. The last is a
+refusal by a TLS 1.3 endpoint, which comes when the handshake is over."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
     worker: int
@@ -90,6 +95,8 @@ class EndpointSnapshot:
     bytes_to_downstream: int
     warming: bool
     """In slow start."""
+    failures: dict[str, int]
+    """By ``SIGNALS``; counted only where outlier detection is on."""
 
 
 @dataclass(frozen=True, slots=True)

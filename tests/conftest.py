@@ -41,11 +41,11 @@ class Factory:
         self.stack = ExitStack()
         self._count = 0
 
-    def __call__(self, config: Config, prefix: tuple[str, ...] = (), nofile: int = 0) -> Mesh:
+    def __call__(self, config: Config, prefix: tuple[str, ...] = (), nofile: int = 0, options: tuple[str, ...] = ()) -> Mesh:
         self._count += 1
         folder = self._folder / f"mesh{self._count}"
         folder.mkdir()
-        return self.stack.enter_context(Mesh(folder, config, prefix, nofile))
+        return self.stack.enter_context(Mesh(folder, config, prefix, nofile, options))
 
 
 @pytest.fixture

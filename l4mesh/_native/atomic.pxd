@@ -19,6 +19,8 @@ cdef extern from *:
     #define l4_drop_ref(p) (__atomic_sub_fetch((p), 1, __ATOMIC_ACQ_REL))
     #define l4_load_pointer(p) ((void *) __atomic_load_n((p), __ATOMIC_ACQUIRE))
     #define l4_store_pointer(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+    #define l4_exchange_pointer(p, v) ((void *) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL))
+    #define l4_replace_pointer(p, was, v) __sync_bool_compare_and_swap((p), (was), (v))
     #define l4_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     static inline int l4_swap(uint64_t *p, uint64_t expected, uint64_t value)
     {
@@ -41,5 +43,7 @@ cdef extern from *:
     int64_t drop_ref "l4_drop_ref"(int64_t *p) noexcept nogil
     void *load_pointer "l4_load_pointer"(void **p) noexcept nogil
     void store_pointer "l4_store_pointer"(void **p, void *value) noexcept nogil
+    void *exchange_pointer "l4_exchange_pointer"(void **p, void *value) noexcept nogil
+    bint replace_pointer "l4_replace_pointer"(void **p, void *was, void *value) noexcept nogil
     void fence "l4_fence"() noexcept nogil
     bint swap_u "l4_swap"(uint64_t *p, uint64_t expected, uint64_t value) noexcept nogil

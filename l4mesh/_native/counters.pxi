@@ -10,6 +10,12 @@ cdef void *memory(size_t size) except NULL:
     return block
 
 
+cdef void write_name(char *out, str name):
+    # Whole characters, as many as there is room for.
+    cdef bytes text = name.encode()[:NAME_BYTES - 1].decode(errors="ignore").encode()
+    memcpy(out, <const char *> text, len(text))
+
+
 cdef class EndpointStat:
     """Counters of one endpoint of one cluster. Keep it while a plan names the endpoint or ``active`` is not 0."""
 
@@ -23,12 +29,17 @@ cdef class EndpointStat:
 
     def __dealloc__(self):
         # A block that a connection still counts in is left behind rather than pulled from under it.
-        if self.stat != NULL and load(&self.stat.active) == 0:
+        if self.stat != NULL and not self.in_use:
             free(self.stat)
 
     @property
     def active(self) -> int:
         return load(&self.stat.active)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a connection counts in it, or the engine has yet to tell of it."""
+        return load(&self.stat.active) != 0 or load(&self.stat.told) != 0
 
     @property
     def out(self) -> int:
@@ -60,6 +71,19 @@ cdef class EndpointStat:
             load_u(&self.stat.bytes_to_upstream), load_u(&self.stat.bytes_to_downstream),
         )
 
+    def read_outlier(self) -> tuple[int, int, list[int], int, int]:
+        """Opened, ns of the dials that succeeded, failures by signal; failed connects in a row, and failed answers."""
+        cdef int i
+        return (
+            load_u(&self.stat.opened), load_u(&self.stat.connect_ns), [load_u(&self.stat.failures[i]) for i in range(<int> SIGNALS)],
+            load_u(&self.stat.failed_connects), load_u(&self.stat.failed_answers),
+        )
+
+    def forget_failures(self) -> None:
+        """Begins to count in a row anew."""
+        store_u(&self.stat.failed_connects, 0)
+        store_u(&self.stat.failed_answers, 0)
+
 
 cdef class ClusterStat:
     """Counters of one cluster, a row for each worker. Keep it while a plan names the cluster or ``active`` is not 0."""
@@ -68,12 +92,13 @@ cdef class ClusterStat:
     cdef uint32_t n_workers
     cdef readonly uint64_t id
 
-    def __cinit__(self, uint64_t id, uint32_t n_workers, list cursors):
+    def __cinit__(self, uint64_t id, uint32_t n_workers, list cursors, str name not None=""):
         """``cursors``: where each worker's round robin starts; random, so that many nodes don't start alike."""
         cdef uint32_t i
         cdef size_t head = (sizeof(cluster_stat_t) + 63) & ~<size_t> 63
         self.stat = <cluster_stat_t *> memory(head + n_workers * sizeof(cluster_row_t))
         self.stat.id = id
+        write_name(self.stat.name, name)
         self.stat.rows = <cluster_row_t *> (<uint8_t *> self.stat + head)
         self.id = id
         self.n_workers = n_workers
@@ -99,6 +124,14 @@ cdef class ClusterStat:
     @panic.setter
     def panic(self, bint panic) -> None:
         store(&self.stat.panic, panic)
+
+    def watch(self, uint64_t signals, uint64_t consecutive, uint64_t early_reset_ms, uint64_t no_answer_ms) -> None:
+        """What workers watch the endpoints for: a bit set of SIGNAL_*, 0 for nothing; failures in a row of which ``Engine.take_told``
+        tells, 0 for none; windows."""
+        store_u(&self.stat.outlier.consecutive, consecutive)
+        store_u(&self.stat.outlier.early_reset_ms, early_reset_ms)
+        store_u(&self.stat.outlier.no_answer_ms, no_answer_ms)
+        store_u(&self.stat.outlier.signals, signals)
 
     def read(self) -> tuple[int, int, list[int], int, int, int, int, int, list[int], list[int]]:
         """Active, opened, closed by reason, bytes to upstream and downstream, connect attempts, failures, ns, buckets, faults."""
@@ -149,10 +182,11 @@ cdef class ListenerStat:
     cdef uint32_t n_workers
     cdef readonly uint64_t id
 
-    def __cinit__(self, uint64_t id, uint32_t n_workers):
+    def __cinit__(self, uint64_t id, uint32_t n_workers, str name not None=""):
         cdef size_t head = (sizeof(listener_stat_t) + 63) & ~<size_t> 63
         self.stat = <listener_stat_t *> memory(head + n_workers * sizeof(listener_row_t))
         self.stat.id = id
+        write_name(self.stat.name, name)
         self.stat.rows = <listener_row_t *> (<uint8_t *> self.stat + head)
         self.id = id
         self.n_workers = n_workers

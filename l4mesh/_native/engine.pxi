@@ -36,7 +36,8 @@ cdef class Engine:
         self.no_cluster = ClusterStat(0, n_workers, [0] * n_workers)
         self.engine.no_cluster = self.no_cluster.stat
         self.engine.up_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
-        if self.engine.up_fd < 0:
+        self.engine.watch_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.engine.up_fd < 0 or self.engine.watch_fd < 0:
             raise OSError(errno, "eventfd")
         self.engine.sources = <sources_t *> memory(sizeof(sources_t))
         self.engine.handshakes = <sources_t *> memory(sizeof(sources_t))
@@ -126,6 +127,8 @@ cdef class Engine:
         BIO_meth_free(self.bio_method)
         if self.engine.up_fd > 0:
             close(self.engine.up_fd)
+        if self.engine.watch_fd > 0:
+            close(self.engine.watch_fd)
 
     def fileno(self) -> int:
         """An eventfd that becomes readable when records or a page wait. Read it, then drain."""
@@ -245,6 +248,28 @@ cdef class Engine:
         store(&self.engine.stopping, 1)
         self.wake()
 
+    def watch(self, uint32_t limit_ms, int stacks_signal) -> None:
+        """Is the watchdog until ``end_watch()``: call it on a thread of its own, with signals blocked, from when the workers run.
+        Ends the process when a worker is stuck for ``limit_ms``. When the control loop is, it gets ``stacks_signal``, which must
+        write the stacks of Python's threads, and ten times as long."""
+        cdef watched_t *watched = <watched_t *> memory((self.engine.n_workers + 1) * sizeof(watched_t))
+        with nogil:
+            watch(&self.engine, self.workers, watched, limit_ms, stacks_signal)
+        free(watched)
+
+    def end_watch(self) -> None:
+        cdef uint64_t one = 1
+        write(self.engine.watch_fd, &one, sizeof(one))
+
+    def beat(self) -> None:
+        """The calling thread is the control loop's and has come round; from now on it must do so again and again."""
+        self.engine.loop_tid = l4_thread_id()
+        add_u(&self.engine.beats, 1)
+
+    def rest(self) -> None:
+        """The control loop need not come round any more."""
+        store_u(&self.engine.beats, 0)
+
     @property
     def active(self) -> int:
         return load(&self.engine.active)
@@ -293,6 +318,19 @@ cdef class Engine:
     def park_records(self, uint32_t index) -> bool:
         """Makes the eventfd tell of the next record of one worker; false when it is there already. Until then it doesn't."""
         return ring_park(&self.workers[index].ring)
+
+    def take_told(self) -> list[int]:
+        """Ids of the endpoints that have failed as often in a row as their clusters put up with, since the last call. The eventfd wakes
+        for them."""
+        cdef endpoint_stat_t *stat
+        cdef list ids = []
+        if load_pointer(<void **> &self.engine.told) == NULL:
+            return ids
+        stat = outlier_take(&self.engine)
+        while stat != NULL:
+            ids.append(stat.id)
+            stat = outlier_next(stat)
+        return ids
 
     def ask_page(self, uint32_t index, uint32_t start, uint32_t limit) -> None:
         """Asks worker ``index`` for live connections from slot ``start`` on; ``take_page`` has them after the eventfd wakes."""

@@ -21,6 +21,7 @@ from l4mesh._native.linux cimport (
     socklen_t, splice,
 )
 from l4mesh._native.shaping cimport shaping_allow, shaping_cut, shaping_settle, shaping_spend
+from l4mesh._native.outlier cimport outlier_answered
 from l4mesh._native.stats cimport cluster_row_t
 from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
 from l4mesh._native.types cimport (
@@ -94,6 +95,7 @@ cdef inline void half_count(worker_t *worker, conn_t *conn, int h, ssize_t n) no
     if h == UPSTREAM:
         if half.bytes == 0:
             conn.first_byte_us = <uint32_t> ((worker.now_ns - conn.accepted_ns) // 1000)
+            outlier_answered(conn)
         row.bytes_to_downstream += <size_t> n
     else:
         row.bytes_to_upstream += <size_t> n

@@ -8,7 +8,17 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     CLOSE_REASONS = 40
     CONNECT_BUCKETS = 17
+    NAME_BYTES = 32
     FAULT_KINDS = 7          # "none" included
+
+cdef enum:
+    # What an endpoint can do wrong: indexes of endpoint_stat_t.failures, and bits of outlier_t.signals
+    SIGNAL_CONNECT = 0       # refused, unreachable, no answer within the connect timeout
+    SIGNAL_TLS = 1
+    SIGNAL_EARLY_RESET = 2
+    SIGNAL_NO_ANSWER = 3
+    SIGNAL_TLS_LATE = 4      # a refusal after our handshake was over; SIGNAL_TLS watches for it as well
+    SIGNALS = 5
 
 ctypedef struct endpoint_stat_t:
     # Written by all workers with relaxed atomics, once or twice a connection. `active` must be shared for least_connections to be
@@ -28,7 +38,21 @@ ctypedef struct endpoint_stat_t:
     uint64_t leave_sweep     # of some of them: the sweep that picks them
     uint64_t warm_from_ms    # slow start: its weight grows from here
     uint64_t warm_until_ms   # to here; 0: it has its weight
-    uint64_t pad1[5]
+    # From here on: of clusters with outlier detection, and all but the first written only when something is wrong.
+    uint64_t connect_ns              # of the dials that succeeded
+    uint64_t failures[SIGNALS]
+    uint64_t failed_connects         # in a row
+    uint64_t failed_answers          # in a row, of connections that were made
+    int64_t told                     # 1: on the engine's list, or about to be
+    endpoint_stat_t *told_next
+    uint64_t pad1[3]
+
+ctypedef struct outlier_t:
+    # What workers watch for. Written by the control loop, at any time.
+    uint64_t signals                 # bit set of SIGNAL_*; 0: off
+    uint64_t consecutive             # failures in a row of which the control loop is told at once; 0: of none
+    uint64_t early_reset_ms
+    uint64_t no_answer_ms
 
 ctypedef struct cluster_row_t:
     # One worker's counts of one cluster; that worker alone writes.
@@ -57,6 +81,8 @@ ctypedef struct cluster_stat_t:
     int64_t waiting      # connections that wait for a place, of all workers
     int64_t retrying     # connections whose first attempt has failed and that dial on
     uint64_t turn        # whose line the next free place is offered to
+    char name[NAME_BYTES]            # for the watchdog, as much of it as there is room for
+    outlier_t outlier
 
 ctypedef struct listener_row_t:
     uint64_t opened
@@ -67,6 +93,7 @@ ctypedef struct listener_stat_t:
     uint64_t id
     listener_row_t *rows
     uint64_t arrival_ns  # of its rate, as arrival_t
+    char name[NAME_BYTES]
 
 
 cdef inline int connect_bucket(uint64_t ns) noexcept nogil:

@@ -654,6 +654,10 @@ ctypedef struct engine_t:
     uint64_t sweep                   # grows when live connections are to be looked at
     uint32_t leave_over_ms           # all connections leave over this time
     uint8_t leave_reason             # close_reason_t; 0: they stay
+    endpoint_stat_t *told            # endpoints that failed too often in a row: a list that workers push to and the loop takes whole
+    int watch_fd                     # ends the watchdog
+    uint64_t beats                   # the control loop counts when it comes round; 0: it need not
+    int64_t loop_tid
 
 ctypedef struct worker_t:
     engine_t *engine
@@ -710,6 +714,8 @@ ctypedef struct worker_t:
     uint32_t sweep_end               # 0: none are left
     uint8_t sweep_trust              # trust has changed: are they still let in?
     int64_t accept_mode              # ACCEPT_*, as it is
+    uint64_t doing                   # DOING_*, and what it is about: the watchdog reads it
+    int64_t tid                      # while it runs
     waiting_t *lines                 # those that somebody is in
     uint8_t serving                  # places may be free for them
     uint64_t put_aside               # connections that waited for the turn of their source

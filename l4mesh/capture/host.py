@@ -10,10 +10,10 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from l4mesh.capture.render import render, rule_commands
+from l4mesh.capture.render import JUMPS, render, rule_commands
 from l4mesh.capture.rules import CHAIN_PREFIX, ROUTE_PREFERENCE, ROUTE_TABLE, FamilyRules
 from l4mesh.errors import CommandError
 
@@ -31,26 +31,53 @@ class Listing:
     """(table, "-A …" line) in order."""
 
 
-def apply_rules(families: Sequence[FamilyRules], netns: str | None = None) -> None:
-    """Puts the rules in place, each family in one transaction; what is there of ours is replaced. Raises CommandError."""
+def require_tools() -> None:
+    """Raises CommandError when a program that ``apply_rules`` needs is missing."""
+    for tool in ("iptables-save", "iptables-restore", "ip"):
+        _require(tool)
+
+
+def apply_rules(families: Sequence[FamilyRules], netns: str | None = None) -> dict[bool, Listing]:
+    """Puts the rules in place, each family in one transaction; what is there of ours is replaced.
+
+    Gives what iptables lists of ours then, by "is IPv6". Raises CommandError.
+    """
+    listed: dict[bool, Listing] = {}
     for is_v6 in (False, True):
         family = next((family for family in families if family.is_v6 == is_v6), None)
         if family is None:
             _remove_family(is_v6, netns)
+            listed[is_v6] = Listing()
             continue
         found = _list(is_v6, netns)
         _restore(is_v6, render(family, found.jumps, list(found.chains)), netns)
-        _remove_routes(is_v6, netns)
-        for command in rule_commands(family):
-            _run(["ip", *command], netns)
+        # A moment without them would cost live connections packets.
+        if _check_routes(family, is_v6, netns):
+            _remove_routes(is_v6, netns)
+            for command in rule_commands(family):
+                _run(["ip", *command], netns)
+        listed[is_v6] = _list(is_v6, netns)
+        if not _is_whole(family, listed[is_v6]):
+            raise CommandError("rules that were put in place are gone at once: something else changes them at the same time")
+    return listed
 
 
-def check_rules(families: Sequence[FamilyRules], netns: str | None = None) -> list[str]:
-    """Every difference between what is in place and what should be, in words. Raises CommandError."""
+def _is_whole(family: FamilyRules, listing: Listing) -> bool:
+    counts = {chain: sum((rule.table, rule.chain) == chain for rule in family.rules) for chain in family.chains}
+    jumps = sum(chain in JUMPS for _, chain in family.chains)
+    return {chain: len(lines) for chain, lines in listing.chains.items()} == counts and len(listing.jumps) == jumps
+
+
+def check_rules(families: Sequence[FamilyRules], netns: str | None = None, listed: Mapping[bool, Listing] | None = None) -> list[str]:
+    """Every difference between what is in place and what should be, in words.
+
+    ``listed``: what ``apply_rules`` gave for the same rules; it saves an empty namespace, which takes CAP_SYS_ADMIN. Raises
+    CommandError.
+    """
     differences: list[str] = []
     for is_v6 in (False, True):
         family = next((family for family in families if family.is_v6 == is_v6), None)
-        differences += _check_family(family, is_v6, netns)
+        differences += _check_family(family, is_v6, netns, listed[is_v6] if listed else None)
     return differences
 
 
@@ -70,10 +97,13 @@ def _remove_family(is_v6: bool, netns: str | None) -> None:
     _remove_routes(is_v6, netns)
 
 
-def _check_family(family: FamilyRules | None, is_v6: bool, netns: str | None) -> list[str]:
+def _check_family(family: FamilyRules | None, is_v6: bool, netns: str | None, wanted: Listing | None) -> list[str]:
     name = "IPv6" if is_v6 else "IPv4"
+    if family is None and is_v6 and not shutil.which("ip6tables-save"):
+        return []
     found = _list(is_v6, netns)
-    wanted = _parse(_canonical(family)) if family else Listing()
+    if wanted is None:
+        wanted = _parse(_canonical(family)) if family else Listing()
     differences: list[str] = []
     for place in dict.fromkeys([*wanted.chains, *found.chains]):
         where = f"{name} {place[0]} {place[1]}"
@@ -175,9 +205,7 @@ def _restore(is_v6: bool, text: str, netns: str | None) -> None:
 
 def _run(command: list[str], netns: str | None, *, stdin: str | None = None, may_fail: bool = False) -> str:
     """Standard output of a command, in a network namespace when one is given. Raises CommandError with what it said."""
-    if not shutil.which(command[0]):
-        package = "iproute2" if command[0] == "ip" else "util-linux" if command[0] == "unshare" else "iptables"
-        raise CommandError(f"{command[0]} is not installed: install the package {package}")
+    _require(command[0])
     prefix: list[str] = []
     if netns:
         prefix = ["nsenter", f"--net={netns}"] if "/" in netns else ["ip", "netns", "exec", netns]
@@ -188,3 +216,9 @@ def _run(command: list[str], netns: str | None, *, stdin: str | None = None, may
         hint = ": run it as root" if "ermission denied" in reason or "not permitted" in reason else ""
         raise CommandError(f"{' '.join(command)}: {reason}{hint}")
     return "" if done.returncode else done.stdout
+
+
+def _require(tool: str) -> None:
+    if not shutil.which(tool):
+        package = "iproute2" if tool == "ip" else "util-linux" if tool == "unshare" else "iptables"
+        raise CommandError(f"{tool} is not installed: install the package {package}")

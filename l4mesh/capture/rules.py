@@ -34,8 +34,8 @@ by TPROXY with our own source address, so that every upstream is a workload behi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
 from l4mesh.model import Capture, CaptureFilter, Config, Direction, Listener, Network
@@ -86,6 +86,22 @@ def build_rules(config: Config) -> list[FamilyRules]:
         if captures:
             families.append(_build_family(config, captures, is_v6))
     return families
+
+
+def without_capture(families: Sequence[FamilyRules]) -> list[FamilyRules]:
+    """What is left when nothing new is to be captured: what live connections need to find their way."""
+    left = []
+    for family in families:
+        rules = [rule for rule in family.rules if not _captures(rule)]
+        if any(rule.table == "nat" for rule in family.rules):
+            # Conntrack remembers what was redirected, but only while there is a rule in the namespace that needs it.
+            rules.append(Rule("nat", f"{CHAIN_PREFIX}PREROUTING", ("-m", "conntrack", "--ctstate", "NEW", "-j", "RETURN")))
+        left.append(replace(family, rules=tuple(rules)))
+    return left
+
+
+def _captures(rule: Rule) -> bool:
+    return rule.table == "nat" or (rule.table == "mangle" and rule.chain.startswith(f"{CHAIN_PREFIX}PREROUTING"))
 
 
 def _build_family(config: Config, captures: list[tuple[Listener, int]], is_v6: bool) -> FamilyRules:

@@ -7,6 +7,7 @@ same is not parsed, and a cluster whose data is the same keeps its object.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,24 @@ from l4mesh.config import schema
 from l4mesh.config.quantities import shown
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
 from l4mesh.errors import ConfigError, Problem
-from l4mesh.model import ORIGINAL_DESTINATION, Capture, Cluster, Config, HealthKind, Identity, Listener, Policy, TlsMode, Workload
+from l4mesh.model import (
+    ORIGINAL_DESTINATION,
+    Capture,
+    Cluster,
+    Config,
+    HealthKind,
+    Identity,
+    Listener,
+    OutlierDetection,
+    Policy,
+    TlsMode,
+    Workload,
+)
 
 BURSTS_PER_S = 20
 """Of at least so short a time must a burst be, for a rate to be kept by a timer of a millisecond on a busy machine."""
+MIN_INTERVAL_MS = 100
+"""Of outlier detection: each costs the control loop a look at every endpoint of the cluster."""
 
 Finding = tuple[str, KeyPath, str]
 """File, key path and message: a problem whose line is not known yet."""
@@ -231,6 +246,34 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
         yield ("limits", "queue"), "needs a limit whose end it waits for: connections or connections_per_endpoint"
     if cluster.tls and not cluster.tls.peers:
         yield ("tls", "peers"), 'is missing: name the identities that may answer, or say "*" for any of the trust domain'
+    if cluster.outlier_detection:
+        yield from _check_outlier_detection(cluster, cluster.outlier_detection)
+
+
+def _check_outlier_detection(cluster: Cluster, outlier: OutlierDetection) -> Iterator[tuple[KeyPath, str]]:
+    key = "outlier_detection"
+    rate = outlier.success_rate
+    if cluster.name == ORIGINAL_DESTINATION:
+        yield (key,), "does not go with original_destination, where there is no other endpoint to go to"
+    if outlier.interval_ms < MIN_INTERVAL_MS:
+        yield (key, "interval"), f"must be at least {MIN_INTERVAL_MS}ms"
+    if outlier.base_ejection_ms > outlier.max_ejection_ms:
+        yield (key, "base_ejection"), "must not be longer than max_ejection"
+    if not outlier.max_ejected:
+        yield (key, "max_ejected"), "must be above 0%: one endpoint may always be ejected; enforce: 0% ejects none and only says so"
+    if not (outlier.consecutive_failures or rate or outlier.failure_percentage or outlier.latency):
+        yield (key,), "has every detector off: turn one on, or leave it out"
+    if not (outlier.connect_failure or outlier.tls_failure or outlier.early_reset_ms or outlier.no_answer_ms or outlier.latency):
+        yield (key, "signals"), "must not all be off: nothing would ever count as a failure"
+    if outlier.failure_percentage and not outlier.failure_percentage.threshold:
+        yield (key, "failure_percentage", "threshold"), "must be above 0%: else every endpoint is over it"
+    # Samuelson 1968: of n values none is further from their mean than sqrt(n - 1) standard deviations.
+    if rate and rate.factor >= math.sqrt(rate.minimum_endpoints - 1):
+        yield (
+            (key, "success_rate", "factor"),
+            f"must be below {math.sqrt(rate.minimum_endpoints - 1):.2f}: of {rate.minimum_endpoints} endpoints none can be further "
+            "below their mean; lower it, or raise minimum_endpoints",
+        )
 
 
 _OF_KINDS = {
@@ -505,6 +548,8 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
         rates=schema.make_rates(limits),
+        redirect=schema.make_redirect(single["redirect"] or schema.RedirectSection()),
+        watchdog_ms=schema.WATCHDOG_MS if single["watchdog"] is None else single["watchdog"],
         faults_enabled=bool(single["faults"] and single["faults"].enabled),
         drain=schema.make_drain(single["drain"] or schema.DrainSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),

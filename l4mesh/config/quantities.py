@@ -176,6 +176,12 @@ def parse_bounded_load(value: object) -> float:
     return share
 
 
+def parse_factor(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
+        raise ValueError(f"must be a number above 0, at most 1000; got {shown(value)}")
+    return float(value)
+
+
 def parse_whole(value: object, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"must be a whole number from {least} to {most}; got {shown(value)}")

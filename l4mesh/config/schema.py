@@ -32,24 +32,30 @@ from l4mesh.model import (
     Drain,
     Endpoint,
     Expect,
+    FailurePercentageDetector,
     FaultRule,
     HealthCheck,
     HealthKind,
     Identity,
     Keepalive,
+    LatencyDetector,
     Listener,
     ListenerTls,
     LogFormat,
     LogWhen,
     Mark,
     Network,
+    OnCrash,
+    OutlierDetection,
     Peers,
     Policy,
     ProxyProtocol,
     Rates,
+    Redirect,
     Route,
     RouteMatch,
     SocketAddress,
+    SuccessRateDetector,
     TlsMode,
     Workload,
     WorkloadBandwidth,
@@ -189,6 +195,23 @@ class DrainSection(Section):
 class MarksSection(Section):
     upstream: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x539, 0xFFF)
     returned: Annotated[Mark, PlainValidator(q.parse_mark)] = Mark(0x111, 0xFFF)
+
+
+class RedirectSection(Section):
+    on_crash: Annotated[str, PlainValidator(_one_of(*OnCrash))] = "closed"
+    check_interval: OptionalDuration = 5000
+
+
+WATCHDOG_MS = 2000
+WATCHDOG_LEAST_MS = 500
+"""Less than a busy machine may keep a thread from what it does."""
+
+
+def _parse_watchdog(value: object) -> int:
+    limit_ms = q.parse_optional_duration_ms(value)
+    if limit_ms and limit_ms < WATCHDOG_LEAST_MS:
+        raise ValueError(f"must be off or at least {WATCHDOG_LEAST_MS}ms; got {q.shown(value)}")
+    return limit_ms
 
 
 class KeepaliveSection(Section):
@@ -542,6 +565,70 @@ def _health_check_off(value: object) -> object:
     return None if q.is_off(value) else value
 
 
+def _or_off(parse: Callable[[object], int]) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        if q.is_off(value):
+            return 0
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(str(error).replace("must be", "must be off or")) from None
+
+    return read
+
+
+class SignalsSection(Section):
+    connect_failure: Switch = True
+    tls_failure: Switch = True
+    early_reset: OptionalDuration = 1000
+    no_answer: OptionalDuration = 1000
+
+
+Factor = Annotated[float, PlainValidator(q.parse_factor)]
+Volume = Annotated[int, PlainValidator(_whole(1, 1_000_000))]
+Few = Annotated[int, PlainValidator(_whole(3, 1_000_000))]
+
+
+class SuccessRateSection(Section):
+    factor: Factor = 1.9
+    margin: Annotated[float, PlainValidator(q.parse_share)] = 0.1
+    minimum_endpoints: Few = 5
+    minimum_connections: Volume = 100
+
+
+class FailurePercentageSection(Section):
+    threshold: Annotated[float, PlainValidator(q.parse_share)] = 0.85
+    minimum_connections: Volume = 50
+
+
+class LatencySection(Section):
+    factor: Factor = 5.0
+    floor: Duration = 100
+    minimum_endpoints: Few = 3
+    minimum_connections: Volume = 10
+
+
+def _switched(value: object) -> object:
+    """A section that may be ``off``, or ``on`` with its defaults."""
+    if q.is_off(value):
+        return None
+    return {} if value is True or value == "on" else value
+
+
+class OutlierSection(Section):
+    consecutive_failures: Annotated[int, PlainValidator(_or_off(_whole(1, 1_000_000)))] = 5
+    interval: Duration = 10_000
+    base_ejection: Duration = 30_000
+    max_ejection: Duration = 300_000
+    max_ejected: Annotated[float, PlainValidator(q.parse_share)] = 0.5
+    enforce: Annotated[float, PlainValidator(q.parse_share)] = 1.0
+    probe: Switch = False
+    signals: SignalsSection = SignalsSection()
+    success_rate: Annotated[SuccessRateSection | None, BeforeValidator(_switched)] = SuccessRateSection()
+    failure_percentage: Annotated[FailurePercentageSection | None, BeforeValidator(_switched)] = None
+    latency: Annotated[LatencySection | None, BeforeValidator(_switched)] = None
+
+
 class ClusterSection(Section):
     name: Name
     endpoints: list[Annotated[EndpointSection, WrapValidator(_read_endpoint)]] = []
@@ -561,6 +648,7 @@ class ClusterSection(Section):
     health_check: Annotated[HealthCheckSection | None, BeforeValidator(_health_check_off)] = None
     bandwidth_per_connection: BandwidthSection = BandwidthSection()
     faults: list[FaultSection] = []
+    outlier_detection: Annotated[OutlierSection | None, BeforeValidator(_switched)] = None
 
 
 class FileSection(Section):
@@ -575,6 +663,8 @@ class FileSection(Section):
     marks: MarksSection | None = None
     drain: DrainSection | None = None
     ca: CaSection | None = None
+    redirect: RedirectSection | None = None
+    watchdog: Annotated[int | None, PlainValidator(_parse_watchdog)] = None
     faults: FaultsSection | None = None
     identities: list[IdentitySection] = []
     workloads: list[WorkloadSection] = []
@@ -583,8 +673,10 @@ class FileSection(Section):
     clusters: list[ClusterSection] = []
 
 
-SINGLE_KEYS: tuple[Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults"], ...] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "faults",
+SINGLE_KEYS: tuple[
+    Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog", "faults"], ...
+] = (
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog", "faults",
 )  # fmt: skip
 
 
@@ -594,6 +686,10 @@ def make_drain(section: DrainSection) -> Drain:
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
     return Keepalive(section.idle, section.interval, section.count)
+
+
+def make_redirect(section: RedirectSection) -> Redirect:
+    return Redirect(OnCrash(section.on_crash), section.check_interval)
 
 
 def make_filter(section: FilterSection) -> CaptureFilter:
@@ -768,6 +864,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         health_check=make_health_check(section) if section.health_check else None,
         bandwidth=make_bandwidth(section.bandwidth_per_connection),
         faults=make_faults(section.faults),
+        outlier_detection=make_outlier_detection(section.outlier_detection) if section.outlier_detection else None,
     )
 
 
@@ -797,6 +894,26 @@ def make_health_check(cluster: ClusterSection) -> HealthCheck:
         host=section.host,
         status=tuple(section.status),
         user=section.user,
+    )
+
+
+def make_outlier_detection(section: OutlierSection) -> OutlierDetection:
+    signals, rate, failures, latency = section.signals, section.success_rate, section.failure_percentage, section.latency
+    return OutlierDetection(
+        consecutive_failures=section.consecutive_failures,
+        interval_ms=section.interval,
+        base_ejection_ms=section.base_ejection,
+        max_ejection_ms=section.max_ejection,
+        max_ejected=section.max_ejected,
+        enforce=section.enforce,
+        probe=section.probe,
+        connect_failure=signals.connect_failure,
+        tls_failure=signals.tls_failure,
+        early_reset_ms=signals.early_reset,
+        no_answer_ms=signals.no_answer,
+        success_rate=SuccessRateDetector(**dict(rate)) if rate else None,
+        failure_percentage=FailurePercentageDetector(**dict(failures)) if failures else None,
+        latency=LatencyDetector(**dict(latency)) if latency else None,
     )
 
 

@@ -16,12 +16,14 @@ from l4mesh.model import (
     FaultRule,
     Listener,
     Network,
+    OutlierDetection,
     ProxyProtocol,
     Rates,
     Route,
     SocketAddress,
     TlsMode,
 )
+from l4mesh.snapshot import SIGNALS
 
 Packed = bytes
 """16 bytes: an IPv6 address, or an IPv4 address in its mapped form."""
@@ -197,6 +199,21 @@ def compile_fault(rule: FaultRule) -> FaultRow:
 def compile_arrivals(rates: Rates) -> ArrivalRow:
     rows = (rates.total, rates.source, rates.workload, rates.identity)
     return tuple((rate.interval_ns, rate.burst) if rate else (0, 1) for rate in rows)
+
+
+def compile_watch(outlier: OutlierDetection | None) -> tuple[int, int, int, int]:
+    """The arguments of ``ClusterStat.watch``."""
+    if outlier is None:
+        return 0, 0, 0, 0
+    signals = (
+        int(outlier.connect_failure) << SIGNALS.index("connect_failure")
+        | int(outlier.tls_failure) << SIGNALS.index("tls_failure")
+        | int(outlier.early_reset_ms > 0) << SIGNALS.index("early_reset")
+        | int(outlier.no_answer_ms > 0) << SIGNALS.index("no_answer")
+        # Latency alone: dials are timed when there is anything to watch for.
+        | 1 << len(SIGNALS)
+    )
+    return signals, outlier.consecutive_failures, outlier.early_reset_ms, outlier.no_answer_ms
 
 
 def endpoint_tier(cluster: Cluster, endpoint_zone: str, node_zone: str) -> int:

@@ -154,6 +154,7 @@ class AdminServer:
                 "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
                 "closed": closed,
                 "faults": self._faults(snapshot),
+                "supervisor": dataclasses.asdict(supervision) if (supervision := self._sources.supervision()) else None,
                 "access_log_dropped": self._sources.access_log_dropped(),
             }
         )
@@ -202,6 +203,8 @@ class AdminServer:
             ]
             verdict = self._sources.health.verdict(endpoint.cluster, endpoint.address)
             shown["health"] = dataclasses.asdict(verdict) if verdict else None
+            ejection = self._sources.outliers.view(endpoint.cluster, endpoint.address)
+            shown["ejection"] = dataclasses.asdict(ejection) if ejection else None
             by_cluster.setdefault(endpoint.cluster, []).append(shown)
         clusters = [
             {

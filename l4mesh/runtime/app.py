@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import os
+import random
 import resource
 import signal
 import sys
@@ -27,9 +28,12 @@ from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
+from l4mesh.runtime.supervised import Supervised
+from l4mesh.runtime.watchdog import Watchdog
 from l4mesh.snapshot import ConnectionRecord
 
 TICK_S = 0.25
@@ -105,7 +109,10 @@ class App:
         self._admin_address = ""
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
+        self._watchdog: Watchdog | None = None
+        self._supervised: Supervised | None = None
         self._endpoints: EndpointRegistry | None = None
+        self._outliers: OutlierDetector | None = None
         self._listeners: Listeners | None = None
         self._access_log: AccessLog | None = None
         self._descriptors = raise_descriptor_limit()
@@ -121,6 +128,7 @@ class App:
         tasks: list[asyncio.Task[Any]] = []
         stopping = draining = None
         try:
+            self._supervised = await Supervised.connect()
             await self._reloader.load_first()
             config = self._reloader.config
             assert config is not None
@@ -131,7 +139,12 @@ class App:
             admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
             if config.admin:
                 self._admin_address = await admin.start(config.admin)
-            tasks = [loop.create_task(work) for work in (self._reloader.watch(), self._renewer.run(), self._tick())]
+            self._watchdog = Watchdog(self._datapath, config.watchdog_ms)
+            assert self._outliers is not None
+            works = (self._reloader.watch(), self._renewer.run(), self._outliers.run(), self._tick(), self._watchdog.attend())
+            tasks = [loop.create_task(work) for work in works]
+            if self._supervised:
+                tasks.append(loop.create_task(self._supervised.listen(self._orphaned)))
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
             gc.freeze()
@@ -144,6 +157,8 @@ class App:
                 connections_limit=self._max_connections(config),
                 pid=os.getpid(),
             )
+            if self._supervised:
+                self._supervised.serves(config)
             stopping = loop.create_task(self._stop.wait())
             draining = loop.create_task(self._drain())
             done, _ = await asyncio.wait([stopping, draining, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -159,12 +174,16 @@ class App:
                 await admin.stop()
             self._reloader.close()
             self._close()
+            if self._supervised:
+                self._supervised.close()
             log.info("stopped")
 
     def _close(self) -> None:
         self._health.close()
         if self._datapath:
             self._datapath.stop()
+        if self._watchdog:
+            self._watchdog.stop()
         if self._listeners:
             self._listeners.close()
         if self._access_log:
@@ -179,6 +198,8 @@ class App:
             self._access_log = AccessLog(config.access_log)
             self._datapath = Datapath(self._n_workers, self._descriptors, self._log_records)
             self._endpoints = EndpointRegistry(self._datapath)
+            self._outliers = OutlierDetector(self._datapath, self._endpoints, random.random)
+            self._datapath.on_told = self._outliers.told
             self._listeners = Listeners(self._n_workers)
         else:
             self._warn_of_fixed(config)
@@ -198,9 +219,13 @@ class App:
     def _applied(self, config: Config) -> None:
         """Called by the reloader on the control loop."""
         assert self._endpoints is not None
+        assert self._outliers is not None
         self._endpoints.configure(config)
         self._health.configure(config)
+        self._outliers.configure(config)
         self._renewer.configure(config)
+        if self._supervised and self._ready:
+            self._supervised.wants(config)
 
     def _note_health(self, cluster: str, address: str, healthy: bool, why: str) -> None:
         assert self._endpoints is not None
@@ -222,18 +247,19 @@ class App:
     def _warn_of_fixed(self, config: Config) -> None:
         before = self._reloader.config
         assert before is not None
-        for key in ("workers", "admin", "access_log"):
+        for key in ("workers", "admin", "access_log", "watchdog_ms"):
             if getattr(before, key) != getattr(config, key) and not (
                 key == "access_log"
                 and (before.access_log.path, before.access_log.format) == (config.access_log.path, config.access_log.format)
             ):
-                log.warning("config_needs_restart", key=key, means="the running process keeps the old value")
+                log.warning("config_needs_restart", key=key.removesuffix("_ms"), means="the running process keeps the old value")
 
     # -- what the admin server shows -------------------------------------------------------------------------------------
 
     def _sources(self) -> Sources:
         assert self._datapath is not None
         assert self._endpoints is not None
+        assert self._outliers is not None
         return Sources(
             self._datapath.snapshot,
             self._datapath.endpoints,
@@ -245,6 +271,8 @@ class App:
             self._take_lag,
             self._endpoints,
             self._health,
+            self._outliers,
+            lambda: self._supervised.status if self._supervised else None,
         )
 
     def _is_ready(self) -> bool:
@@ -269,6 +297,11 @@ class App:
             self._stop.set()
         self._terminated.set()
 
+    def _orphaned(self) -> None:
+        """Nobody would replace this process, or keep its rules: whoever comes next shall find an orderly host."""
+        log.error("supervisor_gone", means="this process drains and ends; the rules stay")
+        self._terminate()
+
     async def _drain(self) -> None:
         """Once terminated: refuses new connections, gives those that are there their time, then ends them one by one."""
         await self._terminated.wait()
@@ -277,6 +310,8 @@ class App:
         assert self._reloader.config is not None
         drain = self._reloader.config.drain
         self._ready = False
+        if self._supervised:
+            self._supervised.drains()
         await self._reloader.freeze()
         await self._datapath.stop_accepting()
         self._listeners.close()

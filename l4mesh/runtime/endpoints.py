@@ -172,6 +172,11 @@ class EndpointRegistry:
         """What is said against an endpoint; empty: it serves."""
         return self._out.get(cluster, {}).get(address, ())
 
+    def marked(self, cluster: str, cause: OutCause) -> frozenset[str]:
+        """Endpoints against which this cause speaks."""
+        known = self._out.get(cluster, {})
+        return frozenset(address for address, outs in known.items() if any(out.cause is cause for out in outs))
+
     def serving(self, cluster: str) -> int:
         """How many endpoints with a weight nobody speaks against."""
         return len(self._addresses(cluster)) - self._weighted_out.get(cluster, 0)

@@ -31,6 +31,8 @@ SOON_S = 0.001
 STOOD_STILL_S = 0.1
 """Of lateness, beyond which the endpoints are not to blame that no answer was seen."""
 SAY_AGAIN_S = 60.0
+AFTER_A_BUG_S = 1.0
+"""The loop reports what is raised; the checks go on."""
 
 PASSED, FAILED, NOT_MADE = "passed", "failed", "not_made"
 UNCHECKED = "not checked yet"
@@ -245,7 +247,11 @@ class HealthChecker:
     def _on_timer(self) -> None:
         # Meanwhile nobody else sets it.
         expected_s, self._turn_at_s = self._turn_at_s, float("-inf")
-        self._set_timer(self.turn(expected_s))
+        at_s = self._clock() + AFTER_A_BUG_S
+        try:
+            at_s = self.turn(expected_s)
+        finally:
+            self._set_timer(at_s)
 
     def _following_s(self) -> float:
         return min(self._due[0][0] if self._due else float("inf"), self._deadline_s)
@@ -253,12 +259,14 @@ class HealthChecker:
     def turn(self, expected_s: float) -> float:
         """Does what is due; ``expected_s`` is when this turn was. Gives when the next is."""
         now_s = self._turned_s = self._clock()
-        # What has come is looked at before anybody is called late.
-        self._prober.turn()
         if now_s - expected_s > STOOD_STILL_S:
             more_s = now_s - expected_s + STOOD_STILL_S
             self._prober.grant(more_s)
             self._deadline_s += more_s
+        # What has come is looked at before anybody is called late, and before more is asked: when it is too much for us, checks are
+        # late, and nobody is blamed.
+        if self._prober.turn():
+            return now_s + SOON_S
         if now_s >= self._deadline_s:
             self._deadline_s = self._prober.expire(now_s)
         for _ in range(STARTS_PER_TURN):
@@ -298,15 +306,14 @@ class HealthChecker:
         result = NOT_MADE if why is None else FAILED if why else PASSED
         for checked in target.users.values():
             checked.counts[result] += 1
+        before_unix_s = target.health.since_unix_s
+        changed = why is not None and target.health.note(check, why, time.time())
+        self._push(target, max(target.started_s + target.health.wait_s(check, self._chance()), self._clock()))
+        self._arm()
         if why is None:
             self._say_not_made(target, trouble)
-        else:
-            before_unix_s = target.health.since_unix_s
-            if target.health.note(check, why, time.time()):
-                self._tell(target, before_unix_s)
-        now_s = self._clock()
-        self._push(target, max(target.started_s + target.health.wait_s(check, self._chance()), now_s))
-        self._arm()
+        elif changed:
+            self._tell(target, before_unix_s)
 
     def _tell(self, target: _Target, before_unix_s: float) -> None:
         health = target.health

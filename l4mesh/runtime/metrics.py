@@ -19,8 +19,10 @@ from l4mesh.errors import CloseReason, Fault
 from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
 from l4mesh.runtime.health import HealthChecker
+from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
+from l4mesh.runtime.supervised import Supervision
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
 
 _BUCKET_NAMES = [f"{bound:g}" for bound in CONNECT_BUCKETS_S] + ["+Inf"]
@@ -41,6 +43,9 @@ class Sources:
     """The last lag and the greatest since the scrape before."""
     registry: EndpointRegistry
     health: HealthChecker
+    outliers: OutlierDetector
+    supervision: Callable[[], Supervision | None]
+    """None: no supervisor has started this process."""
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -70,6 +75,7 @@ class MeshCollector(Collector):
         yield from _endpoint_metrics(self._sources.endpoints(), self._sources.health)
         yield from _state_metrics(self._sources.registry.states())
         yield from _health_metrics(self._sources.health)
+        yield _outlier_metric(self._sources.outliers.totals())
         yield from _tls_metrics(snapshot.tls)
         yield from _identity_metrics(self._sources.identities())
         yield from _renewal_metrics(self._sources.renewals())
@@ -93,6 +99,11 @@ class MeshCollector(Collector):
             snapshot.rate_overflows,
         )  # fmt: skip
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
+        supervision = self._sources.supervision()
+        if supervision:
+            yield _counter("l4mesh_supervisor_restarts", "Data planes that died and were replaced.", supervision.restarts)
+            yield _gauge("l4mesh_redirect_in_place", "1 while the redirect rules are as they should be.", int(supervision.in_place))
+            yield _counter("l4mesh_redirect_repairs", "Times that the redirect rules were found changed.", supervision.repairs)
         info = GaugeMetricFamily("l4mesh_build_info", "Always 1; the version is the label.", labels=["version"])
         info.add_metric([__version__], 1)
         yield info
@@ -182,6 +193,9 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot], health: HealthChecker) 
         "l4mesh_endpoint_bytes", "Bytes of connections that ended.", labels=["cluster", "endpoint", "direction"]
     )
     healthy = GaugeMetricFamily("l4mesh_endpoint_healthy", "0 while health checks fail; of endpoints that are checked.", labels=labels)
+    wrong = CounterMetricFamily(
+        "l4mesh_endpoint_failures", "What outlier detection counts against an endpoint.", labels=["cluster", "endpoint", "signal"]
+    )
     for endpoint in endpoints:
         verdict = health.verdict(endpoint.cluster, endpoint.address)
         unhealthy = verdict is not None and verdict.state == "unhealthy"
@@ -195,7 +209,9 @@ def _endpoint_metrics(endpoints: list[EndpointSnapshot], health: HealthChecker) 
         failures.add_metric(names, endpoint.connect_failures)
         moved.add_metric([*names, "to_upstream"], endpoint.bytes_to_upstream)
         moved.add_metric([*names, "to_downstream"], endpoint.bytes_to_downstream)
-    yield from (active, opened, failures, moved, healthy)
+        for signal, count in endpoint.failures.items():
+            wrong.add_metric([*names, signal], count)
+    yield from (active, opened, failures, moved, healthy, wrong)
 
 
 def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
@@ -218,6 +234,16 @@ def _health_metrics(health: HealthChecker) -> Iterator[Metric]:
     yield _gauge(
         "l4mesh_health_check_late_max_seconds", "How late the latest health check began since the scrape before.", health.take_late_s()
     )
+
+
+def _outlier_metric(totals: list[tuple[str, str, str, int]]) -> Metric:
+    family = CounterMetricFamily(
+        "l4mesh_outlier_ejections", "Endpoints found to be outliers, by whether they were ejected or why not.",
+        labels=["cluster", "detector", "result"],
+    )  # fmt: skip
+    for cluster, detector, result, count in totals:
+        family.add_metric([cluster, detector, result], count)
+    return family
 
 
 def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:

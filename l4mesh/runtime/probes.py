@@ -14,6 +14,7 @@ import select
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ READS_MAX = 256
 """Of one answer: a regular expression looks at all of it again after each."""
 SHOWN_MAX = 60
 EVENTS_MAX = 256
+TURN_MAX_S = 0.005
+"""The loop has other work: a TLS handshake takes a millisecond of it."""
 LOCAL_ERRORS = frozenset(
     {
         errno.EADDRNOTAVAIL, errno.EADDRINUSE, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EACCES, errno.EPERM,
@@ -34,7 +37,6 @@ LOCAL_ERRORS = frozenset(
 """Never the endpoint's fault; the same as in ``dial_reason`` of the data path."""
 
 _RESET = struct.pack("ii", 1, 0)
-_SO_MARK = 36
 _BAD = select.EPOLLERR | select.EPOLLHUP
 _WANTS = {ssl.SSLWantReadError: select.EPOLLIN, ssl.SSLWantWriteError: select.EPOLLOUT}
 
@@ -286,7 +288,7 @@ class Prober:
         one.context, one.judge = context, judge
         try:
             if self.mark:
-                sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, self.mark)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
             if context is None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 if probe.only_connects:
@@ -300,12 +302,18 @@ class Prober:
             return
         self._under_way[one.fd] = one
 
-    def turn(self) -> None:
-        """Goes on with the checks whose sockets are ready, as far as that goes without waiting."""
-        for fd, events in self._epoll.poll(0, EVENTS_MAX):
+    def turn(self) -> bool:
+        """Goes on with the checks whose sockets are ready, for a while. True: there are more of them."""
+        until_s = time.monotonic() + TURN_MAX_S
+        ready = self._epoll.poll(0, EVENTS_MAX)
+        for done, (fd, events) in enumerate(ready, 1):
             one = self._under_way.get(fd)
             if one is not None:
                 self._advance(one, events)
+            if time.monotonic() > until_s:
+                # What is left is ready still when the loop comes round.
+                return done < len(ready)
+        return len(ready) == EVENTS_MAX
 
     def expire(self, now_s: float) -> float:
         """Ends the checks whose time is over, and gives the earliest deadline of the others, or infinity."""
@@ -338,6 +346,11 @@ class Prober:
             self._epoll.modify(one.fd, select.EPOLLOUT if one.out else select.EPOLLIN)
         except OSError as error:
             self._end_with(one, error)
+        except Exception:
+            # A bug of ours ends this check, and neither the others nor the loop's rest: the socket would stay ready.
+            if self._under_way.get(one.fd) is one:
+                self._finish(one, None, "an error of l4mesh's own, which stands in its log")
+            raise
 
     def _connected(self, one: _UnderWay) -> None:
         # A port that nobody listens on can be given to our own socket, which then has connected to itself.
@@ -396,7 +409,7 @@ class Prober:
         if error.errno in LOCAL_ERRORS and not isinstance(error, ssl.SSLError):
             self._finish(one, None, _name(error.errno))
         elif isinstance(error, ssl.SSLError):
-            self._finish(one, f"tls: {_tls_reason(error)}", "")
+            self._end(one, f"tls: {_tls_reason(error)}")
         else:
             self._finish(one, f"{one.stage}: {_REASONS.get(error.errno or 0) or _name(error.errno)}{_of_answer(one)}", "")
 
@@ -404,7 +417,7 @@ class Prober:
         try:
             if farewell:
                 one.sock.send(farewell)
-            if isinstance(one.sock, ssl.SSLSocket) and one.stage == "expect":
+            if isinstance(one.sock, ssl.SSLSocket):
                 # Without close_notify the other end would call it truncated. Nothing waits for an answer.
                 one.sock.unwrap()
         except (OSError, ValueError):

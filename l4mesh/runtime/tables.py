@@ -90,6 +90,15 @@ def print_status(console: Console, status: dict[str, Any], clusters: list[dict[s
         f"{active} of {status['connections_limit']} connections",
         highlight=False,
     )
+    supervisor = status["supervisor"]
+    if supervisor:
+        rules = "in place" if supervisor["in_place"] else f"NOT IN PLACE: {supervisor['error'] or 'withdrawn'}"
+        console.print(
+            f"supervised: redirect rules {rules}, repaired {supervisor['repairs']} times; "
+            f"the data plane has died {supervisor['restarts']} times",
+            highlight=False,
+            markup=False,
+        )
     if config["last_error"]:
         console.print(f"the files hold a configuration that was refused; generation {status['generation']} goes on:")
         for problem in config["last_error"]:

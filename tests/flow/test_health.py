@@ -31,9 +31,19 @@ def health(m: Mesh, address: str, cluster: str = "web") -> Any:
     return next(one for one in m.cluster(cluster)["endpoints"] if one["address"] == address)["health"]
 
 
-def wait_health(m: Mesh, address: str, state: str, cluster: str = "web") -> Any:
-    # None: of an endpoint that a reload has just brought.
-    wait_until(lambda: (health(m, address, cluster) or {}).get("state") == state, f"{address} is {state}")
+def wait_health(m: Mesh, address: str, state: str, cluster: str = "web", why: str | None = None) -> Any:
+    """``why``: waits for that reason as well, which is the newest failure's: on a busy machine others may come before."""
+
+    def found() -> Any:
+        # None: of an endpoint that a reload has just brought.
+        seen = health(m, address, cluster)
+        return seen if seen and seen["state"] == state and why in (None, seen["why"]) else None
+
+    try:
+        wait_until(found, f"{address} is {state}")
+    except AssertionError:
+        print(cluster, address, health(m, address, cluster))
+        raise
     return health(m, address, cluster)
 
 
@@ -89,13 +99,12 @@ def test_a_connect_tells_who_is_there(mesh: Factory) -> None:
             simple(server.address, six.address, gone, f"127.0.0.1:{hole}", health_check=CHECK, panic_threshold="off")
             | {"access_log": {"when": "always"}}
         )
-        assert wait_health(m, server.address, "healthy")["why"] == ""
+        wait_health(m, server.address, "healthy", why="")
         wait_health(m, six.address, "healthy")
-        assert wait_health(m, gone, "unhealthy")["why"] == "connect: refused"
-        assert wait_health(m, f"127.0.0.1:{hole}", "unhealthy")["why"] == "timeout after 500ms in connect"
+        wait_health(m, gone, "unhealthy", why="connect: refused")
+        wait_health(m, f"127.0.0.1:{hole}", "unhealthy", why="timeout after 500ms in connect")
         shown = m.cluster()["endpoints"][2]
         assert [out["cause"] for out in shown["out"]] == ["unhealthy"]
-        assert shown["out"][0]["why"] == "connect: refused"
         # None of those two is dialled.
         for _ in range(20):
             with connect(m.port()) as client:
@@ -109,7 +118,7 @@ def test_a_connect_tells_who_is_there(mesh: Factory) -> None:
         assert metrics[f'l4mesh_endpoint_healthy{{cluster="web",endpoint="{server.address}"}}'] == 1
         assert checks(m, "not_made") == 0
         events = [event for event in m.events() if event["event"] == "endpoint_unhealthy"]
-        assert {(event["endpoint"], event["why"]) for event in events} == {
+        assert {(event["endpoint"], event["why"]) for event in events} >= {
             (gone, "connect: refused"),
             (f"127.0.0.1:{hole}", "timeout after 500ms in connect"),
         }
@@ -190,8 +199,7 @@ def test_what_is_said_decides(mesh: Factory) -> None:
         config["listeners"][0]["cluster"] = "c0"
         m = mesh(config)
         for i, (server, (check, _, why)) in enumerate(zip(servers, CASES, strict=True)):
-            found = wait_health(m, server.address, "unhealthy" if why else "healthy", f"c{i}")
-            assert (i, found["why"]) == (i, why)
+            found = wait_health(m, server.address, "unhealthy" if why else "healthy", f"c{i}", why)
             assert found["check"] == check.get("type", "tcp")
 
 
@@ -283,40 +291,34 @@ def test_a_proxy_header_goes_before_the_check(mesh: Factory) -> None:
 # -- with mutual TLS ---------------------------------------------------------------------------------------------------------
 
 
-def secured(web: Files, address: str, *checks: Config, peers: str = REDIS) -> Config:
+def secured(web: Files, address: str, *checks: tuple[str, Config]) -> Config:
+    """A cluster "c0" and on for each: whom it expects, and its check."""
     config = outbound(web, address, workers=1)
     config["clusters"] = [
         {"name": f"c{i}", "endpoints": [address], "tls": {"peers": [peers]}, "health_check": CHECK | check}
-        for i, check in enumerate(checks)
+        for i, (peers, check) in enumerate(checks)
     ]
     config["listeners"] = [{"name": "web", "bind": "127.0.0.1:0", "cluster": "c0"}]
     return config
 
 
-def test_a_check_speaks_as_the_cluster_does(mesh: Factory, web: Files, redis: Files) -> None:
+def test_a_check_speaks_as_the_cluster_does_and_refuses_whom_it_refuses(mesh: Factory, web: Files, redis: Files) -> None:
     with Moody() as server:
         near = mesh(inbound(redis, server.server.address, workers=1) | {"access_log": {"when": "errors"}})
         address = f"127.0.0.1:{near.port()}"
-        far = mesh(secured(web, address, {"type": "tls"}, {"type": "http"}, {"type": "http", "tls": "off"}))
+        http: Config = {"type": "http"}
+        far = mesh(secured(web, address, (REDIS, {"type": "tls"}), (REDIS, http), (REDIS, http | {"tls": "off"}), (OTHER, http)))
         wait_health(far, address, "healthy", "c0")
         wait_health(far, address, "healthy", "c1")
         assert wait_health(far, address, "unhealthy", "c2")["why"] in ("closed without an answer", "expect: reset")
+        wait_health(far, address, "unhealthy", "c3", f"tls: the other end is {REDIS}, which is not among the peers")
         # What is behind the other end's proxy counts as well.
         server.says = b"HTTP/1.1 500 Ill\r\n\r\n"
-        assert wait_health(far, address, "unhealthy", "c1")["why"] == "status 500"
+        wait_health(far, address, "unhealthy", "c1", "status 500")
         assert health(far, address, "c0")["state"] == "healthy"
     failures = {name for name in near.metrics() if name.startswith("l4mesh_tls_failures_total")}
     # The plaintext check's; the others have ended as TLS wants it.
     assert failures <= {'l4mesh_tls_failures_total{cause="not_tls",side="downstream"}'}
-
-
-def test_a_check_refuses_whom_the_cluster_refuses(mesh: Factory, web: Files, redis: Files) -> None:
-    with Server(echo) as server:
-        near = mesh(inbound(redis, server.address))
-        address = f"127.0.0.1:{near.port()}"
-        far = mesh(secured(web, address, {"type": "tls"}, peers=OTHER))
-        found = wait_health(far, address, "unhealthy", "c0")
-        assert found["why"] == f"tls: the other end is {REDIS}, which is not among the peers"
 
 
 # -- reload and trouble of ours ----------------------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ from l4mesh._native.bandwidth cimport (
     lane_settle, lane_share, lane_t, lane_waits,
 )
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
+from l4mesh._native.outlier cimport outlier_lived_ms, outlier_next, outlier_take, outlier_tell
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.rates cimport arrival_take, rate_take
 from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, cluster_stat_t, connect_bucket, endpoint_stat_t
-from l4mesh._native.types cimport ARRIVALS, arrivals_t, rate_t, record_t, ring_t
+from l4mesh._native.types cimport ARRIVALS, arrivals_t, conn_t, engine_t, rate_t, record_t, ring_t, worker_t
+from l4mesh._native.watchdog cimport thread_t, watch_look, watch_parse, watched_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
 
 
@@ -358,3 +360,80 @@ def take_retries(int64_t active, uint32_t permille, int64_t minimum, uint32_t wa
 
 def pause_ms(uint32_t first_ms, uint32_t attempts, uint64_t random):
     return retry_pause_ms(first_ms, attempts, random)
+
+
+cdef class Watched:
+    """One thread, as the watchdog sees it."""
+
+    cdef watched_t watched
+
+    def look(self, bint busy, uint64_t turn, str state="R", uint64_t cpu_ms=0, uint64_t faults=0, bint late=False, uint32_t step_ms=250):
+        """For how long it has been stuck, ms; None: it came round."""
+        cdef thread_t thread
+        memset(&thread, 0, sizeof(thread))
+        if busy:
+            thread.state = ord(state)
+            thread.cpu_ms = cpu_ms
+            thread.faults = faults
+        if not watch_look(&self.watched, busy, turn, &thread, step_ms, late):
+            return None
+        return self.watched.stuck_ms
+
+
+def parse_thread(bytes stat):
+    """(state, CPU ms, faults) of /proc/…/stat, None when it isn't one."""
+    cdef thread_t thread
+    memset(&thread, 0, sizeof(thread))
+    if not watch_parse(stat, &thread):
+        return None
+    return chr(thread.state), thread.cpu_ms, thread.faults
+
+
+cdef class Told:
+    """The list of endpoints that failed too often, with as many endpoints as there are ids."""
+
+    cdef engine_t *engine
+    cdef endpoint_stat_t *stats
+
+    def __cinit__(self, uint32_t n):
+        cdef uint32_t i
+        self.engine = <engine_t *> calloc(1, sizeof(engine_t))
+        self.engine.up_fd = eventfd(0, EFD_NONBLOCK)
+        self.stats = <endpoint_stat_t *> calloc(n, sizeof(endpoint_stat_t))
+        for i in range(n):
+            self.stats[i].id = i
+
+    def __dealloc__(self):
+        close(self.engine.up_fd)
+        free(self.engine)
+        free(self.stats)
+
+    def tell(self, uint32_t i):
+        with nogil:
+            outlier_tell(self.engine, &self.stats[i])
+
+    def take(self):
+        """Ids of the endpoints on the list."""
+        cdef endpoint_stat_t *stat = outlier_take(self.engine)
+        cdef list ids = []
+        while stat != NULL:
+            ids.append(stat.id)
+            stat = outlier_next(stat)
+        return ids
+
+    def wakes(self):
+        """How often the eventfd was written since the last call."""
+        cdef uint64_t count = 0
+        return count if read(self.engine.up_fd, &count, sizeof(count)) > 0 else 0
+
+
+def lived_ms(uint64_t now_ns, uint64_t accepted_ns, uint32_t connected_us):
+    cdef worker_t *worker = <worker_t *> calloc(1, sizeof(worker_t))
+    cdef conn_t *conn = <conn_t *> calloc(1, sizeof(conn_t))
+    worker.now_ns = now_ns
+    conn.accepted_ns = accepted_ns
+    conn.connected_us = connected_us
+    lived = outlier_lived_ms(worker, conn)
+    free(worker)
+    free(conn)
+    return lived

