@@ -88,7 +88,6 @@ cdef enum:
     RATE_IDENTITY = 2
     RATE_KINDS = 3
     ACCEPT_BURST_MAX = 64
-    ACCEPT_BURST_DEEP = 512
     ACCEPT_PAUSE_MS = 100         # as long as it takes for descriptors to come back, short enough not to be noticed
     SETTLE_MS = 2000              # keepalive is set on connections that live this long: most don't
     LEFT_GRACE_MS = 100           # a client that ended without a byte is taken to have left if we still dial after this
@@ -274,7 +273,7 @@ cdef void worker_set_accept_mode(worker_t *worker, int64_t mode) noexcept nogil:
 
 cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil:
     # Takes as many connections as the queue was deep last time: the level-triggered epoll tells of the rest, which spares the
-    # call that only says EAGAIN. While lanes are in use it is emptied, for the sake of those at its end.
+    # call that only says EAGAIN. While lanes are in use it is emptied faster, for the sake of those at its end.
     cdef armed_t *armed = &worker.armed[armed_index]
     cdef const listener_t *listener = &worker.plan.listeners[armed.listener]
     cdef sockaddr_storage storage
@@ -283,7 +282,7 @@ cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil
     cdef uint32_t taken = 0
     cdef int fd
     if worker.lanes.n and most <= ACCEPT_BURST_MAX:
-        most = ACCEPT_BURST_DEEP if worker.lanes.n < LANES_FULL else 0
+        most = ACCEPT_BURST_MAX if worker.lanes.n < LANES_FULL else 0
     while taken < most:
         if load(&worker.engine.active) >= worker.plan.max_connections:
             accept_pause(worker)
