@@ -81,15 +81,24 @@ class Ejection:
 
 
 def run_ejection(machine: Machine, proxies: Sequence[str], repeats: int, seed: int) -> list[Ejection]:
-    """Raises Void when a connection fails while nothing is wrong."""
+    """Rounds that the machine was too busy for are left out. Raises Void when none is left of one kind."""
     entries = [entry for entry in ENTRIES if entry in proxies]
     shuffle = random.Random(seed).shuffle
     seen: list[Ejection] = []
+    missing: dict[tuple[str, str], str] = {}
     with _Network(machine) as network:
         for _ in range(repeats):
             for trouble in TROUBLES:
                 shuffle(entries)
-                seen += [_measure(machine, network, entry, trouble) for entry in entries]
+                for entry in entries:
+                    try:
+                        seen.append(_measure(machine, network, entry, trouble))
+                    except Void as error:
+                        missing[entry, trouble] = str(error)
+    for one in seen:
+        missing.pop((one.entry, one.trouble), None)
+    if missing:
+        raise Void("; ".join(f"{entry}, {trouble}: {error}" for (entry, trouble), error in missing.items()))
     return seen
 
 

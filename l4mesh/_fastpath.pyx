@@ -51,7 +51,7 @@ from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find, route_match
 from l4mesh._native.shaping cimport (
-    fault_choose, fault_time_ms, shaping_free, shaping_is_due, shaping_next_ms, shaping_open, shaping_waits,
+    conn_is_faulted, fault_choose, fault_time_ms, shaping_free, shaping_is_due, shaping_next_ms, shaping_open, shaping_waits,
 )
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport session_find, sessions_free
@@ -1597,7 +1597,7 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
         return False
     conn.end_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
     worker.tls_failures[side][<int> tls.cause] += 1
-    if side == UPSTREAM and not tls.flags & TLS_ANSWERED:
+    if side == UPSTREAM and not tls.flags & TLS_ANSWERED and not conn_is_faulted(conn):
         # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:

@@ -111,6 +111,8 @@ class Datapath:
         self._generation = 0
         self._ids = 0
         self._max_connections = 0
+        self._faults_enabled = False
+        self._fault_rules = 0
         self._clusters: dict[str, _ClusterEntry] = {}
         self._listeners: dict[str, _fastpath.ListenerStat] = {}
         self._names: dict[int, str] = {0: ""}
@@ -226,6 +228,7 @@ class Datapath:
             self._engine.publish(plan)
             self._generation += 1
             self._max_connections = max_connections
+            self._faults_enabled, self._fault_rules = config.faults_enabled, config.fault_rules
             self._retire(entries, listeners)
             if self._threads:
                 self._collect()
@@ -381,6 +384,11 @@ class Datapath:
         """What outlier detection goes by, by address."""
         entry = self._clusters.get(cluster)
         return {address: _count_outlier(stat) for address, stat in entry.endpoints.items()} if entry else {}
+
+    def outlier_count(self, cluster: str, address: str) -> Counts | None:
+        """The same of one endpoint. None: there is no such endpoint."""
+        stat = self._endpoint_stat(cluster, address)
+        return _count_outlier(stat) if stat else None
 
     def forget_failures(self, cluster: str, address: str) -> None:
         """Failures in a row count from 0 again."""
@@ -550,6 +558,8 @@ class Datapath:
                 tls=self._read_tls(),
                 max_connections=self._max_connections,
                 rate_overflows=self._engine.rate_overflows,
+                faults_enabled=self._faults_enabled,
+                fault_rules=self._fault_rules,
             )
 
     def _read_tls(self) -> TlsSnapshot:

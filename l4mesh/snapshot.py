@@ -124,6 +124,9 @@ class Snapshot:
     max_connections: int
     rate_overflows: int
     """Connections whose source, workload or identity found no bucket of its own."""
+    faults_enabled: bool
+    fault_rules: int
+    """Configured, in force or not."""
 
 
 class ConnectionSnapshot(NamedTuple):

@@ -16,6 +16,7 @@ from libc.stdint cimport uint64_t
 
 from l4mesh._native.atomic cimport add_u, exchange, exchange_pointer, fence, load_pointer, load_u, replace_pointer, store, store_u
 from l4mesh._native.linux cimport ENETDOWN, ENETUNREACH, ETIMEDOUT, write
+from l4mesh._native.shaping cimport conn_is_faulted
 from l4mesh._native.stats cimport (
     SIGNAL_CONNECT, SIGNAL_EARLY_RESET, SIGNAL_NO_ANSWER, SIGNAL_TLS, SIGNAL_TLS_LATE, endpoint_stat_t, outlier_t,
 )
@@ -113,9 +114,10 @@ cdef inline void outlier_lived(const worker_t *worker, conn_t *conn) noexcept no
 
 
 cdef inline bint outlier_goes_unanswered(const conn_t *conn) noexcept nogil:
-    # Whether the endpoint owes a client that is still there its first byte.
+    # Whether the endpoint owes a client that is still there its first byte. One that an injected fault keeps waiting owes nothing.
     return (
         conn.endpoint_stat != NULL
+        and not conn_is_faulted(conn)
         and conn.phase.half[UPSTREAM].bytes == 0
         and not conn.phase.half[DOWNSTREAM].flags & HALF_ENDED
     )

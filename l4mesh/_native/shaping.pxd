@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free
 from l4mesh._native.bandwidth cimport lane_allow, lane_end, lane_is_limited, lane_settle, lane_t, lane_waits
 from l4mesh._native.route cimport prefixes_hold
 from l4mesh._native.types cimport (
-    FAULT_RESET, FAULT_STALL, conn_t, fault_rule_t, fault_t, plan_t, shaping_t, span_t, worker_t,
+    FAULT_DELAY, FAULT_RESET, FAULT_STALL, conn_t, fault_rule_t, fault_t, plan_t, shaping_t, span_t, worker_t,
 )
 
 cdef enum:
@@ -53,6 +53,11 @@ cdef inline void shaping_free(conn_t *conn) noexcept nogil:
     lane_end(&conn.shaping.lanes[1])
     free(conn.shaping)
     conn.shaping = NULL
+
+
+cdef inline bint conn_is_faulted(const conn_t *conn) noexcept nogil:
+    # Whatever its endpoint does after a fault is no fault of the endpoint's. A delay is over when the endpoint is dialled.
+    return conn.shaping != NULL and conn.shaping.injected and conn.shaping.fault.kind != FAULT_DELAY
 
 
 cdef inline bint shaping_counts(const conn_t *conn, int h) noexcept nogil:

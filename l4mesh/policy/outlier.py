@@ -158,6 +158,10 @@ class ClusterOutliers:
         if self._settings is None or self._settings.interval_ms != settings.interval_ms:
             self._next_interval_ms = now_ms + round(settings.interval_ms * self._phase)
         self._ejected = {address: endpoint for address, endpoint in self._endpoints.items() if endpoint.ejection}
+        if settings != self._settings:
+            # Other rules may do what these left.
+            for endpoint in self._endpoints.values():
+                endpoint.noted.clear()
         self._settings = settings
         self._panic_threshold = panic_threshold
         self._zones_matter = zones_matter

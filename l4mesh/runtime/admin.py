@@ -153,20 +153,11 @@ class AdminServer:
                 "identities": self._identities(),
                 "workers": [dataclasses.asdict(worker) for worker in snapshot.workers],
                 "closed": closed,
-                "faults": self._faults(snapshot),
+                "faults": _faults(snapshot),
                 "supervisor": dataclasses.asdict(supervision) if (supervision := self._sources.supervision()) else None,
                 "access_log_dropped": self._sources.access_log_dropped(),
             }
         )
-
-    def _faults(self, snapshot: Snapshot) -> dict[str, Any]:
-        config = self._facts.config()
-        injected = [sum(counts) for counts in zip(*(cluster.faults for cluster in (*snapshot.clusters, snapshot.retired)), strict=True)]
-        return {
-            "enabled": bool(config and config.faults_enabled),
-            "configured": config.fault_rules if config else 0,
-            "injected": {fault.label: injected[fault] for fault in Fault if injected[fault]},
-        }
 
     def _identities(self) -> list[dict[str, Any]]:
         renewals = {renewal.name: renewal for renewal in self._sources.renewals()}
@@ -246,6 +237,15 @@ class AdminServer:
     async def _config(self, request: web.Request) -> web.Response:
         config = self._facts.config()
         return web.json_response(_plain(config) if config else {}, status=200 if config else 503)
+
+
+def _faults(snapshot: Snapshot) -> dict[str, Any]:
+    injected = [sum(counts) for counts in zip(*(cluster.faults for cluster in (*snapshot.clusters, snapshot.retired)), strict=True)]
+    return {
+        "enabled": snapshot.faults_enabled,
+        "configured": snapshot.fault_rules,
+        "injected": {fault.label: injected[fault] for fault in Fault if injected[fault]},
+    }
 
 
 def _mean_ms(total_s: float, count: int) -> float | None:

@@ -267,7 +267,6 @@ class App:
             self._reloader.identities.status,
             self._renewer.status,
             lambda: self._access_log.dropped if self._access_log else 0,
-            lambda: bool(self._reloader.config and self._reloader.config.faults_enabled),
             self._take_lag,
             self._endpoints,
             self._health,

@@ -38,7 +38,6 @@ class Sources:
     identities: Callable[[], list[IdentityStatus]]
     renewals: Callable[[], list[RenewalStatus]]
     access_log_dropped: Callable[[], int]
-    faults_enabled: Callable[[], bool]
     loop_lag_s: Callable[[], tuple[float, float]]
     """The last lag and the greatest since the scrape before."""
     registry: EndpointRegistry
@@ -91,7 +90,7 @@ class MeshCollector(Collector):
             "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.",
             self._sources.access_log_dropped(),
         )  # fmt: skip
-        yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(self._sources.faults_enabled()))
+        yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(snapshot.faults_enabled))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         yield _counter(

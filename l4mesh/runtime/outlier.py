@@ -31,6 +31,8 @@ class Counters(Protocol):
 
     def outlier_counts(self, cluster: str) -> dict[str, Counts]: ...
 
+    def outlier_count(self, cluster: str, address: str) -> Counts | None: ...
+
     def endpoint_ids(self, cluster: str) -> dict[int, str]: ...
 
     def forget_failures(self, cluster: str, address: str) -> None: ...
@@ -154,6 +156,7 @@ class OutlierDetector:
             due_ms, name = heapq.heappop(self._queue)
             watched = self._watched.get(name)
             if watched and watched.due_ms == due_ms:
+                watched.due_ms = 0
                 self._look_at(name, watched, now_ms)
                 self._schedule(watched)
 
@@ -175,7 +178,7 @@ class OutlierDetector:
         for number in ids:
             name, address = self._ids.get(number, ("", ""))
             watched = self._watched.get(name)
-            counts = self._counters.outlier_counts(name).get(address) if watched else None
+            counts = self._counters.outlier_count(name, address) if watched else None
             if watched and counts:
                 self._carry_out(watched, watched.outliers.failed(address, counts, self._now_ms(), self._unhealthy(name)))
                 self._schedule(watched)
@@ -201,7 +204,7 @@ class OutlierDetector:
             return
         self._counters.forget_failures(name, address)
         now_ms = self._now_ms()
-        ejection = watched.outliers.put_back(address, self._counters.outlier_counts(name).get(address, Counts()), now_ms)
+        ejection = watched.outliers.put_back(address, self._counters.outlier_count(name, address) or Counts(), now_ms)
         if ejection:
             self._registry.put_back(name, address, OutCause.EJECTED)
             log.info("endpoint_returned", cluster=name, endpoint=address, after_s=round((now_ms - ejection.since_ms) / 1000, 1))

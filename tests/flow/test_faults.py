@@ -322,6 +322,31 @@ def test_a_client_may_leave_a_stalled_connection(mesh: Factory) -> None:
         check_told(m, "stall", "downstream_reset")
 
 
+def test_what_an_endpoint_does_after_a_fault_is_not_held_against_it(mesh: Factory) -> None:
+    """It resets connections unanswered, which counts; after a stall of its request, or when we reset, it doesn't."""
+
+    def script(peer: socket.socket) -> None:
+        read_exactly(peer, 3)
+        reset(peer)
+
+    outlier = {"enforce": "0%", "signals": {"early_reset": "60s", "no_answer": "60s"}}
+    counted = {"after": "3B", "direction": "to_upstream"}
+    with Server(script) as server:
+        config = several(
+            server, {"stall": {"stall": {"for": "200ms"} | counted}, "reset": {"reset": counted}}, outlier_detection=outlier
+        )
+        config["listeners"].append({"name": "sound", "bind": "127.0.0.1:0", "cluster": "sound"})
+        config["clusters"].append({"name": "sound", "endpoints": [server.address], "outlier_detection": outlier})
+        m = mesh(config)
+        for name, failures in (("sound", {"early_reset": 1}), ("stall", {}), ("reset", {})):
+            with connect(m.port(name)) as client:
+                client.sendall(b"hello")
+                assert read_to_end(client) == (b"", RST)
+            wait_until(lambda name=name: m.cluster(name)["closed"], "it has ended")  # type: ignore[misc]
+            assert m.cluster(name)["endpoints"][0]["failures"] == failures
+            assert injected(m, name, name) == (name != "sound")
+
+
 # -- with TLS -------------------------------------------------------------------------------------------------------------
 
 

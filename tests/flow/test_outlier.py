@@ -198,6 +198,31 @@ def test_a_network_that_we_have_no_way_to_counts_nothing(mesh: Factory) -> None:
     assert failures(m) == {}
 
 
+def test_an_injected_fault_counts_nothing(mesh: Factory) -> None:
+    def tires(peer: socket.socket) -> None:
+        # The stalled request never comes.
+        with pytest.raises(TimeoutError):
+            peer.settimeout(0.05)
+            peer.recv(1)
+        reset(peer)
+
+    with Server(echo) as server, Server(tires) as impatient:
+        config = watching(server.address) | {"faults": {"enabled": True}}
+        m = mesh(config)
+        faults: list[tuple[str, Config]] = [
+            (server.address, {"refuse": "on"}),
+            (server.address, {"reset": {"after": "1B"}}),
+            (impatient.address, {"stall": {"for": "10s"}}),
+        ]
+        for count, (address, fault) in enumerate(faults, 1):
+            config["clusters"][0] |= {"endpoints": [address], "faults": [{"share": "100%"} | fault]}
+            m.reload(config)
+            ask(m.port())
+            wait_until(lambda: sum(m.closed().values()) == count, "the connection has ended")
+            assert m.total("l4mesh_faults_injected_total") == count
+            assert failures(m) == {}
+
+
 def secured(own: Files, address: str, bundle: Path | None = None, **outlier: Any) -> Config:
     identity = own.identity("web")
     config = watching(address, **outlier) | {"identities": [identity], "node": {"identity": "web"}}
