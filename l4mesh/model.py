@@ -243,6 +243,32 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """``count`` new connections in ``period_s``; ``burst`` of them may come at once."""
+
+    count: int
+    period_s: int
+    burst: int
+
+    @property
+    def interval_ns(self) -> int:
+        return max(1, round(self.period_s * 1_000_000_000 / self.count))
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Limits of new connections; None is off."""
+
+    total: Rate | None = None
+    source: Rate | None = None
+    """Of one source address."""
+    workload: Rate | None = None
+    """Of one workload of this node, as the source."""
+    identity: Rate | None = None
+    """Of one SPIFFE ID that a downstream has shown."""
+
+
+@dataclass(frozen=True, slots=True)
 class ListenerTls:
     mode: TlsMode = TlsMode.OFF
     ports: tuple[tuple[tuple[PortRange, ...], TlsMode], ...] = ()
@@ -428,6 +454,15 @@ class Cluster:
     faults: tuple[FaultRule, ...] = ()
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
+    queue_size: int = 0
+    """Connections that may wait for a place at a limit; 0: they are refused."""
+    queue_timeout_ms: int = 0
+    retry_share: float = 0.2
+    """Of the live connections, 0 to 1, that may be on an attempt after their first."""
+    retry_minimum: int = 100
+    """So many may in any case; -1: any number."""
+    backoff_ms: int = 0
+    """0: no pause between attempts."""
     drain: ClusterDrain = ClusterDrain()
     health_check: HealthCheck | None = None
     outlier_detection: OutlierDetection | None = None
@@ -483,6 +518,7 @@ class Listener:
     user_timeout_ms: int
     backlog: int
     tls: ListenerTls = ListenerTls()
+    rates: Rates = Rates()
     bandwidth: Bandwidth = Bandwidth()
 
 
@@ -551,6 +587,8 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    rates: Rates = Rates()
+    """Of the process, over all listeners."""
     redirect: Redirect = Redirect()
     watchdog_ms: int = 0
     """A worker that is stuck for as long ends the process; 0: never."""

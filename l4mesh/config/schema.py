@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import socket
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator
 
+from l4mesh import model
 from l4mesh.config import quantities as q
 from l4mesh.config.yaml import KeyPath
 from l4mesh.errors import Fault
@@ -49,6 +51,7 @@ from l4mesh.model import (
     Peers,
     Policy,
     ProxyProtocol,
+    Rates,
     Redirect,
     Route,
     RouteMatch,
@@ -153,7 +156,33 @@ def _parse_workers(value: object) -> int:
         raise ValueError(str(error).replace("must be", "must be auto or")) from None
 
 
-class ProcessLimitsSection(Section):
+class RateSection(Section):
+    rate: Annotated[model.Rate | None, PlainValidator(q.parse_arrivals)]
+    burst: Annotated[int | None, PlainValidator(_whole(1, 100_000_000))] = None
+
+
+def _read_rate(value: object, section: Callable[[object], RateSection]) -> model.Rate | None:
+    if not isinstance(value, dict):
+        return q.parse_arrivals(value)
+    long_form = section(value)
+    return dataclasses.replace(long_form.rate, burst=long_form.burst or long_form.rate.burst) if long_form.rate else None
+
+
+RateField = Annotated[RateSection | None, WrapValidator(_read_rate)]
+
+
+class RatesSection(Section):
+    rate: RateField = None
+    rate_per_source: RateField = None
+    rate_per_workload: RateField = None
+    rate_per_identity: RateField = None
+
+
+def make_rates(section: RatesSection) -> Rates:
+    return Rates(section.rate, section.rate_per_source, section.rate_per_workload, section.rate_per_identity)  # type: ignore[arg-type]
+
+
+class ProcessLimitsSection(RatesSection):
     connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
     connections_per_source: Limit = 0
     handshakes_per_source: Limit = 512
@@ -345,7 +374,7 @@ class ProxySourcesSection(Section):
     timeout: Duration = 5000
 
 
-class ListenerLimitsSection(Section):
+class ListenerLimitsSection(RatesSection):
     connections: Limit = 0
 
 
@@ -460,10 +489,31 @@ class ListenerSection(Section):
     bandwidth_per_connection: BandwidthSection = BandwidthSection()
 
 
+class RetryBudgetSection(Section):
+    share: Annotated[float, PlainValidator(q.parse_share)] = 0.2
+    minimum: Annotated[int, PlainValidator(_whole(0, 100_000_000))] = 100
+
+
+def _retry_budget_off(value: object) -> object:
+    """``off`` keeps the type of the section: a minimum of -1 says so."""
+    return RetryBudgetSection.model_construct(share=0.0, minimum=-1) if q.is_off(value) else value
+
+
+RetryBudgetField = Annotated[RetryBudgetSection, BeforeValidator(_retry_budget_off)]
+
+
 class ConnectSection(Section):
     timeout: Duration = 1000
     attempts: Annotated[int, PlainValidator(_whole(1, 8))] = 3
     budget: Duration | None = None
+    backoff: OptionalDuration = 0
+    retry_budget: RetryBudgetField = RetryBudgetSection()
+
+    @property
+    def budget_ms(self) -> int:
+        """Time for every attempt and the longest pauses between them, unless told."""
+        pauses = sum(min(2**pause, 10) for pause in range(self.attempts - 1))
+        return self.budget or self.timeout * self.attempts + self.backoff * pauses
 
 
 class TimeoutsSection(Section):
@@ -473,9 +523,18 @@ class TimeoutsSection(Section):
     lifetime_jitter: Annotated[float, PlainValidator(q.parse_share)] = 0.1
 
 
+class QueueSection(Section):
+    size: Annotated[int, PlainValidator(_whole(1, 100_000_000))] = 1000
+    timeout: Annotated[int, PlainValidator(q.parse_queue_timeout_ms)] = 5000
+
+
+QueueField = Annotated[QueueSection | None, BeforeValidator(lambda value: None if q.is_off(value) else value)]
+
+
 class ClusterLimitsSection(Section):
     connections: Limit = 0
     connections_per_endpoint: Limit = 0
+    queue: QueueField = None
 
 
 class ClusterDrainSection(Section):
@@ -717,6 +776,7 @@ def make_listener(section: ListenerSection) -> Listener:
         user_timeout_ms=section.user_timeout,
         backlog=section.backlog,
         tls=make_listener_tls(section.tls) if section.tls else ListenerTls(),
+        rates=make_rates(section.limits),
         bandwidth=make_bandwidth(section.bandwidth_per_connection),
     )
 
@@ -806,7 +866,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         balance=Balance(section.balance),
         connect_timeout_ms=connect.timeout,
         connect_attempts=connect.attempts,
-        connect_budget_ms=connect.budget or connect.timeout * connect.attempts,
+        connect_budget_ms=connect.budget_ms,
         idle_timeout_ms=section.timeouts.idle,
         half_closed_timeout_ms=section.timeouts.half_closed,
         lifetime_ms=section.timeouts.lifetime,
@@ -821,6 +881,11 @@ def make_cluster(section: ClusterSection) -> Cluster:
         bounded_load=section.bounded_load,
         tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
         panic_threshold=section.panic_threshold,
+        queue_size=section.limits.queue.size if section.limits.queue else 0,
+        queue_timeout_ms=section.limits.queue.timeout if section.limits.queue else 0,
+        retry_share=connect.retry_budget.share,
+        retry_minimum=connect.retry_budget.minimum,
+        backoff_ms=connect.backoff,
         drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
         health_check=make_health_check(section) if section.health_check else None,
         bandwidth=make_bandwidth(section.bandwidth_per_connection),

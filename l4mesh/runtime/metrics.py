@@ -112,6 +112,10 @@ class MeshCollector(Collector):
         yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(snapshot.faults_enabled))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        yield _counter(
+            "l4mesh_rate_overflows", "Connections whose source, workload or identity shared a bucket, the table being full.",
+            snapshot.rate_overflows,
+        )  # fmt: skip
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
         supervision = self._sources.supervision()
         if supervision:
@@ -159,18 +163,28 @@ def _cluster_metrics(snapshot: Snapshot) -> Iterator[Metric]:
     attempts = CounterMetricFamily("l4mesh_connect_attempts", "Dials.", labels=["cluster"])
     failures = CounterMetricFamily("l4mesh_connect_failures", "Dials that the endpoint failed.", labels=["cluster"])
     connect = HistogramMetricFamily("l4mesh_connect_seconds", "Time of dials that succeeded.", labels=["cluster"])
+    waiting = GaugeMetricFamily("l4mesh_connections_waiting", "Connections that wait for a place at a limit.", labels=["cluster"])
+    queued = CounterMetricFamily("l4mesh_connections_queued", "Connections that have waited for a place.", labels=["cluster"])
+    waited = CounterMetricFamily("l4mesh_queue_seconds", "Time that they have waited.", labels=["cluster"])
+    retrying = GaugeMetricFamily("l4mesh_connections_retrying", "Connections on an attempt after their first.", labels=["cluster"])
+    refused = CounterMetricFamily("l4mesh_retries_refused", "Attempts that the retry budget refused.", labels=["cluster"])
     for cluster in (*snapshot.clusters, snapshot.retired):
         opened.add_metric([cluster.name], cluster.opened)
         active.add_metric([cluster.name], cluster.active)
+        waiting.add_metric([cluster.name], cluster.waiting)
         if not cluster.opened:
             continue
+        queued.add_metric([cluster.name], cluster.queued)
+        waited.add_metric([cluster.name], cluster.queued_seconds)
+        retrying.add_metric([cluster.name], cluster.retrying)
+        refused.add_metric([cluster.name], cluster.retries_refused)
         _reasons(closed, cluster.name, cluster.closed)
         moved.add_metric([cluster.name, "to_upstream"], cluster.bytes_to_upstream)
         moved.add_metric([cluster.name, "to_downstream"], cluster.bytes_to_downstream)
         attempts.add_metric([cluster.name], cluster.connect_attempts)
         failures.add_metric([cluster.name], cluster.connect_failures)
         connect.add_metric([cluster.name], _buckets(cluster), cluster.connect_seconds_sum)
-    yield from (opened, active, closed, moved, attempts, failures, connect)
+    yield from (opened, active, closed, moved, attempts, failures, connect, waiting, queued, waited, retrying, refused)
     faults = CounterMetricFamily("l4mesh_faults_injected", "Connections that a fault was injected into.", labels=["cluster", "fault"])
     for cluster in (*snapshot.clusters, snapshot.retired):
         for fault in Fault:
@@ -262,6 +276,7 @@ def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         (CounterMetricFamily, "bytes_copied", "Bytes moved through user memory.", "bytes_copied"),
         (CounterMetricFamily, "bytes_spliced", "Bytes moved inside the kernel.", "bytes_spliced"),
         (CounterMetricFamily, "stream_holds", "Times that a stream was left for a moment to gather more bytes.", "holds"),
+        (CounterMetricFamily, "accepts_put_aside", "Connections that waited for the turn of their source.", "put_aside"),
         (CounterMetricFamily, "bandwidth_waits", "Times that one direction of a connection waited for its bandwidth.", "throttles"),
     ]
     for kind, name, text, field in figures:

@@ -42,6 +42,7 @@ DURATION = "must be a duration with its unit, such as 250ms, 5s, 1h or 1d"
 OPTIONAL = "must be a duration with its unit, such as 250ms, 5s, 1h, 1d, or off"
 RATE = "must be off or a rate from 1kB/s to 100GB/s, such as 10MiB/s; got "
 ONE_FAULT = "must have one of delay, refuse, reset, black_hole, slow or stall"
+ARRIVALS = "must be a rate with its unit, such as 100/s, 30/m or 10/h, or off"
 CASES = [
     (top("overload: on"), "5: overload: must be a mapping of keys; got 'on'"),
     (top("overload: {memory: 90}"), "5: overload.memory: must be a share such as 50%, or off; got 90"),
@@ -126,6 +127,24 @@ CASES = [
     (cluster("timeouts: {lifetime_jitter: 120%}"), "4: clusters[0].timeouts.lifetime_jitter: must be between 0% and 100%; got '120%'"),
     (cluster("timeouts: {lifetime_jitter: 0.1}"), "4: clusters[0].timeouts.lifetime_jitter: must be a share such as 50%; got 0.1"),
     (cluster("limits: {connections: 0}"), "4: clusters[0].limits.connections: must be off or a whole number from 1 to 100000000; got 0"),
+    (cluster("limits: {queue: {size: 10}}"), "4: clusters[0].limits.queue: needs a limit whose end it waits for: connections or connections_per_endpoint"),
+    (cluster("limits: {connections: 5, queue: on}"), "4: clusters[0].limits.queue: must be a mapping of keys; got 'on'"),
+    (cluster("limits: {connections: 5, queue: {size: 0}}"), "4: clusters[0].limits.queue.size: must be a whole number from 1 to 100000000; got 0"),
+    (cluster("limits: {connections: 5, queue: {timeout: off}}"), f"4: clusters[0].limits.queue.timeout: {DURATION}; got 'off'"),
+    (cluster("limits: {connections: 5, queue: {timeout: 61s}}"), "4: clusters[0].limits.queue.timeout: must be at most 1m, for which no client waits; got '61s'"),
+    (cluster("limits: {connections: 5, queue: {length: 7}}"), "4: clusters[0].limits.queue.length: is not a known key; known here: size, timeout"),
+    (cluster("connect: {backoff: 25}"), f"4: clusters[0].connect.backoff: {OPTIONAL}; got 25"),
+    (cluster("connect: {retry_budget: 20%}"), "4: clusters[0].connect.retry_budget: must be a mapping of keys; got '20%'"),
+    (cluster("connect: {retry_budget: {share: 120%}}"), "4: clusters[0].connect.retry_budget.share: must be between 0% and 100%; got '120%'"),
+    (cluster("connect: {retry_budget: {minimum: -1}}"), "4: clusters[0].connect.retry_budget.minimum: must be a whole number from 0 to 100000000; got -1"),
+    (listener("limits: {rate: 100}"), f"2: listeners[0].limits.rate: {ARRIVALS}; got 100"),
+    (listener("limits: {rate: 100/d}"), f"2: listeners[0].limits.rate: {ARRIVALS}; got '100/d'"),
+    (listener("limits: {rate: 0/s}"), "2: listeners[0].limits.rate: must be between 1/h and 1000000/s; got '0/s'"),
+    (listener("limits: {rate_per_source: 2000000/s}"), "2: listeners[0].limits.rate_per_source: must be between 1/h and 1000000/s; got '2000000/s'"),
+    (listener("limits: {rate_per_workload: {burst: 5}}"), "2: listeners[0].limits.rate_per_workload.rate: is missing"),
+    (listener("limits: {rate_per_identity: {rate: 5/s, burst: 0}}"), "2: listeners[0].limits.rate_per_identity.burst: must be a whole number from 1 to 100000000; got 0"),
+    (top("limits: {rate_per_sauce: 1/s}\n"), "5: limits.rate_per_sauce: is not a known key; did you mean rate_per_source?"),
+    (top("limits: {rate: {rate: fast}}\n"), f"5: limits.rate.rate: {ARRIVALS}; got 'fast'"),
     (cluster("limits: {connections: true}"), "4: clusters[0].limits.connections: must be off or a whole number from 1 to 100000000; got true"),
     (cluster("keepalive: {idle: 500ms}"), "4: clusters[0].keepalive.idle: must be whole seconds, at most 32767s; got '500ms'"),
     (cluster("keepalive: on"), "4: clusters[0].keepalive: must be a mapping of keys; got 'on'"),
