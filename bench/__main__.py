@@ -22,6 +22,7 @@ import click
 from bench.bandwidth import run_bandwidth, summarize_bandwidth
 from bench.ejection import REPEATS as EJECTION_REPEATS
 from bench.ejection import run_ejection, summarize_ejection
+from bench.fairness import run_fairness, summarize_fairness
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.health import run_health, summarize_health
@@ -47,7 +48,8 @@ HEALTH = "health"
 BANDWIDTH = "bandwidth"
 UPGRADE = "upgrade"
 EJECTION = "ejection"
-SCENARIOS = (RELOAD, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION)
+FAIRNESS = "fairness"
+SCENARIOS = (RELOAD, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
 NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
@@ -189,6 +191,12 @@ def measure_all(
         "connections with a wrong certificate beside good traffic",
         partial(run_storm, machine, proxies, storm_seconds, REPEATS if effort.discard_first else 1, seed),
         lambda storms: result.update(storm=summarize_storm(storms)),
+    )
+    attempt(
+        FAIRNESS,
+        "few connections beside those of a source that opens hundreds at once",
+        partial(run_fairness, machine, proxies, REPEATS if effort.discard_first else 1, seed),
+        lambda measured: result.update(fairness=summarize_fairness(measured)),
     )
     attempt(
         HEALTH,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.ejection import RATE as EJECTION_RATE
+from bench.fairness import AT_ONCE
+from bench.fairness import RATE as OTHERS_RATE
 from bench.health import ENDPOINTS, INTERVAL_S
 from bench.proxies import KINDS
 from bench.reload import CLUSTERS_A_FILE, ENDPOINTS_A_CLUSTER, FILES, RATE
@@ -28,6 +30,8 @@ def render(result: dict[str, Any]) -> str:
         parts.append(_upgrade_table(result["upgrade"]))
     if result.get("storm"):
         parts.append(_storm_table(result["storm"]["entries"]))
+    if result.get("fairness"):
+        parts.append(_fairness_table(result["fairness"]["entries"]))
     if result.get("health"):
         parts.append(_health_table(result["health"]["entries"]))
     if result.get("bandwidth"):
@@ -178,6 +182,17 @@ def _storm_table(entries: dict[str, dict[str, float]]) -> str:
         shares = {key: entries["l4mesh"][key] / entries["envoy"][key] for key in keys if key.startswith("storm")}
         text += f"\n\nUnder the storm l4mesh's are {', '.join(f'{share:.2f}' for share in shares.values())} × Envoy's."
     return text
+
+
+def _fairness_table(entries: dict[str, dict[str, float]]) -> str:
+    keys = ("calm_p50", "storm_p50", "calm_p99", "storm_p99")
+    header = ["µs", *(f"{key}, {when}" for key in ("p50", "p99") for when in ("calm", "storm")), "p99 grows by", "storm/s"]
+    lines = [
+        [_name(name), *(_number(own[key]) for key in keys), f"{own['storm_p99'] / own['calm_p99']:.1f} ×", _number(own["storm_rate"])]
+        for name, own in entries.items()
+    ]
+    text = f"{OTHERS_RATE} new connections/s, each until its first byte, without and beside a source that opens {AT_ONCE} at once:\n\n"
+    return text + _table(header, lines)
 
 
 def _health_table(entries: list[dict[str, Any]]) -> str:

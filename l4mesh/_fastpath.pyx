@@ -2,7 +2,8 @@
 
 Read it top to bottom and you follow a connection: accept, admit, dial, connected, relay, reset, close, record; then comes the loop
 that calls these. The leaves in ``_native/`` hold what has a name of its own: ``relay`` one half, ``balance`` picking, ``route`` routing,
-``wheel`` timers, ``slab`` slots, ``ring`` records. The Python face is in the parts that are included at the end.
+``wheel`` timers, ``slab`` slots, ``ring`` records, ``lanes`` whose turn it is, ``rates``, ``places`` and ``retries`` limits. The Python
+face is in the parts that are included at the end.
 
 * **Threads.** Each worker owns its epoll, its connections, its pipes, its timers and its counters. Shared are only the published
   plan (loaded once a turn), the counters that limits and balancing need (relaxed atomics) and the rings.
@@ -21,11 +22,13 @@ from posix.stdlib cimport posix_memalign
 
 from l4mesh._native.address cimport address_hash_ip, address_is_v4, address_t, mix64
 from l4mesh._native.atomic cimport (
-    add, add_u, load, load_acquire, load_pointer, load_u, store, store_pointer, store_release, store_u,
+    add, add_ordered, add_u, exchange, fence, load, load_acquire, load_ordered, load_pointer, load_u, store, store_pointer, store_release,
+    store_u,
 )
 from l4mesh._native.authz cimport filing_key, masked_hash, verdict_allows, verdict_find, verdict_would_allow
 from l4mesh._native.balance cimport (
-    PICK_FULL, cluster_build, cluster_drop, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t,
+    PICK_FULL, cluster_build, cluster_drop, cluster_has_untried, cluster_hold, cluster_pick, cluster_settings_t, cluster_t, endpoint_t,
+    pick_t,
 )
 from l4mesh._native.bandwidth cimport (
     OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_share, lane_t,
@@ -33,17 +36,24 @@ from l4mesh._native.bandwidth cimport (
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.handover cimport passage_pack, passage_unpack
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
+from l4mesh._native.lanes cimport LANE_DIRECT, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
 from l4mesh._native.outlier cimport (
     outlier_connected, outlier_dial_failed, outlier_ended, outlier_finished, outlier_lived, outlier_next, outlier_refused_tls,
     outlier_take,
 )
+from l4mesh._native.overload cimport (
+    SHARE_BUCKETS, overload_ends, overload_pauses, overload_source_limit, share_least, sources_measure,
+)
+from l4mesh._native.places cimport line_join, line_leave, place_take, places_offer
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
+from l4mesh._native.rates cimport arrival_take, rate_take
 from l4mesh._native.relay cimport (
     PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_set_pace, half_step, pipe_close,
 )
+from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find, route_match
 from l4mesh._native.shaping cimport (
@@ -79,6 +89,10 @@ cdef extern from *:
 cdef enum:
     TAG_LISTENER = 0xffffffff     # in the place of a slot; the low half is the index of the armed listener
     TAG_WAKE = 0xfffffffe
+    RATE_SOURCE = 0               # what a rate's key is of
+    RATE_WORKLOAD = 1
+    RATE_IDENTITY = 2
+    RATE_KINDS = 3
     ACCEPT_BURST_MAX = 64
     ACCEPT_PAUSE_MS = 100         # as long as it takes for descriptors to come back, short enough not to be noticed
     SETTLE_MS = 2000              # keepalive is set on connections that live this long: most don't
@@ -88,7 +102,10 @@ cdef enum:
     EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     TUNE_BYTES = 1048576          # what makes a half a stream, whose socket is worth a look
     DEPART_SLOTS = 4096           # looked at in one turn for connections to hand over
+    LATE_MS = 500                 # by which no timer is late while the worker runs
+    LATE_TURNS = 1000             # that timers wait at most for events to be heard
     SWEEP_STEP = 256              # live connections that a sweep looks at in one turn
+    LOOK_MS = 25                  # between two looks, of one that dials on, for a place at an endpoint it has not tried
 
 
 # -- small things ------------------------------------------------------------------------------------------------------------
@@ -209,7 +226,7 @@ cdef inline bint conn_watch(worker_t *worker, conn_t *conn, uint32_t slot, int s
     cdef epoll_event event
     event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
     event.data.u64 = event_tag(conn, slot, side)
-    conn.watched |= side == DOWNSTREAM
+    conn.side[side].flags |= SIDE_WATCHED
     return epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, conn.side[side].fd, &event) == 0
 
 
@@ -238,10 +255,14 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
     cdef epoll_event event
     cdef uint32_t i
     worker.accept_paused_until_ms = 0
+    worker.accept_spent = 0
     for i in range(worker.n_armed):
         event.events = EPOLLIN
         event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
-        epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event)
+        if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event) != 0 and errno != EEXIST:
+            # The kernel is out of memory or of watches: once more in a moment, or nobody would ever be accepted here again.
+            accept_pause(worker)
+            return
 
 
 cdef void worker_set_accept_mode(worker_t *worker, int64_t mode) noexcept nogil:
@@ -265,15 +286,21 @@ cdef void worker_set_accept_mode(worker_t *worker, int64_t mode) noexcept nogil:
 
 cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil:
     # Takes as many connections as the queue was deep last time: the level-triggered epoll tells of the rest, which spares the
-    # call that only says EAGAIN.
+    # call that only says EAGAIN. While lanes are in use it is emptied faster, for the sake of those at its end.
     cdef armed_t *armed = &worker.armed[armed_index]
     cdef const listener_t *listener = &worker.plan.listeners[armed.listener]
     cdef sockaddr_storage storage
     cdef socklen_t size
+    cdef uint32_t most = armed.burst
     cdef uint32_t taken = 0
     cdef int fd
-    while taken < armed.burst:
-        if load(&worker.engine.active) >= worker.plan.max_connections:
+    if worker.lanes.n and most <= ACCEPT_BURST_MAX:
+        most = ACCEPT_BURST_MAX if worker.lanes.n < LANES_FULL else 0
+    while taken < most:
+        if load(&worker.engine.active) >= worker.plan.max_connections or (
+            # Not where all that waits has to be taken.
+            armed.burst <= ACCEPT_BURST_MAX and overload_pauses(worker)
+        ):
             accept_pause(worker)
             return
         size = sizeof(storage)
@@ -286,19 +313,26 @@ cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil
             # Anything else is an error of the one connection that was to be accepted (accept(2)).
             return
         taken += 1
-        if not conn_accept(worker, listener, fd, &storage):
+        worker.accept_spent += 1
+        if not conn_accept(worker, listener, fd, &storage, worker.lanes.n or taken > LANE_DIRECT):
             accept_pause(worker)
             return
     armed.burst = armed.burst * 2 if armed.burst < ACCEPT_BURST_MAX else ACCEPT_BURST_MAX
 
 
 cdef bint conn_accept(
-    worker_t *worker, const listener_t *listener, int fd, const sockaddr_storage *storage
+    worker_t *worker, const listener_t *listener, int fd, const sockaddr_storage *storage, bint aside
 ) noexcept nogil:
-    # A connection from its descriptor on, which it owns. False: no memory.
+    # A connection from its descriptor on, which it owns. `aside`: others wait, and it takes its turn. False: no memory.
     cdef uint32_t slot
     cdef conn_t *conn = slab_take(worker, &slot)
     if conn == NULL:
+        # Counted all the same; only a record of it there can't be.
+        worker.accepted += 1
+        listener.stat.rows[worker.index].opened += 1
+        listener.stat.rows[worker.index].closed[<int> CLOSE_LOCAL_EXHAUSTED] += 1
+        worker.engine.no_cluster.rows[worker.index].opened += 1
+        worker.engine.no_cluster.rows[worker.index].closed[<int> CLOSE_LOCAL_EXHAUSTED] += 1
         socket_close(fd, True)
         return False
     conn.side[DOWNSTREAM].fd = fd
@@ -321,13 +355,44 @@ cdef bint conn_accept(
         conn_refuse(worker, conn, slot, CLOSE_NO_ORIGINAL_DESTINATION)
     elif listener.flags & (LISTENER_REDIRECT | LISTENER_TPROXY) and plan_is_own(worker.plan, &conn.destination):
         conn_refuse(worker, conn, slot, CLOSE_SELF_CALL)
-    elif prefixes_hold(worker.plan, listener.proxy_from, listener.proxy_from_end, conn.source.ip):
+    elif aside:
+        conn.state = CONN_ASIDE
+        worker.put_aside += 1
+        lanes_push(worker, conn, slot)
+    else:
+        conn_begin(worker, conn, slot, listener)
+    return True
+
+
+cdef void conn_begin(worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener) noexcept nogil:
+    # Waits for a PROXY header where one is due.
+    if prefixes_hold(worker.plan, listener.proxy_from, listener.proxy_from_end, conn.source.ip):
         conn_arm(worker, conn, slot, worker.now_ms + listener.proxy_timeout_ms)
         if not conn_watch(worker, conn, slot, DOWNSTREAM):
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
         conn_admit(worker, conn, slot, listener)
-    return True
+
+
+cdef void lanes_serve(worker_t *worker, uint32_t most) noexcept nogil:
+    # Begins or goes on with up to `most` of those whose turn it is.
+    cdef const listener_t *listener
+    cdef conn_t *conn
+    cdef uint32_t slot, _i
+    for _i in range(most):
+        slot = lanes_pop(worker)
+        if slot == WHEEL_NONE:
+            return
+        conn = conn_at(worker, slot)
+        if conn.state == CONN_RELAYING:
+            conn_relay(worker, conn, slot)
+            continue
+        conn.state = CONN_PREFACE
+        listener = conn_listener(worker, conn)
+        if listener == NULL:
+            conn_refuse(worker, conn, slot, CLOSE_NO_ROUTE)
+        else:
+            conn_begin(worker, conn, slot, listener)
 
 
 cdef bint conn_destination(conn_t *conn, const listener_t *listener) noexcept nogil:
@@ -391,6 +456,56 @@ cdef void conn_refuse(worker_t *worker, conn_t *conn, uint32_t slot, int reason)
     conn_finish(worker, conn, slot, reason, True)
 
 
+cdef bint rate_allows_key(
+    worker_t *worker, const rate_t *rate, uint64_t scope, int kind, uint64_t key, uint64_t now_ns
+) noexcept nogil:
+    # `scope`: id of the listener, 0 for the process; `kind` tells sources from workloads from identities.
+    if rate.interval_ns == 0:
+        return True
+    return arrival_take(worker.engine.arrivals, key ^ mix64(scope * RATE_KINDS + <uint64_t> kind + 1), rate, now_ns)
+
+
+cdef bint conn_is_in_time(worker_t *worker, conn_t *conn, const listener_t *listener) noexcept nogil:
+    # The rates that are looked at before TLS. Those of the fewest come first, so that one source over its own takes nothing of what
+    # is for all.
+    cdef const rates_t *process = &worker.plan.arrival_rates
+    cdef const rates_t *own = &listener.arrival_rates
+    cdef uint64_t now_ns = clock_ns(CLOCK_MONOTONIC)
+    cdef uint64_t source = address_hash_ip(&conn.source, 0)
+    cdef uint64_t scope = listener.stat.id
+    cdef const workload_t *workload = NULL
+    if not (
+        rate_allows_key(worker, &own.source, scope, RATE_SOURCE, source, now_ns)
+        and rate_allows_key(worker, &process.source, 0, RATE_SOURCE, source, now_ns)
+    ):
+        return False
+    if own.workload.interval_ns or process.workload.interval_ns:
+        workload = plan_workload(worker.plan, conn.source.ip)
+    if workload != NULL and not (
+        rate_allows_key(worker, &own.workload, scope, RATE_WORKLOAD, workload.id, now_ns)
+        and rate_allows_key(worker, &process.workload, 0, RATE_WORKLOAD, workload.id, now_ns)
+    ):
+        return False
+    if own.total.interval_ns and not rate_take(&conn.listener_stat.arrival_ns, &own.total, now_ns):
+        return False
+    return process.total.interval_ns == 0 or rate_take(&worker.engine.arrival_ns, &process.total, now_ns)
+
+
+cdef bint conn_peer_is_in_time(worker_t *worker, const conn_t *conn) noexcept nogil:
+    # The rates by identity, once the downstream's is known.
+    cdef const listener_t *listener = conn_listener(worker, conn)
+    cdef const tls_t *tls = conn.side[DOWNSTREAM].tls
+    cdef uint64_t now_ns = clock_ns(CLOCK_MONOTONIC)
+    cdef uint64_t key
+    if tls.peer == NULL:
+        return True
+    key = fnv(tls.peer, tls.peer_length)
+    return (
+        listener == NULL
+        or rate_allows_key(worker, &listener.arrival_rates.identity, listener.stat.id, RATE_IDENTITY, key, now_ns)
+    ) and rate_allows_key(worker, &worker.plan.arrival_rates.identity, 0, RATE_IDENTITY, key, now_ns)
+
+
 cdef int listener_tls_mode(const plan_t *plan, const listener_t *listener, uint16_t port) noexcept nogil:
     # A TLS_MODE_*: the port's own, or the listener's. Where the server speaks first no byte of the client's can be waited for, so
     # that permissive means plaintext there.
@@ -409,10 +524,14 @@ cdef int listener_tls_mode(const plan_t *plan, const listener_t *listener, uint1
 cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener) noexcept nogil:
     # Limits; then the first bytes, where they decide something; then the route.
     cdef const plan_t *plan = worker.plan
-    if plan.max_connections_per_source and not source_take(
-        worker.engine.sources, &conn.source, plan.max_connections_per_source, &conn.source_count
-    ):
-        conn_refuse(worker, conn, slot, CLOSE_LIMIT_SOURCE)
+    cdef int64_t limit = plan.max_connections_per_source
+    cdef bint lowered = overload_source_limit(worker, &limit)
+    if listener.rated and not conn_is_in_time(worker, conn, listener):
+        conn_refuse(worker, conn, slot, CLOSE_LIMIT_RATE)
+        return
+    if limit and not source_take(worker.engine.sources, &conn.source, limit, &conn.source_count):
+        worker.shed[<int> SHED_SOURCE] += lowered
+        conn_refuse(worker, conn, slot, CLOSE_OVERLOAD if lowered else CLOSE_LIMIT_SOURCE)
         return
     conn.tls_mode = <uint8_t> listener_tls_mode(plan, listener, conn.destination.port)
     if (
@@ -422,7 +541,7 @@ cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listen
         conn.state = CONN_HELLO
         conn.phase.dial.attempt_at_ms = worker.now_ms + listener.handshake_ms
         conn_arm(worker, conn, slot, worker.now_ms + listener.handshake_ms)
-        if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+        if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
         elif conn.side[DOWNSTREAM].flags & SIDE_READABLE:
             conn_hello(worker, conn, slot, False)
@@ -504,6 +623,9 @@ cdef void conn_enter(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     cdef cluster_t *cluster = conn.phase.dial.cluster
     conn.cluster_stat = <cluster_stat_t *> cluster.stat
     conn.cluster_stat.rows[worker.index].opened += 1
+    if cluster.settings.queue_size:
+        conn_line_up(worker, conn, slot)
+        return
     conn.state = CONN_DIALLING
     if (
         add(&conn.cluster_stat.active, 1) >= cluster.settings.max_connections
@@ -511,11 +633,132 @@ cdef void conn_enter(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     ):
         conn_refuse(worker, conn, slot, CLOSE_LIMIT_CLUSTER)
         return
+    conn_set_out(worker, conn, slot)
+
+
+cdef void conn_set_out(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # It has its place.
+    cdef cluster_t *cluster = conn.phase.dial.cluster
+    conn.state = CONN_DIALLING
     conn.phase.dial.deadline_ms = worker.now_ms + cluster.settings.connect_budget_ms
     conn_copy_settings(worker, conn, &cluster.settings)
     if conn.shaping != NULL and conn_inject(worker, conn, slot):
         return
     conn_dial(worker, conn, slot)
+
+
+# -- wait for a place --------------------------------------------------------------------------------------------------------
+
+cdef bint conn_take_place(worker_t *worker, conn_t *conn) noexcept nogil:
+    # In the cluster and at one of its endpoints: both or none. False: last_reason says what there is none of.
+    cdef dial_t *dial = &conn.phase.dial
+    cdef int64_t most = dial.cluster.settings.max_connections
+    if most and load(&conn.cluster_stat.active) >= most:
+        dial.last_reason = CLOSE_LIMIT_CLUSTER
+        return False
+    if not dial_pick(worker, conn):
+        return False
+    if not place_take(&conn.cluster_stat.active, most):
+        dial_give_place(worker, conn)
+        dial.last_reason = CLOSE_LIMIT_CLUSTER
+        return False
+    dial.picked = 1
+    return True
+
+
+cdef void conn_line_up(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # Into a cluster whose connections wait for a place where others are refused: goes on at once if there is one and nobody waits here.
+    cdef dial_t *dial = &conn.phase.dial
+    cdef const cluster_settings_t *settings = &dial.cluster.settings
+    cdef bint first = conn.cluster_stat.rows[worker.index].line == NULL
+    cdef int64_t before
+    if first and conn_take_place(worker, conn):
+        conn_set_out(worker, conn, slot)
+        return
+    conn.state = CONN_QUEUED
+    before = add_ordered(&conn.cluster_stat.waiting, 1)
+    if first and dial.last_reason == CLOSE_NO_ENDPOINT:
+        conn_refuse(worker, conn, slot, CLOSE_NO_ENDPOINT)
+    elif before >= settings.queue_size:
+        if settings.max_connections and load(&conn.cluster_stat.active) >= settings.max_connections:
+            conn_refuse(worker, conn, slot, CLOSE_LIMIT_CLUSTER)
+        else:
+            conn_refuse(worker, conn, slot, CLOSE_LIMIT_ENDPOINT)
+    elif not line_join(worker, conn, slot):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+    elif not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
+        conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
+    else:
+        dial.attempt_started_ns = worker.now_ns
+        dial.attempt_at_ms = worker.now_ms + settings.queue_timeout_ms
+        conn_arm(worker, conn, slot, dial.attempt_at_ms)
+        if first:
+            fence()
+            line_serve(worker, conn.cluster_stat)
+
+
+cdef void line_serve(worker_t *worker, cluster_stat_t *stat) noexcept nogil:
+    # Those that wait set out, in the order in which they came, as far as there are places.
+    cdef cluster_row_t *row = &stat.rows[worker.index]
+    cdef conn_t *conn
+    cdef uint32_t slot
+    while row.line != NULL:
+        slot = (<waiting_t *> row.line).queue.head
+        conn = conn_at(worker, slot)
+        if conn_take_place(worker, conn):
+            conn_book_wait(worker, conn)
+            line_leave(worker, conn)
+            conn_set_out(worker, conn, slot)
+        elif conn.phase.dial.last_reason == CLOSE_NO_ENDPOINT:
+            conn_finish(worker, conn, slot, CLOSE_NO_ENDPOINT, True)
+        else:
+            return
+
+
+cdef void conn_book_wait(worker_t *worker, conn_t *conn) noexcept nogil:
+    # Before it leaves the line, served or not.
+    cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
+    cdef uint64_t waited_ns = worker.now_ns - conn.phase.dial.attempt_started_ns
+    cdef uint64_t waited_ms = waited_ns // 1000000
+    conn.queued_ms = <uint16_t> (65535 if waited_ms > 65535 else waited_ms if waited_ms else 1)
+    row.queued += 1
+    row.queued_ns += waited_ns
+
+
+cdef void worker_serve_lines(worker_t *worker) noexcept nogil:
+    cdef waiting_t *line = worker.lines
+    cdef waiting_t *following
+    worker.serving = 0
+    while line != NULL:
+        # Serving a line may free it, and no other.
+        following = line.next
+        exchange(&line.stat.rows[worker.index].offered, 0)
+        line_serve(worker, line.stat)
+        line = following
+
+
+cdef void worker_adopt_lines(worker_t *worker) noexcept nogil:
+    # What waits goes over to the new plan's clusters, which may have other limits and endpoints.
+    cdef const plan_t *plan = worker.plan
+    cdef waiting_t *line = worker.lines
+    cdef dial_t *dial
+    cdef uint32_t i, slot
+    while line != NULL:
+        for i in range(plan.n_clusters):
+            if plan.clusters[i].stat == line.stat:
+                break
+        else:
+            line = line.next
+            continue
+        slot = line.queue.head
+        while slot != WHEEL_NONE:
+            dial = &conn_at(worker, slot).phase.dial
+            cluster_hold(plan.clusters[i])
+            cluster_drop(dial.cluster)
+            dial.cluster = plan.clusters[i]
+            slot = conn_at(worker, slot).queue_next
+        line = line.next
+    worker.serving = worker.lines != NULL
 
 
 # -- injected faults ---------------------------------------------------------------------------------------------------------
@@ -556,7 +799,7 @@ cdef bint conn_inject(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
     if shaping.fault.from_ms == 0:
         # A black hole until the client gives up, as it may without a word.
         shaping.until_ms = worker.now_ms + conn.idle_ms if conn.idle_ms else <uint64_t> -1
-    if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+    if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
         conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     elif shaping.until_ms != <uint64_t> -1:
         conn_arm(worker, conn, slot, shaping.until_ms)
@@ -738,7 +981,7 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
     conn.side[DOWNSTREAM].flags |= SIDE_WRITABLE
     conn_arm(worker, conn, slot, worker.now_ms + listener.handshake_ms)
     conn.phase.dial.attempt_at_ms = worker.now_ms + listener.handshake_ms
-    if not conn.watched:
+    if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED:
         if not conn_watch(worker, conn, slot, DOWNSTREAM):
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
@@ -752,7 +995,10 @@ cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     cdef int done = tls_handshake(worker, side, &conn.errno_seen)
     if done == HANDSHAKE_DONE:
         conn_secured(worker, conn, DOWNSTREAM)
-        conn_enter(worker, conn, slot)
+        if worker.plan.rates_identities and not conn_peer_is_in_time(worker, conn):
+            conn_refuse(worker, conn, slot, CLOSE_LIMIT_RATE)
+        else:
+            conn_enter(worker, conn, slot)
     elif done == HANDSHAKE_FAILED:
         if side.tls.cause == TLS_OK or (side.tls.cause == TLS_TRUNCATED and not side.tls.flags & TLS_HEARD):
             # A port scan, a health check, a client that changed its mind.
@@ -760,7 +1006,9 @@ cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
         else:
             # Not a reset: the alert that says why is on its way.
             worker.tls_failures[DOWNSTREAM][<int> side.tls.cause] += 1
-            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_TLS, False)
+            conn_finish(
+                worker, conn, slot, CLOSE_LOCAL_EXHAUSTED if side.tls.cause == TLS_INTERNAL else CLOSE_DOWNSTREAM_TLS, False
+            )
 
 
 cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
@@ -823,7 +1071,7 @@ cdef bint conn_authorize(worker_t *worker, conn_t *conn) noexcept nogil:
 
 
 cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexcept nogil:
-    # After a change of policies or revocations: may a live connection go on?
+    # After a change of policies or revocations: may a live connection go on? Policies are asked of one that waits when it dials.
     cdef int side
     for side in range(2):
         if conn.side[side].tls != NULL and conn.side[side].tls.peer != NULL:
@@ -832,7 +1080,7 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
                 reason[0] = CLOSE_PEER_CERTIFICATE
                 return False
     reason[0] = CLOSE_DENIED
-    return conn_authorize(worker, conn)
+    return conn.state == CONN_QUEUED or conn_authorize(worker, conn)
 
 
 cdef inline uint32_t clamp_ms(uint64_t ms) noexcept nogil:
@@ -865,6 +1113,26 @@ cdef bint dial_was_tried(const conn_t *conn, uint32_t index) noexcept nogil:
     return False
 
 
+cdef inline pick_t dial_wish(worker_t *worker, conn_t *conn) noexcept nogil:
+    # What a pick goes by.
+    cdef pick_t pick
+    memset(&pick, 0, sizeof(pick))
+    pick.source_hash = address_hash_ip(&conn.source, 0)
+    pick.random = &worker.random
+    pick.cursor = &conn.cluster_stat.rows[worker.index].cursor
+    pick.tried = conn.phase.dial.tried
+    pick.n_tried = conn.attempts
+    pick.cluster_active = &conn.cluster_stat.active
+    pick.panic = load(&conn.cluster_stat.panic) != 0
+    return pick
+
+
+cdef bint dial_has_untried(worker_t *worker, conn_t *conn) noexcept nogil:
+    # Whether an endpoint serves that this connection has not dialled, full or not.
+    cdef pick_t pick = dial_wish(worker, conn)
+    return cluster_has_untried(conn.phase.dial.cluster, &pick)
+
+
 cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
     # Chooses the next endpoint and counts it as active. False: none is left, and last_reason says why.
     cdef dial_t *dial = &conn.phase.dial
@@ -873,26 +1141,19 @@ cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
     cdef pick_t pick
     cdef int32_t index
     if cluster.settings.original_destination:
-        if conn.attempts and dial.last_reason != CLOSE_CONNECT_TIMEOUT:
+        if conn.attempts and dial.last_reason != CLOSE_CONNECT_TIMEOUT and not cluster.settings.backoff_ms:
             return False
         conn.endpoint = conn.destination
         conn.endpoint_stat = NULL
         return True
-    memset(&pick, 0, sizeof(pick))
-    pick.source_hash = address_hash_ip(&conn.source, 0)
-    pick.random = &worker.random
-    pick.cursor = &conn.cluster_stat.rows[worker.index].cursor
-    pick.tried = dial.tried
-    pick.n_tried = conn.attempts
-    pick.cluster_active = &conn.cluster_stat.active
-    pick.panic = load(&conn.cluster_stat.panic) != 0
+    pick = dial_wish(worker, conn)
     index = cluster_pick(cluster, &pick, worker.now_ms)
     if index < 0:
         if conn.attempts == 0:
             dial.last_reason = CLOSE_LIMIT_ENDPOINT if index == PICK_FULL else CLOSE_NO_ENDPOINT
         return False
-    # Only a lost SYN is worth a second try at the same endpoint; a refusal would come again.
-    if dial.last_reason != CLOSE_CONNECT_TIMEOUT and dial_was_tried(conn, <uint32_t> index):
+    # Only a lost SYN is worth a second try at the same endpoint at once; a refusal would come again.
+    if dial.last_reason != CLOSE_CONNECT_TIMEOUT and not cluster.settings.backoff_ms and dial_was_tried(conn, <uint32_t> index):
         return False
     endpoint = &cluster.endpoints[index]
     if (
@@ -900,7 +1161,8 @@ cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
         and cluster.settings.max_connections_per_endpoint
     ):
         # Another worker took the last place meanwhile.
-        add(&endpoint.stat.active, -1)
+        conn.endpoint_stat = endpoint.stat
+        dial_give_place(worker, conn)
         dial.last_reason = CLOSE_LIMIT_ENDPOINT
         return False
     conn.endpoint_stat = endpoint.stat
@@ -975,21 +1237,28 @@ cdef int dial_reason(int error) noexcept nogil:
         return CLOSE_CONNECT_UNREACHABLE
     if (
         error == EADDRNOTAVAIL or error == EADDRINUSE or error == EMFILE or error == ENFILE or error == ENOBUFS
-        or error == ENOMEM or error == EACCES or error == EPERM or error == EAGAIN
+        or error == ENOMEM or error == ENOSPC or error == EACCES or error == EPERM or error == EAGAIN
     ):
         return CLOSE_LOCAL_EXHAUSTED
     return CLOSE_CONNECT_FAILED
 
 
-cdef void dial_abandon(conn_t *conn) noexcept nogil:
+cdef void dial_give_place(worker_t *worker, conn_t *conn) noexcept nogil:
+    # The attempt's place at the endpoint.
+    if conn.endpoint_stat != NULL:
+        add_ordered(&conn.endpoint_stat.active, -1)
+        conn.endpoint_stat = NULL
+        if load_ordered(&conn.cluster_stat.waiting):
+            places_offer(worker, conn.cluster_stat)
+
+
+cdef void dial_abandon(worker_t *worker, conn_t *conn) noexcept nogil:
     # Takes the attempt's socket and its place at the endpoint back.
     tls_free(&conn.side[UPSTREAM])
     conn.phase.dial.handshaking = 0
     socket_close(conn.side[UPSTREAM].fd, False)
     conn.side[UPSTREAM].fd = -1
-    if conn.endpoint_stat != NULL:
-        add(&conn.endpoint_stat.active, -1)
-        conn.endpoint_stat = NULL
+    dial_give_place(worker, conn)
 
 
 cdef void dial_failed(worker_t *worker, conn_t *conn, int error) noexcept nogil:
@@ -1002,7 +1271,36 @@ cdef void dial_failed(worker_t *worker, conn_t *conn, int error) noexcept nogil:
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
         outlier_dial_failed(worker, conn, error)
-    dial_abandon(conn)
+    dial_abandon(worker, conn)
+
+
+cdef void dial_pause(worker_t *worker, conn_t *conn, uint32_t slot, uint32_t ms) noexcept nogil:
+    # The next attempt begins then, if there is still time for it.
+    cdef dial_t *dial = &conn.phase.dial
+    dial.attempt_at_ms = worker.now_ms + ms
+    if dial.attempt_at_ms >= dial.deadline_ms:
+        conn_finish(worker, conn, slot, dial.last_reason, True)
+    elif not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
+        conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+    else:
+        conn_arm(worker, conn, slot, dial.attempt_at_ms)
+
+
+cdef bint dial_again(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # Whether an attempt after the first may begin now. False: it begins later, or the connection has ended.
+    cdef dial_t *dial = &conn.phase.dial
+    cdef const cluster_settings_t *settings = &dial.cluster.settings
+    if not dial.retrying:
+        if not retry_take(conn.cluster_stat, settings.retry_permille, settings.retry_minimum):
+            conn.cluster_stat.rows[worker.index].retries_refused += 1
+            conn_finish(worker, conn, slot, dial.last_reason, True)
+            return False
+        dial.retrying = 1
+    if settings.backoff_ms and not dial.paused and (conn.attempts > 1 or not dial_has_untried(worker, conn)):
+        dial.paused = 1
+        dial_pause(worker, conn, slot, retry_pause_ms(settings.backoff_ms, conn.attempts, worker_random(worker)))
+        return False
+    return True
 
 
 cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -1013,11 +1311,21 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
         if conn.attempts and dial.left_at_ms:
             conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
             return
-        if conn.attempts == settings.connect_attempts or worker.now_ms >= dial.deadline_ms or not dial_pick(worker, conn):
+        if conn.attempts == settings.connect_attempts or worker.now_ms >= dial.deadline_ms:
             conn_finish(worker, conn, slot, dial.last_reason, True)
             return
+        if conn.attempts and not dial_again(worker, conn, slot):
+            return
+        if not dial.picked and not dial_pick(worker, conn):
+            if conn.attempts and settings.queue_size and dial_has_untried(worker, conn):
+                dial_pause(worker, conn, slot, LOOK_MS)
+            else:
+                conn_finish(worker, conn, slot, dial.last_reason, True)
+            return
+        dial.picked = 0
+        dial.paused = 0
         if plan_is_own(worker.plan, &conn.endpoint):
-            dial_abandon(conn)
+            dial_abandon(worker, conn)
             conn_finish(worker, conn, slot, CLOSE_SELF_CALL, True)
             return
         if not conn_authorize(worker, conn):
@@ -1037,7 +1345,7 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
         if dial_open(worker, conn, slot):
             break
         dial_failed(worker, conn, conn.errno_seen)
-    if not conn.watched and not conn_watch(worker, conn, slot, DOWNSTREAM):
+    if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
         return
     dial.attempt_at_ms = worker.now_ms + settings.connect_timeout_ms
@@ -1048,7 +1356,6 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
 
 cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side, uint32_t events) noexcept nogil:
     # An event while we dial.
-    cdef uint8_t byte
     if side == UPSTREAM:
         if conn.phase.dial.handshaking:
             queue_push(worker, conn, slot, QUEUED_HEAVY)
@@ -1060,7 +1367,13 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
                 dial_secure(worker, conn, slot)
             else:
                 conn_connected(worker, conn, slot)
-        return
+    else:
+        conn_look_for_leaving(worker, conn, slot, events)
+
+
+cdef void conn_look_for_leaving(worker_t *worker, conn_t *conn, uint32_t slot, uint32_t events) noexcept nogil:
+    # An event of a client that we have nothing for yet.
+    cdef uint8_t byte
     if events & (EPOLLERR | EPOLLHUP):
         conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
     elif events & EPOLLRDHUP and recv(conn.side[DOWNSTREAM].fd, &byte, 1, MSG_PEEK) == 0:
@@ -1126,6 +1439,9 @@ cdef void dial_failed_tls(worker_t *worker, conn_t *conn, int cause) noexcept no
     conn.alert = conn.side[UPSTREAM].tls.alert
     conn.tls_cause = <uint8_t> cause
     worker.tls_failures[UPSTREAM][<int> cause] += 1
+    if cause == TLS_INTERNAL:
+        dial_failed(worker, conn, ENOMEM)
+        return
     dial_failed(worker, conn, EPROTO)
     conn.phase.dial.last_reason = CLOSE_UPSTREAM_TLS
 
@@ -1140,6 +1456,8 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     if (worker.plan.limits_bandwidth or conn.shaping != NULL) and not conn_shape(worker, conn, &cluster.settings):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
         return
+    if conn.phase.dial.retrying:
+        add(&conn.cluster_stat.retrying, -1)
     row.connect_ns += took_ns
     row.connect_buckets[connect_bucket(took_ns)] += 1
     if conn.endpoint_stat != NULL:
@@ -1201,7 +1519,7 @@ cdef uint64_t conn_deadline(const worker_t *worker, const conn_t *conn) noexcept
         at = conn.ends_at_ms
     if conn.leaves_at_ms and (at == 0 or conn.leaves_at_ms < at):
         at = conn.leaves_at_ms
-    if not conn.settled and (at == 0 or worker.now_ms + SETTLE_MS < at):
+    if not conn.side[UPSTREAM].flags & SIDE_SETTLED and (at == 0 or worker.now_ms + SETTLE_MS < at):
         at = worker.now_ms + SETTLE_MS
     return at
 
@@ -1213,7 +1531,7 @@ cdef void conn_settle(conn_t *conn) noexcept nogil:
     cdef int idle = conn.keepalive_idle_s
     cdef int interval = conn.keepalive_interval_s
     cdef int count = conn.keepalive_count
-    conn.settled = 1
+    conn.side[UPSTREAM].flags |= SIDE_SETTLED
     if idle:
         setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
         setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
@@ -1307,7 +1625,9 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
         return False
     conn.end_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
     worker.tls_failures[side][<int> tls.cause] += 1
-    if side == UPSTREAM and not tls.flags & TLS_ANSWERED and not conn_is_faulted(conn):
+    if tls.cause == TLS_INTERNAL:
+        conn.end_reason = CLOSE_LOCAL_EXHAUSTED
+    elif side == UPSTREAM and not tls.flags & TLS_ANSWERED and not conn_is_faulted(conn):
         # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:
@@ -1342,7 +1662,10 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     cdef flow_t flow = FLOW_END
     if not half.flags & (HALF_SHUT | HALF_DROPPED):
         flow = half_step(worker, conn, side)
-    if flow == FLOW_SOURCE_RESET and conn.end_reason != CLOSE_DOWNSTREAM_TLS and conn.end_reason != CLOSE_UPSTREAM_TLS:
+    if (
+        flow == FLOW_SOURCE_RESET and conn.end_reason != CLOSE_DOWNSTREAM_TLS and conn.end_reason != CLOSE_UPSTREAM_TLS
+        and conn.end_reason != CLOSE_LOCAL_EXHAUSTED
+    ):
         # A peer that refuses us says why, and resets: the write that met the reset came before the read that finds the alert.
         conn_blame_tls(worker, conn, side)
     if flow == FLOW_MORE:
@@ -1426,10 +1749,12 @@ cdef void worker_sweep(worker_t *worker) noexcept nogil:
         end = worker.sweep_end
     while worker.sweep_slot < end:
         conn = conn_at(worker, worker.sweep_slot)
-        if conn.state == CONN_RELAYING or (conn.state == CONN_DIALLING and conn.attempts):
+        if conn.state == CONN_RELAYING or conn.state == CONN_QUEUED or (conn.state == CONN_DIALLING and conn.attempts):
             if worker.sweep_trust and not conn_still_trusted(worker, conn, &reason):
                 conn_finish(worker, conn, worker.sweep_slot, reason, True)
-            else:
+            elif conn.state == CONN_RELAYING and overload_ends(worker, conn):
+                conn_finish(worker, conn, worker.sweep_slot, CLOSE_OVERLOAD, True)
+            elif conn.state != CONN_QUEUED:
                 conn_look(worker, conn, worker.sweep_slot, True)
         worker.sweep_slot += 1
     if worker.sweep_slot >= worker.sweep_end:
@@ -1443,13 +1768,19 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
     # The one way out: counts, records, and gives back everything that the connection owns.
     cdef int h
     L4_BUG(conn.state == CONN_FREE, "a connection ends twice")
+    if conn.queued == QUEUED_LINE:
+        conn_book_wait(worker, conn)
     if conn_is_logged(worker, reason):
         conn_record(worker, conn, reason)
     conn.listener_stat.rows[worker.index].closed[reason] += 1
     add(&conn.listener_stat.active, -1)
     conn.cluster_stat.rows[worker.index].closed[reason] += 1
-    if conn.cluster_stat != worker.engine.no_cluster:
-        add(&conn.cluster_stat.active, -1)
+    if conn.state == CONN_QUEUED:
+        line_leave(worker, conn)
+    elif conn.cluster_stat != worker.engine.no_cluster:
+        if conn.routed and conn.phase.dial.retrying:
+            add(&conn.cluster_stat.retrying, -1)
+        add_ordered(&conn.cluster_stat.active, -1)
     else:
         conn.cluster_stat.rows[worker.index].opened += 1
     if conn.routed:
@@ -1463,7 +1794,9 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
             free(conn.phase.half[h].parked)
             half_release_pipe(worker, &conn.phase.half[h])
     if conn.endpoint_stat != NULL:
-        add(&conn.endpoint_stat.active, -1)
+        add_ordered(&conn.endpoint_stat.active, -1)
+    if conn.state != CONN_QUEUED and load_ordered(&conn.cluster_stat.waiting):
+        places_offer(worker, conn.cluster_stat)
     if conn.source_count != NULL:
         source_give(worker.engine.sources, conn.source_count)
     if conn.handshake_count != NULL:
@@ -1516,6 +1849,7 @@ cdef void conn_record(worker_t *worker, conn_t *conn, int reason) noexcept nogil
     record.endpoint = conn.endpoint
     record.reason = reason
     record.attempts = conn.attempts
+    record.queued_ms = conn.queued_ms if conn.queued_ms else -1
     record.errno_seen = conn.errno_seen
     record.connect_us = conn.connected_us if conn.connected_us else -1
     record.first_byte_us = conn.first_byte_us if conn.first_byte_us else -1
@@ -1736,6 +2070,8 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             # No read will come across this error any more.
             conn.errno_seen = socket_error(one_side.fd)
             conn_reset(worker, conn, slot, side)
+        elif conn.queued != QUEUED_HELD and lane_is_in_use(worker, conn):
+            lanes_push(worker, conn, slot)
         else:
             conn_relay(worker, conn, slot)
     elif conn.state == CONN_DIALLING:
@@ -1749,6 +2085,8 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
         queue_push(worker, conn, slot, QUEUED_HEAVY)
     elif conn.state == CONN_HELLO:
         conn_hello(worker, conn, slot, False)
+    elif conn.state == CONN_QUEUED:
+        conn_look_for_leaving(worker, conn, slot, events)
     else:
         conn_preface(worker, conn, slot)
 
@@ -1774,9 +2112,16 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
         elif worker.now_ms >= conn.phase.dial.attempt_at_ms:
             if conn.phase.dial.handshaking:
                 dial_failed_tls(worker, conn, TLS_TIMEOUT)
-            else:
+            elif conn.side[UPSTREAM].fd >= 0:
                 dial_failed(worker, conn, ETIMEDOUT)
             conn_dial(worker, conn, slot)
+        else:
+            conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
+    elif conn.state == CONN_QUEUED:
+        if conn.phase.dial.left_at_ms and worker.now_ms >= conn.phase.dial.left_at_ms:
+            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
+        elif worker.now_ms >= conn.phase.dial.attempt_at_ms:
+            conn_finish(worker, conn, slot, CLOSE_QUEUE_TIMEOUT, True)
         else:
             conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     elif conn.state == CONN_RESETTING:
@@ -1802,7 +2147,7 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
             else:
                 conn_finish(worker, conn, slot, CLOSE_IDLE_TIMEOUT, True)
             return
-        if not conn.settled:
+        if not conn.side[UPSTREAM].flags & SIDE_SETTLED:
             conn_settle(conn)
             outlier_lived(worker, conn)
             at = conn_deadline(worker, conn)
@@ -1826,6 +2171,7 @@ cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
             else:
                 armed.burst = 65536
                 listener_accept(worker, i)
+                lanes_serve(worker, worker.lanes.n)
         if worker.plan.trust != plan.trust:
             worker.sweep_trust = 1
             worker_begin_sweep(worker)
@@ -1834,6 +2180,7 @@ cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
         if not paused:
             epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, worker.armed[i].fd, &event)
     worker.plan = plan
+    worker_adopt_lines(worker)
     if worker.accept_mode == ACCEPT_ON:
         worker_arm(worker)
 
@@ -1842,11 +2189,17 @@ cdef void worker_arm(worker_t *worker) noexcept nogil:
     # Watches the listening sockets of its plan.
     cdef const plan_t *plan = worker.plan
     cdef uint32_t i
-    worker.n_armed = plan.n_listeners if plan != NULL else 0
-    for i in range(worker.n_armed):
-        worker.armed[i].fd = plan.listeners[i].fds[worker.index]
-        worker.armed[i].listener = i
-        worker.armed[i].burst = 1
+    cdef armed_t *armed
+    worker.n_armed = 0
+    for i in range(plan.n_listeners if plan != NULL else 0):
+        if plan.listeners[i].fds[worker.index] < 0:
+            # Sockets of a process before, which had more workers: not every one has another.
+            continue
+        armed = &worker.armed[worker.n_armed]
+        armed.fd = plan.listeners[i].fds[worker.index]
+        armed.listener = i
+        armed.burst = 1
+        worker.n_armed += 1
     accept_resume(worker)
 
 
@@ -1896,7 +2249,7 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
 
 cdef inline int worker_wait_ms(const worker_t *worker) noexcept nogil:
     cdef uint64_t at = wheel_next_ms(&worker.wheel)
-    if worker.ready.head != WHEEL_NONE or worker.heavy.head != WHEEL_NONE or worker.sweep_end:
+    if worker.ready.head != WHEEL_NONE or worker.heavy.head != WHEEL_NONE or worker.sweep_end or worker.lanes.n or worker.serving:
         return 0
     if worker.accept_paused_until_ms and (at == 0 or worker.accept_paused_until_ms < at):
         at = worker.accept_paused_until_ms
@@ -1959,6 +2312,17 @@ cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
             worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
 
 
+cdef bint worker_is_behind(worker_t *worker, int n) noexcept nogil:
+    # Whether it stood still (a stopped process, a machine that was paused) and has not heard yet all who have said something since:
+    # nobody's time is up before that. `n`: events of this turn, -1 when a signal ended the wait.
+    cdef uint64_t due = wheel_next_ms(&worker.wheel)
+    if due and worker.now_ms >= due + LATE_MS and (n < 0 or n == MAX_EVENTS or worker.heavy.head != WHEEL_NONE):
+        worker.late_turns += 1
+        return worker.late_turns < LATE_TURNS
+    worker.late_turns = 0
+    return False
+
+
 cdef void worker_turn(worker_t *worker) noexcept nogil:
     # One turn: wait, adopt a new plan, serve events, then those that used up their budget, then streams that were held long enough,
     # then handshakes, then timers.
@@ -1993,6 +2357,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
                 listener_accept(worker, <uint32_t> tag)
         elif tag >> 32 == TAG_WAKE:
             read(worker.wake_fd, &count, sizeof(count))
+            worker.serving = worker.lines != NULL
         else:
             doing(worker, DOING_EVENT, tag >> 32)
             conn_event(worker, tag, worker.events[i].events)
@@ -2011,11 +2376,16 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         doing(worker, DOING_HELD, worker.held.head)
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
     worker_serve_heavy(worker)
-    slot = wheel_expire(&worker.wheel, worker.now_ms)
-    while slot != WHEEL_NONE:
-        doing(worker, DOING_TIMER, slot)
-        conn_timeout(worker, conn_at(worker, slot), slot)
+    if not worker_is_behind(worker, n):
         slot = wheel_expire(&worker.wheel, worker.now_ms)
+        while slot != WHEEL_NONE:
+            doing(worker, DOING_TIMER, slot)
+            conn_timeout(worker, conn_at(worker, slot), slot)
+            slot = wheel_expire(&worker.wheel, worker.now_ms)
+    if worker.lanes.n:
+        lanes_serve(worker, LANE_TURN)
+    if worker.serving:
+        worker_serve_lines(worker)
     if worker.sweep_end:
         doing(worker, DOING_SWEEP, 0)
         worker_sweep(worker)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from l4mesh.model import Cluster, Config, Endpoint, Listener, LogWhen, SocketAdd
 from l4mesh.policy.authz import add_policies
 from l4mesh.policy.outlier import Counts
 from l4mesh.policy.plan import (
+    compile_arrivals,
     compile_fault,
     compile_flags,
     compile_listener_tls,
@@ -43,6 +45,7 @@ from l4mesh.snapshot import (
     ConnectionSnapshot,
     EndpointSnapshot,
     ListenerSnapshot,
+    ShedSnapshot,
     Snapshot,
     TlsSnapshot,
     WorkerSnapshot,
@@ -58,7 +61,9 @@ GATHER_S = 0.02
 COLLECT_DEADLINE_S = 10.0
 CARRIED_BYTES = _fastpath.carried_size()
 """Of a connection's state as it crosses from one process to another: the same in both, or they can't."""
-_STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "departing"}
+_STATES = {
+    1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "accepted", 8: "queued", 9: "departing",
+}  # fmt: skip
 _REASONS = tuple(CloseReason)
 _CAUSES = tuple(TlsCause)
 ACCEPT_ON, ACCEPT_EMPTY, ACCEPT_OFF = range(3)
@@ -127,6 +132,7 @@ class Datapath:
         self._retired_listeners = ListenerSnapshot("(removed)", 0, 0, {})
         self._identity_ids: dict[str, int] = {}
         self._policy_ids: dict[str, int] = {}
+        self._workload_ids: dict[tuple[str, str], int] = {}
         self._policy_names: dict[int, str] = {0: "", _NO_ALLOW: "(no policy allows)"}
         self._buckets: dict[tuple[str, str], tuple[tuple[int, int], _fastpath.Bucket]] = {}
         self._contexts: dict[str, tuple[tuple[bytes, int], _fastpath.TlsContext]] = {}
@@ -226,6 +232,7 @@ class Datapath:
                 log_sample=config.access_log.sample,
                 max_handshakes_per_source=config.max_handshakes_per_source,
                 trust=self._trust,
+                arrival_rates=compile_arrivals(config.rates),
             )
             self._add_trust(plan, config, materials)
             if config.faults_enabled and config.fault_rules:
@@ -268,6 +275,10 @@ class Datapath:
         """A number that stays with the name: clusters are compiled once, contexts come and go. 0 for ""."""
         return self._identity_ids.setdefault(name, len(self._identity_ids) + 1) if name else 0
 
+    def _workload_id(self, workload: Workload) -> int:
+        """A number that stays with the name, by which rates are counted over reloads."""
+        return self._workload_ids.setdefault((workload.namespace, workload.name), len(self._workload_ids) + 1)
+
     def _policy_id(self, name: str) -> int:
         number = self._policy_ids.setdefault(name, len(self._policy_ids) + 1)
         self._policy_names[number] = name
@@ -290,6 +301,7 @@ class Datapath:
                     pack_ip(address),
                     self._identity_id(workload.identity or config.node_identity),
                     policies,
+                    self._workload_id(workload),
                     self._bucket(workload, "receive"),
                     self._bucket(workload, "send"),
                 )
@@ -333,6 +345,8 @@ class Datapath:
         if stat is None:
             return False
         stat.out = causes
+        if not causes:
+            self._engine.offer_places()
         return True
 
     def warm_endpoint(self, cluster: str, address: str, over_ms: int) -> None:
@@ -364,6 +378,27 @@ class Datapath:
         """Live connections."""
         return self._engine.active
 
+    @property
+    def max_connections(self) -> int:
+        return self._max_connections
+
+    def shed(self, idle_cap_ms: int, source_share: int, accepts_per_s: int, sweep: bool) -> None:
+        """What is done about overload from now on; 0 is off. ``sweep``: end connections that have been idle for longer than
+        ``idle_cap_ms``, now. ``source_share``: live connections that one source may have."""
+        # A pause is a tenth of a second.
+        budget = max(1, accepts_per_s // (10 * self._n_workers)) if accepts_per_s else 0
+        self._engine.shed(idle_cap_ms, source_share, budget, sweep)
+
+    def read_shed(self) -> ShedSnapshot:
+        shed = [self._engine.read_shed(index) for index in range(self._n_workers)]
+        workers = [self._engine.read_worker(index) for index in range(self._n_workers)]
+        idle, sources, accepts, unused = map(sum, zip(*shed, strict=True))
+        return ShedSnapshot(idle, sources, accepts, unused, sum(worker[1] for worker in workers), sum(worker[5] for worker in workers))
+
+    def measure_sources(self) -> list[tuple[int, int]] | None:
+        """(Live connections, sources that have as many), ascending; None while not all connections are counted yet."""
+        return self._engine.measure_sources() if self._engine.swept else None
+
     async def stop_accepting(self) -> None:
         """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""
         self._engine.set_accept_mode(ACCEPT_EMPTY)
@@ -375,6 +410,7 @@ class Datapath:
         entry = self._clusters.get(cluster)
         if entry:
             entry.compiled.stat.panic = panic
+            self._engine.offer_places()
 
     def endpoint_ids(self, cluster: str) -> dict[int, str]:
         """By the numbers that ``on_told`` gets."""
@@ -450,6 +486,7 @@ class Datapath:
                 routes=[compile_route(route, index, faults) for route in listener.routes],
                 rates=compile_rates(listener.bandwidth),
                 burst=listener.bandwidth.burst,
+                arrival_rates=compile_arrivals(listener.rates),
                 **compile_listener_tls(listener, self._identity_id(listener.tls.identity)),
             )
         return stat
@@ -525,7 +562,7 @@ class Datapath:
                 if stat.active or not was_idle:
                     self._removed.clusters.append((name, stat, not stat.active))
                 else:
-                    self._retired_clusters = _add_cluster("(removed)", self._retired_clusters, stat.read())
+                    self._retired_clusters = _read_cluster("(removed)", self._retired_clusters, stat)
                     del self._names[stat.id]
             for name, listener, was_idle in removed.listeners:
                 if listener.active or not was_idle:
@@ -541,10 +578,10 @@ class Datapath:
     def snapshot(self) -> Snapshot:
         with self._lock:
             clusters = [_add_cluster("", None, self._engine.read_no_cluster())]
-            clusters += [_add_cluster(name, None, entry.compiled.stat.read()) for name, entry in self._clusters.items()]
+            clusters += [_read_cluster(name, None, entry.compiled.stat) for name, entry in self._clusters.items()]
             retired = self._retired_clusters
             for _, stat, _ in self._removed.clusters:
-                retired = _add_cluster("(removed)", retired, stat.read())
+                retired = _read_cluster("(removed)", retired, stat)
             retired_listeners = self._retired_listeners
             for _, listener, _ in self._removed.listeners:
                 retired_listeners = _add_listener(retired_listeners, listener.read())
@@ -558,6 +595,7 @@ class Datapath:
                 plans_alive=self._engine.plans_alive,
                 tls=self._read_tls(),
                 max_connections=self._max_connections,
+                rate_overflows=self._engine.rate_overflows,
                 faults_enabled=self._faults_enabled,
                 fault_rules=self._fault_rules,
             )
@@ -792,13 +830,13 @@ class Datapath:
         ended, listener, cluster, endpoint, source, destination, reason, attempts, errno, connect, first_byte, total = record[:12]
         to_upstream, to_downstream, rtt, retransmits, upstream_rtt, upstream_retransmits = record[12:18]
         identity, version, resumed, upstream_identity, upstream_version, upstream_resumed = record[18:24]
-        cause, alert, policy, dry_policy, fault = record[24:]
+        cause, alert, policy, dry_policy, fault, queued_ms = record[24:]
         return ConnectionRecord(
             ended, worker, self._names.get(listener, ""), self._names.get(cluster, ""), endpoint, source, destination,
             _REASONS[reason], attempts, errno, connect, first_byte, total, to_upstream, to_downstream, rtt, retransmits,
             upstream_rtt, upstream_retransmits, identity, _show_version(version, resumed=resumed), upstream_identity,
             _show_version(upstream_version, resumed=upstream_resumed), _CAUSES[cause], alert, self._policy_names.get(policy, ""),
-            self._policy_names.get(dry_policy, ""), _FAULTS[fault],
+            self._policy_names.get(dry_policy, ""), _FAULTS[fault], queued_ms,
         )  # fmt: skip
 
 
@@ -844,6 +882,25 @@ def _add_cluster(name: str, before: ClusterSnapshot | None, counts: _fastpath.Cl
         before.connect_seconds_sum + connect_ns / 1e9,
         tuple(map(int.__add__, before.connect_seconds_buckets, buckets)),
         tuple(map(int.__add__, before.faults, faults)),
+        before.waiting,
+        before.queued,
+        before.queued_seconds,
+        before.retrying,
+        before.retries_refused,
+    )
+
+
+def _read_cluster(name: str, before: ClusterSnapshot | None, stat: _fastpath.ClusterStat) -> ClusterSnapshot:
+    """All that is counted of a cluster, on top of ``before``."""
+    added = _add_cluster(name, before, stat.read())
+    waiting, queued, queued_ns, retrying, refused = stat.read_limits()
+    return dataclasses.replace(
+        added,
+        waiting=added.waiting + waiting,
+        queued=added.queued + queued,
+        queued_seconds=added.queued_seconds + queued_ns / 1e9,
+        retrying=added.retrying + retrying,
+        retries_refused=added.retries_refused + refused,
     )
 
 

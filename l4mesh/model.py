@@ -243,6 +243,32 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """``count`` new connections in ``period_s``; ``burst`` of them may come at once."""
+
+    count: int
+    period_s: int
+    burst: int
+
+    @property
+    def interval_ns(self) -> int:
+        return max(1, round(self.period_s * 1_000_000_000 / self.count))
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Limits of new connections; None is off."""
+
+    total: Rate | None = None
+    source: Rate | None = None
+    """Of one source address."""
+    workload: Rate | None = None
+    """Of one workload of this node, as the source."""
+    identity: Rate | None = None
+    """Of one SPIFFE ID that a downstream has shown."""
+
+
+@dataclass(frozen=True, slots=True)
 class ListenerTls:
     mode: TlsMode = TlsMode.OFF
     ports: tuple[tuple[tuple[PortRange, ...], TlsMode], ...] = ()
@@ -281,6 +307,22 @@ class ClusterDrain:
     """It fails its health check."""
     rebalance_ms: int = 0
     """Others have joined, and it has more connections than its share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """Shares of each resource from which on the process sheds; 0: it does not look at it."""
+
+    connections: float = 0.0
+    """Of the limit of the process."""
+    descriptors: float = 0.0
+    memory: float = 0.0
+    memory_limit_bytes: int = 0
+    """Of the resident set; 0: the control group's limit, or else the machine's memory."""
+    cpu: float = 0.0
+    accept_queue: float = 0.0
+    idle_ms: int = 10_000
+    """What idle timeouts are shortened to at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +454,15 @@ class Cluster:
     faults: tuple[FaultRule, ...] = ()
     panic_threshold: float = 0.5
     """Share of the endpoints: while fewer serve, all do."""
+    queue_size: int = 0
+    """Connections that may wait for a place at a limit; 0: they are refused."""
+    queue_timeout_ms: int = 0
+    retry_share: float = 0.2
+    """Of the live connections, 0 to 1, that may be on an attempt after their first."""
+    retry_minimum: int = 100
+    """So many may in any case; -1: any number."""
+    backoff_ms: int = 0
+    """0: no pause between attempts."""
     drain: ClusterDrain = ClusterDrain()
     health_check: HealthCheck | None = None
     outlier_detection: OutlierDetection | None = None
@@ -467,6 +518,7 @@ class Listener:
     user_timeout_ms: int
     backlog: int
     tls: ListenerTls = ListenerTls()
+    rates: Rates = Rates()
     bandwidth: Bandwidth = Bandwidth()
 
 
@@ -537,12 +589,15 @@ class Config:
     max_handshakes_per_source: int = 0
     upgrade_socket: str = ""
     """Path of the unix socket at which a new process takes over from a running one, or ""."""
+    rates: Rates = Rates()
+    """Of the process, over all listeners."""
     redirect: Redirect = Redirect()
     watchdog_ms: int = 0
     """A worker that is stuck for as long ends the process; 0: never."""
     faults_enabled: bool = False
     """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()
+    overload: Overload = Overload()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

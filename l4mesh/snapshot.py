@@ -42,6 +42,24 @@ class WorkerSnapshot:
     """Times that a stream was left for a moment to gather more bytes."""
     throttles: int
     """Times that a half waited for its bandwidth."""
+    put_aside: int
+    """Connections that waited for the turn of their source after being accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShedSnapshot:
+    """What the workers did about overload, and what the decision about it needs to know of them."""
+
+    idle: int = 0
+    """Connections that ended because they were idle."""
+    sources: int = 0
+    """Connections that were refused because their source has more than its share."""
+    accepts: int = 0
+    """Pauses of accepting."""
+    unused_bytes: int = 0
+    """Of the tables of connections, kept for those to come."""
+    accepted: int = 0
+    pipes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +87,15 @@ class ClusterSnapshot:
     """Counts per bucket of ``CONNECT_BUCKETS_S`` and +Inf, not cumulative."""
     faults: tuple[int, ...]
     """Injected, by ``Fault``."""
+    waiting: int = 0
+    """Connections that wait for a place; they are not in ``active``."""
+    queued: int = 0
+    """Connections that have waited, and for how long together:"""
+    queued_seconds: float = 0.0
+    retrying: int = 0
+    """Connections on an attempt after their first."""
+    retries_refused: int = 0
+    """By the budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +138,8 @@ class Snapshot:
     plans_alive: int
     tls: TlsSnapshot
     max_connections: int
+    rate_overflows: int
+    """Connections whose source, workload or identity found no bucket of its own."""
     faults_enabled: bool
     fault_rules: int
     """Configured, in force or not."""
@@ -118,8 +147,8 @@ class Snapshot:
 
 class ConnectionSnapshot(NamedTuple):
     """One live connection. ``state``: "preface" (waits for a PROXY header), "hello" (for the first bytes), "handshake" (TLS with the
-    downstream), "dialling" (TLS with the upstream included), "relaying", "resetting" or "departing" (to the process that
-    takes over)."""
+    downstream), "dialling" (TLS with the upstream included), "relaying", "resetting", "accepted" (waits for its source's turn),
+    "queued" (waits for a place in its cluster) or "departing" (to the process that takes over)."""
 
     id: str
     """worker.slot.generation: names it for as long as it lives."""
@@ -182,3 +211,5 @@ class ConnectionRecord(NamedTuple):
     """The dry-run policy that would have refused what passed, or ""."""
     fault: Fault
     """That was injected."""
+    queued_ms: int = -1
+    """Waited for a place in the cluster; at most 65535."""

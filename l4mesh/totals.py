@@ -20,11 +20,12 @@ T = TypeVar("T")
 _COUNTED: Mapping[type, tuple[str, ...]] = {
     WorkerSnapshot: (
         "active", "accepted", "accept_pauses", "records_dropped", "turns", "bytes_copied", "bytes_spliced", "holds", "throttles",
+        "put_aside",
     ),
     ListenerSnapshot: ("active", "opened", "closed"),
     ClusterSnapshot: (
         "active", "opened", "closed", "bytes_to_upstream", "bytes_to_downstream", "connect_attempts", "connect_failures",
-        "connect_seconds_sum", "connect_seconds_buckets", "faults",
+        "connect_seconds_sum", "connect_seconds_buckets", "faults", "queued", "queued_seconds", "retries_refused",
     ),
     EndpointSnapshot: ("active", "opened", "connect_failures", "bytes_to_upstream", "bytes_to_downstream", "failures"),
     TlsSnapshot: ("handshakes", "failures", "dry_run_denials"),

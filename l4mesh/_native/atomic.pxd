@@ -1,6 +1,7 @@
 # Implementation, inlined into _fastpath: the few atomics that threads share, as gcc builtins that Cython can't express.
 #
-# Counters are relaxed: each is meaningful by itself. Pointers and ring positions use acquire and release.
+# Counters are relaxed: each is meaningful by itself. Pointers and ring positions use acquire and release. `_ordered` is for what two
+# threads tell each other crosswise (places.pxd); on x86 it costs no more than relaxed.
 
 from libc.stdint cimport int64_t, uint64_t
 
@@ -11,6 +12,9 @@ cdef extern from *:
     #define l4_add(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
     #define l4_load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define l4_store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define l4_load_ordered(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
+    #define l4_add_ordered(p, v) __atomic_fetch_add((p), (v), __ATOMIC_SEQ_CST)
+    #define l4_swap_if(p, seen, v) __atomic_compare_exchange_n((p), (seen), (v), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
     #define l4_exchange(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
     #define l4_drop_ref(p) (__atomic_sub_fetch((p), 1, __ATOMIC_ACQ_REL))
     #define l4_load_pointer(p) ((void *) __atomic_load_n((p), __ATOMIC_ACQUIRE))
@@ -31,6 +35,10 @@ cdef extern from *:
     uint64_t add_u "l4_add"(uint64_t *p, uint64_t value) noexcept nogil
     uint64_t load_acquire "l4_load_acquire"(const uint64_t *p) noexcept nogil
     void store_release "l4_store_release"(uint64_t *p, uint64_t value) noexcept nogil
+    int64_t load_ordered "l4_load_ordered"(const int64_t *p) noexcept nogil
+    int64_t add_ordered "l4_add_ordered"(int64_t *p, int64_t value) noexcept nogil
+    bint swap_if "l4_swap_if"(int64_t *p, int64_t *seen, int64_t value) noexcept nogil
+    bint swap_if_u "l4_swap_if"(uint64_t *p, uint64_t *seen, uint64_t value) noexcept nogil
     int64_t exchange "l4_exchange"(int64_t *p, int64_t value) noexcept nogil
     int64_t drop_ref "l4_drop_ref"(int64_t *p) noexcept nogil
     void *load_pointer "l4_load_pointer"(void **p) noexcept nogil

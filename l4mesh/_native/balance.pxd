@@ -71,6 +71,11 @@ ctypedef struct cluster_settings_t:
     uint32_t bounded_load_percent
     uint64_t rates[2]        # of each connection, by half: bytes a second; 0: no limit
     uint64_t burst
+    int64_t queue_size           # connections that may wait for a place; 0: they are refused
+    uint32_t queue_timeout_ms
+    uint32_t retry_permille      # of the live connections, that may dial again
+    int64_t retry_minimum        # so many may in any case; negative: no budget
+    uint32_t backoff_ms          # 0: the next attempt follows at once
 
 ctypedef struct tier_t:
     uint32_t *members        # indexes of its endpoints with a weight
@@ -642,10 +647,20 @@ cdef inline bint cluster_is_full(const cluster_t *cluster, const pick_t *pick) n
     return False
 
 
+cdef inline bint cluster_has_untried(const cluster_t *cluster, const pick_t *pick) noexcept nogil:
+    # Is there an endpoint that serves, full or not, and was not tried?
+    cdef uint32_t i
+    for i in range(cluster.n_endpoints):
+        if cluster.endpoints[i].weight and not endpoint_is_out(cluster, pick, i) and not endpoint_was_tried(pick, i):
+            return True
+    return False
+
+
 cdef inline int32_t cluster_pick(const cluster_t *cluster, pick_t *pick, uint64_t now_ms) noexcept nogil:
-    # Index of an endpoint; PICK_FULL or PICK_NONE. One that was tried only when every usable one was.
+    # Index of an endpoint; PICK_FULL or PICK_NONE. One that was tried only when every usable one was, and the last one last.
     cdef int32_t index
-    cdef uint32_t tried = pick.n_tried
+    cdef uint32_t n_tried = pick.n_tried
+    cdef const uint32_t *tried = pick.tried
     cdef int t
     if cluster.tiers[0].n_members + cluster.tiers[1].n_members == 0:
         return PICK_NONE
@@ -653,9 +668,16 @@ cdef inline int32_t cluster_pick(const cluster_t *cluster, pick_t *pick, uint64_
         for t in range(TIERS):
             index = tier_pick(cluster, &cluster.tiers[t], pick, now_ms)
             if index >= 0:
-                pick.n_tried = tried
-                return index
-        if pick.n_tried == 0:
-            pick.n_tried = tried
-            return PICK_FULL if cluster_is_full(cluster, pick) else PICK_NONE
-        pick.n_tried = 0
+                break
+        if index >= 0 or pick.n_tried == 0:
+            break
+        if pick.n_tried > 1:
+            pick.tried += pick.n_tried - 1
+            pick.n_tried = 1
+        else:
+            pick.n_tried = 0
+    pick.tried = tried
+    pick.n_tried = n_tried
+    if index >= 0:
+        return index
+    return PICK_FULL if cluster_is_full(cluster, pick) else PICK_NONE

@@ -106,12 +106,15 @@ cdef class ClusterStat:
             self.stat.rows[i].cursor = <uint64_t> cursors[i]
 
     def __dealloc__(self):
-        if self.stat != NULL and load(&self.stat.active) == 0:
+        if self.stat != NULL and self.active == 0:
             free(self.stat)
 
     @property
     def active(self) -> int:
-        return load(&self.stat.active)
+        """Connections that may hold a pointer to the block: those that wait included."""
+        # In this order: one that is served is counted in `active` before it is taken from `waiting`.
+        cdef int64_t waiting = load_ordered(&self.stat.waiting)
+        return waiting + load_ordered(&self.stat.active)
 
     @property
     def panic(self) -> bool:
@@ -160,6 +163,16 @@ cdef class ClusterStat:
             load(&self.stat.active), opened, [closed[j] for j in range(CLOSE_REASONS)], up, down, attempts, failures, ns,
             [buckets[j] for j in range(CONNECT_BUCKETS)], [faults[j] for j in range(FAULT_KINDS)],
         )
+
+    def read_limits(self) -> tuple[int, int, int, int, int]:
+        """Waiting for a place, have waited, their ns, dialling again, retries that the budget refused."""
+        cdef uint32_t i
+        cdef uint64_t queued = 0, ns = 0, refused = 0
+        for i in range(self.n_workers):
+            queued += load_u(&self.stat.rows[i].queued)
+            ns += load_u(&self.stat.rows[i].queued_ns)
+            refused += load_u(&self.stat.rows[i].retries_refused)
+        return load(&self.stat.waiting), queued, ns, load(&self.stat.retrying), refused
 
 
 cdef class ListenerStat:

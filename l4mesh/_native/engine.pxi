@@ -42,6 +42,10 @@ cdef class Engine:
         self.engine.sources = <sources_t *> memory(sizeof(sources_t))
         self.engine.handshakes = <sources_t *> memory(sizeof(sources_t))
         self.engine.revocation_seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x5bf0a8b1457695b3)
+        self.engine.seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x9e3779b97f4a7c15)
+        self.engine.wake_fds = <int *> calloc(n_workers, sizeof(int))
+        if self.engine.wake_fds == NULL:
+            raise MemoryError
         self.bio_method = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, b"l4mesh")
         if self.bio_method == NULL:
             raise MemoryError
@@ -66,6 +70,7 @@ cdef class Engine:
         worker.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if worker.epoll_fd < 0 or worker.wake_fd < 0:
             raise OSError(errno, "epoll_create1 or eventfd")
+        self.engine.wake_fds[index] = worker.wake_fd
         event.events = EPOLLIN
         event.data.u64 = <uint64_t> TAG_WAKE << 32
         if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.wake_fd, &event) != 0:
@@ -82,6 +87,7 @@ cdef class Engine:
         worker.free_slot = WHEEL_NONE
         worker.ready.head = worker.ready.tail = WHEEL_NONE
         worker.held.head = worker.held.tail = WHEEL_NONE
+        lanes_init(&worker.lanes)
         worker.heavy.head = worker.heavy.tail = WHEEL_NONE
         worker.max_chunks = (self.max_connections + CONN_CHUNK - 1) // CONN_CHUNK
         worker.chunks = <conn_t **> memory(worker.max_chunks * sizeof(void *))
@@ -116,6 +122,8 @@ cdef class Engine:
             free(self.workers)
         free(self.engine.sources)
         free(self.engine.handshakes)
+        free(self.engine.wake_fds)
+        free(self.engine.arrivals)
         BIO_meth_free(self.bio_method)
         if self.engine.up_fd > 0:
             close(self.engine.up_fd)
@@ -145,10 +153,31 @@ cdef class Engine:
             raise RuntimeError("the plan before is still in use: collect() first")
         if plan.n_workers != self.engine.n_workers:
             raise ValueError("the plan is made for another number of workers")
+        self.add_arrivals(plan)
         self.retired = self.plan
         self.plan = plan
         store_pointer(<void **> &self.engine.plan, plan.plan)
         self.wake()
+
+    cdef int add_arrivals(self, Plan plan) except -1:
+        # Before the plan that needs them is published; they stay.
+        cdef uint32_t i
+        cdef bint needed = rates_by_key(&plan.plan.arrival_rates)
+        for i in range(plan.plan.n_listeners):
+            needed |= rates_by_key(&plan.plan.listeners[i].arrival_rates)
+        if needed and self.engine.arrivals == NULL:
+            self.engine.arrivals = <arrivals_t *> memory(sizeof(arrivals_t))
+            self.engine.arrivals.seed = self.engine.seed
+        return 0
+
+    def offer_places(self) -> None:
+        """Lets every worker look for places for connections that wait: endpoints may serve that did not."""
+        self.wake()
+
+    @property
+    def rate_overflows(self) -> int:
+        """Connections whose source, workload or identity found no bucket of its own."""
+        return load_u(&self.engine.arrivals.overflows) if self.engine.arrivals != NULL else 0
 
     def collect(self) -> bool:
         """Frees the plan before when no worker can see it any more; true when there is none left."""
@@ -200,6 +229,44 @@ cdef class Engine:
         store_release(&self.engine.sweep, self.engine.sweep + 1)
         self.wake()
 
+    def shed(self, int64_t idle_cap_ms, int64_t source_share, int64_t accept_budget, bint sweep) -> None:
+        """What the workers do about overload from now on. Connections that have been idle for longer than ``idle_cap_ms`` end when
+        ``sweep`` makes the workers look; a source may have ``source_share`` live connections; a worker accepts ``accept_budget``
+        between two pauses. 0 is off, for each."""
+        store(&self.engine.idle_cap_ms, idle_cap_ms)
+        store(&self.engine.source_share, source_share)
+        store(&self.engine.accept_budget, accept_budget)
+        if sweep:
+            self.sweep()
+
+    @property
+    def swept(self) -> bool:
+        """Whether every worker has looked at all connections since the last sweep was asked for."""
+        cdef uint32_t i
+        for i in range(self.engine.n_workers):
+            if load_u(&self.workers[i].sweep) != self.engine.sweep or self.workers[i].sweep_end:
+                return False
+        return True
+
+    def read_shed(self, uint32_t index) -> tuple[int, int, int, int]:
+        """Of one worker: idle connections ended, connections of the worst sources refused, pauses of accepting; and bytes of its
+        table of connections that hold none."""
+        cdef worker_t *worker = self.workers[index]
+        return (
+            load_u(&worker.shed[<int> SHED_IDLE]), load_u(&worker.shed[<int> SHED_SOURCE]), load_u(&worker.shed[<int> SHED_ACCEPTS]),
+            (<int64_t> worker.n_chunks * CONN_CHUNK - load(&worker.active)) * <int64_t> sizeof(conn_t),
+        )
+
+    def measure_sources(self) -> list[tuple[int, int]]:
+        """(Live connections, sources that have as many), ascending; above 16 within 6 %. Of connections that were counted: those of
+        a time with a source limit or a share."""
+        cdef uint64_t sources[SHARE_BUCKETS]
+        cdef uint32_t i
+        memset(sources, 0, sizeof(sources))
+        with nogil:
+            sources_measure(self.engine.sources, sources)
+        return [(share_least(i), sources[i]) for i in range(SHARE_BUCKETS) if sources[i]]
+
     def set_accept_mode(self, int64_t mode) -> None:
         """0: accept. 1: accept what waits, then no more. 2: leave what waits to somebody else who has the sockets."""
         store(&self.engine.accept_mode, mode)
@@ -249,21 +316,22 @@ cdef class Engine:
         """The counters of connections that ended before a cluster was known, as ``ClusterStat.read``."""
         return self.no_cluster.read()
 
-    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int, int, int]:
-        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced, holds, throttles."""
+    def read_worker(self, uint32_t index) -> tuple[int, int, int, bool, int, int, int, int, int, int, int, int]:
+        """Active, accepted, accept pauses, paused, records dropped, pipes, turns, bytes copied, bytes spliced, holds, throttles, put
+        aside."""
         cdef worker_t *worker = self.workers[index]
         return (
             load(&worker.active), load_u(&worker.accepted), load_u(&worker.accept_pauses),
             load_u(&worker.accept_paused_until_ms) != 0, load_u(&worker.ring.dropped), load_u(&worker.pipes),
             load_u(&worker.turns), load_u(&worker.bytes_copied), load_u(&worker.bytes_spliced),
-            load_u(&worker.holds), load_u(&worker.throttles),
+            load_u(&worker.holds), load_u(&worker.throttles), load_u(&worker.put_aside),
         )
 
     def take_records(self, uint32_t index, int limit) -> list[tuple[object, ...]]:
         """Up to ``limit`` records of one worker, oldest first: (unix ms, listener id, cluster id, endpoint, source, destination,
         reason, attempts, errno, connect us, first byte us, total us, bytes to upstream, to downstream, downstream rtt us,
         retransmits, upstream rtt us, retransmits, downstream identity, TLS 1.x, resumed, upstream identity, TLS 1.x, resumed,
-        TLS cause, alert, policy id, dry-run policy id, fault)."""
+        TLS cause, alert, policy id, dry-run policy id, fault, ms in the queue)."""
         cdef ring_t *ring = &self.workers[index].ring
         cdef record_t *r
         cdef list records = []
@@ -277,6 +345,7 @@ cdef class Engine:
                 r.bytes_to_upstream, r.bytes_to_downstream, r.downstream_rtt_us, r.downstream_retransmits,
                 r.upstream_rtt_us, r.upstream_retransmits, text_or_empty(r.peers[0]), r.versions[0], bool(r.resumed[0]),
                 text_or_empty(r.peers[1]), r.versions[1], bool(r.resumed[1]), r.cause, r.alert, r.policy, r.dry_policy, r.fault,
+                r.queued_ms,
             ))
             free(r.peers[0])
             free(r.peers[1])

@@ -33,7 +33,7 @@ cdef inline void passage_pack(passage_t *passage, const conn_t *conn, uint32_t s
     state.keepalive_interval_s = conn.keepalive_interval_s
     state.keepalive_count = conn.keepalive_count
     state.attempts = conn.attempts
-    state.settled = conn.settled
+    state.queued_ms = conn.queued_ms
     state.listener_flags = conn.listener_flags
     state.first_end = conn.first_end
     state.proxy_protocol = conn.proxy_protocol
@@ -83,7 +83,7 @@ cdef inline void passage_unpack(worker_t *worker, passage_t *passage, conn_t *co
     conn.keepalive_interval_s = state.keepalive_interval_s
     conn.keepalive_count = state.keepalive_count
     conn.attempts = state.attempts
-    conn.settled = state.settled
+    conn.queued_ms = state.queued_ms
     conn.listener_flags = state.listener_flags
     conn.first_end = state.first_end
     conn.proxy_protocol = state.proxy_protocol

@@ -27,6 +27,29 @@ cdef int fill_ip(uint8_t *ip, bytes packed) except -1:
     return 0
 
 
+cdef int fill_rates(rates_t *rates, tuple rows) except -1:
+    # Rows of (interval ns or 0, burst): total, by source, by workload, by identity.
+    cdef rate_t *places[4]
+    cdef int i
+    places[0] = &rates.total
+    places[1] = &rates.source
+    places[2] = &rates.workload
+    places[3] = &rates.identity
+    for i in range(4):
+        interval_ns, burst = rows[i]
+        places[i].interval_ns = interval_ns
+        places[i].tolerance_ns = interval_ns * (burst - 1) if interval_ns else 0
+    return 0
+
+
+cdef bint rates_by_key(const rates_t *rates) noexcept:
+    return rates.source.interval_ns or rates.workload.interval_ns or rates.identity.interval_ns
+
+
+cdef bint rates_before_tls(const rates_t *rates) noexcept:
+    return rates.total.interval_ns or rates.source.interval_ns or rates.workload.interval_ns
+
+
 cdef class Cluster:
     """One compiled cluster, shared by all plans that it did not change between."""
 
@@ -69,6 +92,11 @@ cdef class Cluster:
         compiled.bounded_load_percent = settings["bounded_load_percent"]
         compiled.rates = settings["rates"]
         compiled.burst = settings["burst"]
+        compiled.queue_size = settings["queue_size"]
+        compiled.queue_timeout_ms = settings["queue_timeout_ms"]
+        compiled.retry_permille = settings["retry_permille"]
+        compiled.retry_minimum = settings["retry_minimum"]
+        compiled.backoff_ms = settings["backoff_ms"]
         table = <endpoint_t *> calloc(n if n else 1, sizeof(endpoint_t))
         if table == NULL:
             raise MemoryError
@@ -88,6 +116,8 @@ cdef class Cluster:
         self.add_peers(peers)
         if sni:
             self.cluster.sni = strdup(sni)
+            if self.cluster.sni == NULL:
+                raise MemoryError
         self.stat = stat
         self.endpoint_stats = tuple([endpoint[4] for endpoint in endpoints])
 
@@ -132,9 +162,10 @@ cdef class Plan:
         self, uint64_t generation, uint32_t n_workers, list clusters not None, list own not None, *,
         int64_t max_connections, int64_t max_connections_per_source, uint32_t mark, bint splice, int log_when,
         double log_sample, uint64_t error_reasons, int64_t max_handshakes_per_source, uint64_t trust,
+        tuple arrival_rates not None=((0, 1),) * 4,
     ):
         """``own``: (ip, port) of everything that the process listens on. ``log_sample``: share, 0 to 1. ``trust``: when it differs
-        from the plan before, live connections are checked again."""
+        from the plan before, live connections are checked again. ``arrival_rates``: of the process, as for ``add_listener``."""
         cdef plan_t *plan = <plan_t *> calloc(1, sizeof(plan_t))
         cdef Cluster cluster
         cdef uint32_t i
@@ -154,6 +185,8 @@ cdef class Plan:
         plan.error_reasons = error_reasons
         plan.max_handshakes_per_source = max_handshakes_per_source
         plan.trust = trust
+        fill_rates(&plan.arrival_rates, arrival_rates)
+        plan.rates_identities = plan.arrival_rates.identity.interval_ns != 0
         self.contexts = []
         self.buckets = []
         plan.clusters = <cluster_t **> calloc(len(clusters) + 1, sizeof(void *))
@@ -362,14 +395,15 @@ cdef class Plan:
         int32_t default_cluster, int64_t max_connections, list proxy_from not None, uint32_t proxy_timeout_ms,
         list routes not None, int tls_mode, bint tls_v12, bint resumption, uint32_t identity, uint32_t handshake_ms,
         bint close_expired, list strict not None, list permissive not None, list plain not None, list server_first not None,
-        list rates not None, uint64_t burst,
+        list rates not None, uint64_t burst, tuple arrival_rates not None,
     ) -> None:
         """Adds one bound address. ``fds``: a listening socket for each worker, which the caller owns and closes only when
         every worker has seen a later plan. ``routes``: (destinations, ports, sources, names, protocols, targets, faults) in order,
         with prefixes as (ip, bits of 128), ports as (first, last), names and protocols as (kind, text), targets as (index of the
         cluster, weight), faults as for ``set_cluster_faults``, which is called before where there are any. ``identity``: an id, or
         0 for the destination workload's. ``strict`` to ``server_first``: ports. ``rates``: of each connection to upstream and to
-        downstream, bytes a second, or 0."""
+        downstream, bytes a second, or 0. ``arrival_rates``: (ns between two new connections or 0, burst) in all, by source, by
+        workload and by identity."""
         cdef plan_t *plan = self.plan
         cdef listener_t *listener
         cdef uint32_t i
@@ -411,6 +445,10 @@ cdef class Plan:
         listener.rates = rates
         listener.burst = burst
         self.note_bandwidth(listener.rates)
+        fill_rates(&listener.arrival_rates, arrival_rates)
+        listener.rated = rates_before_tls(&listener.arrival_rates) or rates_before_tls(&plan.arrival_rates)
+        if listener.arrival_rates.identity.interval_ns:
+            plan.rates_identities = True
         listener.wide = self.n_wide
         for destinations, ports, sources, names, protocols, targets, faults in routes:
             i = self.n_routes
@@ -458,7 +496,7 @@ cdef class Plan:
         self.contexts = contexts
 
     def set_workloads(self, list workloads not None) -> None:
-        """``workloads``: (ip, identity id or 0, index of a policy set, Bucket of what it receives or None, of what it sends). Of equal
+        """``workloads``: (ip, identity id or 0, index of a policy set, id, Bucket of what it receives or None, of what it sends). Of equal
         addresses the first stays."""
         cdef plan_t *plan = self.plan
         cdef address_t address
@@ -472,7 +510,7 @@ cdef class Plan:
         if plan.workloads == NULL:
             raise MemoryError
         plan.workload_mask = size - 1
-        for ip, identity, policies, *buckets in workloads:
+        for ip, identity, policies, number, *buckets in workloads:
             fill_ip(address.ip, ip)
             at = <uint32_t> address_hash_ip(&address, 0) & plan.workload_mask
             while plan.workloads[at].taken and memcmp(plan.workloads[at].ip, address.ip, 16) != 0:
@@ -482,6 +520,7 @@ cdef class Plan:
             memcpy(plan.workloads[at].ip, address.ip, 16)
             plan.workloads[at].identity = identity
             plan.workloads[at].policies = policies
+            plan.workloads[at].id = number
             plan.workloads[at].taken = 1
             for i in range(2):
                 bucket = buckets[i]

@@ -2,22 +2,37 @@
 
 from libc.stdint cimport uint8_t, uint32_t
 
+from l4mesh._native.address cimport address_hash_ip
 from l4mesh._native.slab cimport conn_at
-from l4mesh._native.types cimport QUEUED_HEAVY, QUEUED_READY, conn_t, queue_t, worker_t
+from l4mesh._native.types cimport (
+    LANES, QUEUED_HEAVY, QUEUED_HELD, QUEUED_LANE, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
+)
 from l4mesh._native.wheel cimport WHEEL_NONE
 
 
-cdef inline queue_t *queue_of(worker_t *worker, uint8_t which) noexcept nogil:
+cdef inline uint32_t source_lane(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # Of a secret, so that nobody can choose an address that shares another's lane.
+    return <uint32_t> address_hash_ip(&conn.source, worker.engine.seed) % LANES
+
+
+cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t which) noexcept nogil:
     if which == QUEUED_READY:
         return &worker.ready
-    return &worker.heavy if which == QUEUED_HEAVY else &worker.held
+    if which == QUEUED_HELD:
+        return &worker.held
+    if which == QUEUED_HEAVY:
+        return &worker.heavy
+    if which == QUEUED_LANE:
+        return &worker.lanes.lanes[source_lane(worker, conn)]
+    return &(<waiting_t *> conn.cluster_stat.rows[worker.index].line).queue
 
 
 cdef inline void queue_push(worker_t *worker, conn_t *conn, uint32_t slot, uint8_t which) noexcept nogil:
     # To the end of the list QUEUED_`which`.
-    cdef queue_t *queue = queue_of(worker, which)
+    cdef queue_t *queue
     if conn.queued:
         return
+    queue = queue_of(worker, conn, which)
     conn.queued = which
     conn.queue_next = WHEEL_NONE
     conn.queue_prev = queue.tail
@@ -30,9 +45,12 @@ cdef inline void queue_push(worker_t *worker, conn_t *conn, uint32_t slot, uint8
 
 cdef inline void queue_remove(worker_t *worker, conn_t *conn) noexcept nogil:
     # From whatever list it is on.
-    cdef queue_t *queue = queue_of(worker, conn.queued)
+    cdef queue_t *queue
     if not conn.queued:
         return
+    queue = queue_of(worker, conn, conn.queued)
+    if conn.queued == QUEUED_LANE:
+        worker.lanes.n -= 1
     conn.queued = 0
     if conn.queue_prev == WHEEL_NONE:
         queue.head = conn.queue_next

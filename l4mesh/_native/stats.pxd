@@ -66,12 +66,21 @@ ctypedef struct cluster_row_t:
     uint64_t connect_buckets[CONNECT_BUCKETS]
     uint64_t cursor      # round robin's place; outlives reloads, starts at random
     uint64_t faults[FAULT_KINDS]
+    int64_t waiting      # connections in this worker's line; read by all
+    int64_t offered      # 1: the worker has been told of a free place and has not looked yet; written by all
+    void *line           # waiting_t; NULL: nobody waits here
+    uint64_t queued      # connections that have waited, and for how long
+    uint64_t queued_ns
+    uint64_t retries_refused     # by the budget
 
 ctypedef struct cluster_stat_t:
     int64_t active       # of all workers: the cluster's limit counts on it
     int64_t panic        # written by the control loop: too few endpoints are left, and all of them serve
     uint64_t id
     cluster_row_t *rows  # one a worker, in the same block
+    int64_t waiting      # connections that wait for a place, of all workers
+    int64_t retrying     # connections whose first attempt has failed and that dial on
+    uint64_t turn        # whose line the next free place is offered to
     char name[NAME_BYTES]            # for the watchdog, as much of it as there is room for
     outlier_t outlier
 
@@ -83,6 +92,7 @@ ctypedef struct listener_stat_t:
     int64_t active
     uint64_t id
     listener_row_t *rows
+    uint64_t arrival_ns  # of its rate, as arrival_t
     char name[NAME_BYTES]
 
 

@@ -110,6 +110,8 @@ cdef enum conn_state_t:
     CONN_DIALLING
     CONN_RELAYING
     CONN_RESETTING     # one side was reset; the other still takes what had arrived before
+    CONN_ASIDE         # accepted while many were; waits for its source's turn
+    CONN_QUEUED        # waits for a place in the cluster; costs no upstream, and nothing of the client's is read
     CONN_DEPARTING     # RELAYING, on its way to another process: nothing moves until that one has it
     CONN_ARRIVING      # the same on arrival: counted nowhere yet
 
@@ -130,6 +132,8 @@ cdef enum:
     SIDE_RESET = 64        # the peer is gone: drain what it sent, send it nothing
     SIDE_TUNED = 256       # conn_tune has looked at it
     SIDE_PENDING = 128     # TLS holds bytes that were read from the socket and not yet from it
+    SIDE_WATCHED = 512     # it is in the epoll
+    SIDE_SETTLED = 1024    # keepalive is set on it, the upstream
 
 cdef enum:
     # half_t.flags
@@ -144,6 +148,8 @@ cdef enum:
     QUEUED_READY = 1       # used up its budget: goes on at the next turn
     QUEUED_HELD = 2        # waits for more of a stream, until its time
     QUEUED_HEAVY = 3       # has a step of a handshake to do, which costs as much as dozens of a relay
+    QUEUED_LINE = 4        # in the line for a place in its cluster
+    QUEUED_LANE = 5        # among the accepted of its source
 
 cdef enum flow_t:
     FLOW_BLOCKED           # waits for an event
@@ -243,6 +249,9 @@ ctypedef struct dial_t:
     uint32_t tried[MAX_ATTEMPTS]
     uint8_t last_reason
     uint8_t handshaking              # connected; TLS with the upstream is under way
+    uint8_t picked                   # an endpoint is chosen and its place taken, before conn_dial
+    uint8_t retrying                 # counted in the cluster's `retrying`
+    uint8_t paused                   # the pause before this attempt is behind it
 
 ctypedef union phase_t:
     dial_t dial            # until the relay: the cluster from the route on
@@ -311,10 +320,10 @@ ctypedef struct conn_t:
     address_t source
     address_t destination
     address_t endpoint
+    uint16_t queued_ms               # waited for a place; 0: didn't
     uint8_t keepalive_count
     uint8_t state
     uint8_t attempts
-    uint8_t settled                  # keepalive is set on the upstream
     uint8_t listener_flags           # LISTENER_*, copied: a connection outlives its listener
     uint8_t first_end                # side whose FIN came first
     uint8_t end_reason               # of ends_at_ms; RESETTING: what the connection will end with
@@ -322,7 +331,6 @@ ctypedef struct conn_t:
     uint8_t linger_ms                # RESETTING: step between two looks at the send queue
     uint8_t queued                   # QUEUED_*: the list that it is on, if any
     uint8_t proxy_protocol           # version to send, 0: none
-    uint8_t watched                  # downstream is in the epoll
     uint8_t tls_mode                 # TLS_MODE_* of the downstream
     uint8_t tls_cause                # of a failure whose side has no TLS, or no more
     uint8_t alert
@@ -347,6 +355,13 @@ cdef enum:
     ACCEPT_ON = 0
     ACCEPT_EMPTY = 1                 # no more than what waits already
     ACCEPT_OFF = 2                   # what waits is left to somebody else who has the sockets
+
+cdef enum:
+    # worker_t.shed: what was done about overload
+    SHED_IDLE = 0                    # connections that ended
+    SHED_SOURCE = 1                  # connections that were refused
+    SHED_ACCEPTS = 2                 # pauses
+    SHED_ACTIONS = 3
 
 cdef enum:
     TLS_MODE_OFF = 0
@@ -406,6 +421,7 @@ ctypedef struct workload_t:
     uint32_t policies                # index of its set
     bucket_t *buckets[2]             # bandwidth in and out; NULL: no limit
     uint8_t taken                    # the place in the table is
+    uint32_t id                      # the same for all of its addresses and for as long as its name is used
 
 ctypedef struct prefix_t:
     uint8_t ip[16]
@@ -440,6 +456,30 @@ ctypedef struct exact_route_t:
     uint16_t port
     uint32_t route                   # index + 1; 0: empty
 
+ctypedef struct rate_t:
+    # New connections in a time.
+    uint64_t interval_ns             # between two in the long run; 0: no limit
+    uint64_t tolerance_ns            # how much sooner one may come: burst - 1 intervals
+
+ctypedef struct rates_t:
+    rate_t total, source, workload, identity
+
+cdef enum:
+    ARRIVALS = 65536                  # keys that are told apart at a time
+    ARRIVAL_WAYS = 8                  # places for a key
+    ARRIVAL_SPARE = 64
+
+ctypedef struct arrival_t:
+    uint64_t key                     # 0: was never used
+    uint64_t arrival_ns              # theoretical arrival time of the next; one that is over says that the bucket is full
+
+ctypedef struct arrivals_t:
+    # By source, workload and identity, for all workers. Owner: the Engine object, which makes it when a rate is first configured.
+    uint64_t seed
+    uint64_t overflows
+    uint64_t spare[ARRIVAL_SPARE]     # arrival times that keys share for which there is no place
+    arrival_t places[ARRIVALS]
+
 ctypedef struct listener_t:
     listener_stat_t *stat
     int *fds                         # one a worker; owner: the control loop
@@ -462,6 +502,8 @@ ctypedef struct listener_t:
     uint8_t resumption
     uint8_t close_expired
     uint8_t flags
+    uint8_t rated                    # it or the process has a rate that is looked at before TLS
+    rates_t arrival_rates
 
 ctypedef struct plan_t:
     # Immutable once published. Owner: the control loop, which frees it when every worker has seen a later one.
@@ -507,6 +549,8 @@ ctypedef struct plan_t:
     uint8_t limits_bandwidth         # of some listener, cluster or workload
     fault_rule_t *faults             # NULL: none are in force
     span_t *cluster_faults           # by index of the cluster
+    rates_t arrival_rates            # of the process
+    uint8_t rates_identities         # it or a listener has a rate by identity
 
 ctypedef struct record_t:
     uint64_t ended_unix_ms
@@ -535,6 +579,7 @@ ctypedef struct record_t:
     uint32_t policy
     uint32_t dry_policy
     uint8_t fault                    # fault_kind_t that was injected
+    int32_t queued_ms                # -1: didn't wait
 
 ctypedef struct ring_t:
     # Records of one worker on their way up. One producer, one consumer; positions only grow.
@@ -601,12 +646,12 @@ ctypedef struct carried_t:
     uint16_t keepalive_interval_s
     uint8_t keepalive_count
     uint8_t attempts
-    uint8_t settled
     uint8_t listener_flags
     uint8_t first_end
     uint8_t proxy_protocol
     uint8_t end_reason
     uint8_t leave_reason
+    uint16_t queued_ms
     address_t source
     address_t destination
     address_t endpoint
@@ -646,6 +691,23 @@ ctypedef struct queue_t:
     # Connections of a worker, linked through their slots.
     uint32_t head, tail
 
+ctypedef struct waiting_t:
+    # A worker's line for places in one cluster, first come first served. Owner: the worker, for as long as somebody is in it.
+    queue_t queue
+    cluster_stat_t *stat
+    waiting_t *next
+    waiting_t *prev
+
+cdef enum:
+    LANES = 1024
+
+ctypedef struct lanes_t:
+    # Accepted connections that wait for the turn of their source. Owner: the worker.
+    queue_t lanes[LANES]
+    uint32_t following[LANES]        # lane that has its turn after this one
+    uint32_t first, last             # of those that have a connection
+    uint32_t n
+
 ctypedef struct engine_t:
     # What the workers share. Owner: the Engine object.
     plan_t *plan                     # published; workers load it once a turn
@@ -657,6 +719,10 @@ ctypedef struct engine_t:
     sources_t *handshakes            # with downstreams, under way
     uint64_t revocation_seed         # so that nobody can choose a certificate whose key is that of a revoked one
     cluster_stat_t *no_cluster       # for connections that end before a cluster is known
+    int *wake_fds                    # one a worker; owner: the worker
+    arrivals_t *arrivals             # NULL until a rate by key is configured
+    uint64_t arrival_ns              # of the process's rate, as arrival_t
+    uint64_t seed                    # of hashes whose collisions nobody may choose
     int64_t accept_mode              # ACCEPT_*, as it should be
     uint64_t sweep                   # grows when live connections are to be looked at
     uint32_t leave_over_ms           # all connections leave over this time
@@ -665,6 +731,9 @@ ctypedef struct engine_t:
     int watch_fd                     # ends the watchdog
     uint64_t beats                   # the control loop counts when it comes round; 0: it need not
     int64_t loop_tid
+    int64_t idle_cap_ms              # overload: a sweep ends what has been idle for longer; 0: nothing
+    int64_t source_share             # overload: live connections that a source may have; 0: they need not be counted
+    int64_t accept_budget            # overload: connections that a worker accepts between two pauses; 0: any number
 
 ctypedef struct worker_t:
     engine_t *engine
@@ -724,4 +793,11 @@ ctypedef struct worker_t:
     handover_t handover
     uint64_t doing                   # DOING_*, and what it is about: the watchdog reads it
     int64_t tid                      # while it runs
+    uint64_t accept_spent            # accepted since the last pause
+    uint64_t late_turns              # in a row, in which timers waited for events
+    uint64_t shed[SHED_ACTIONS]
+    waiting_t *lines                 # those that somebody is in
+    uint8_t serving                  # places may be free for them
+    uint64_t put_aside               # connections that waited for the turn of their source
+    lanes_t lanes
     epoll_event events[MAX_EVENTS]

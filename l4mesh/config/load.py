@@ -242,6 +242,8 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
         yield ("bounded_load",), f"goes with balance source_hash or maglev only; here it is {cluster.balance}"
     if cluster.slow_start_ms and cluster.balance in ("source_hash", "maglev"):
         yield ("slow_start",), f"does not go with balance {cluster.balance}, which gives each source one endpoint"
+    if cluster.queue_size and not cluster.max_connections and not cluster.max_connections_per_endpoint:
+        yield ("limits", "queue"), "needs a limit whose end it waits for: connections or connections_per_endpoint"
     if cluster.tls and not cluster.tls.peers:
         yield ("tls", "peers"), 'is missing: name the identities that may answer, or say "*" for any of the trust domain'
     if cluster.outlier_detection:
@@ -546,10 +548,12 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         node_identity=node.identity or "",
         ca=ca,
         max_handshakes_per_source=limits.handshakes_per_source,
+        rates=schema.make_rates(limits),
         redirect=schema.make_redirect(single["redirect"] or schema.RedirectSection()),
         watchdog_ms=schema.WATCHDOG_MS if single["watchdog"] is None else single["watchdog"],
         faults_enabled=bool(single["faults"] and single["faults"].enabled),
         drain=schema.make_drain(single["drain"] or schema.DrainSection()),
+        overload=schema.make_overload(single["overload"] or schema.OverloadSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 

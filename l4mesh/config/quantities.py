@@ -13,7 +13,7 @@ from typing import Any
 
 import re2
 
-from l4mesh.model import Endpoint, Expect, Mark, Network, SocketAddress
+from l4mesh.model import Endpoint, Expect, Mark, Network, Rate, SocketAddress
 
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)(ms|s|m|h|d)")
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -30,6 +30,8 @@ _SIZE_BYTES = {
     "GiB": 1 << 30,
 }
 _SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)%")
+_ARRIVALS = re.compile(r"(\d{1,9})/([smh])")
+_ARRIVALS_S = {"s": 1, "m": 60, "h": 3600}
 _HOST_NAME = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 _MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|\d{1,10})/(0x[0-9a-fA-F]{1,8}|\d{1,10})")
 MAX_DURATION_MS = 366 * 86_400_000
@@ -38,6 +40,8 @@ MAX_PAYLOAD_BYTES = 4096
 MAX_SIZE = 1 << 40
 MIN_RATE = 1000
 MAX_RATE = 100 * 10**9
+MAX_ARRIVALS_PER_S = 1_000_000
+MAX_QUEUE_TIMEOUT_MS = 60_000
 
 
 def shown(value: object) -> str:
@@ -156,6 +160,19 @@ def parse_optional_share(value: object) -> float:
         raise ValueError(str(error).replace("such as 50%", "such as 50%, or off")) from None
 
 
+def parse_auto_size(value: object) -> int:
+    """Bytes; 0 for auto."""
+    if value == "auto":
+        return 0
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+    if size < 1 << 20:
+        raise ValueError(f"must be auto or at least 1MiB; got {shown(value)}")
+    return size
+
+
 def parse_percentage(value: object) -> float:
     match = _SHARE.fullmatch(value) if isinstance(value, str) else None
     if not match:
@@ -191,6 +208,26 @@ def parse_limit(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000_000:
         raise ValueError(f"must be off or a whole number from 1 to 100000000; got {shown(value)}")
     return value
+
+
+def parse_arrivals(value: object, burst: int | None = None) -> Rate | None:
+    """New connections in a time, and how many may come at once; None for off. Without ``burst``: those of one second."""
+    if is_off(value):
+        return None
+    match = _ARRIVALS.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"must be a rate with its unit, such as 100/s, 30/m or 10/h, or off; got {shown(value)}")
+    count, period_s = int(match[1]), _ARRIVALS_S[match[2]]
+    if not 1 <= count <= MAX_ARRIVALS_PER_S * period_s:
+        raise ValueError(f"must be between 1/h and {MAX_ARRIVALS_PER_S}/s; got {shown(value)}")
+    return Rate(count, period_s, burst or max(1, count // period_s))
+
+
+def parse_queue_timeout_ms(value: object) -> int:
+    ms = parse_duration_ms(value)
+    if ms > MAX_QUEUE_TIMEOUT_MS:
+        raise ValueError(f"must be at most 1m, for which no client waits; got {shown(value)}")
+    return ms
 
 
 def parse_host(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import socket
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator
 
+from l4mesh import model
 from l4mesh.config import quantities as q
 from l4mesh.config.yaml import KeyPath
 from l4mesh.errors import Fault
@@ -45,9 +47,11 @@ from l4mesh.model import (
     Network,
     OnCrash,
     OutlierDetection,
+    Overload,
     Peers,
     Policy,
     ProxyProtocol,
+    Rates,
     Redirect,
     Route,
     RouteMatch,
@@ -156,7 +160,33 @@ def _parse_workers(value: object) -> int:
         raise ValueError(str(error).replace("must be", "must be auto or")) from None
 
 
-class ProcessLimitsSection(Section):
+class RateSection(Section):
+    rate: Annotated[model.Rate | None, PlainValidator(q.parse_arrivals)]
+    burst: Annotated[int | None, PlainValidator(_whole(1, 100_000_000))] = None
+
+
+def _read_rate(value: object, section: Callable[[object], RateSection]) -> model.Rate | None:
+    if not isinstance(value, dict):
+        return q.parse_arrivals(value)
+    long_form = section(value)
+    return dataclasses.replace(long_form.rate, burst=long_form.burst or long_form.rate.burst) if long_form.rate else None
+
+
+RateField = Annotated[RateSection | None, WrapValidator(_read_rate)]
+
+
+class RatesSection(Section):
+    rate: RateField = None
+    rate_per_source: RateField = None
+    rate_per_workload: RateField = None
+    rate_per_identity: RateField = None
+
+
+def make_rates(section: RatesSection) -> Rates:
+    return Rates(section.rate, section.rate_per_source, section.rate_per_workload, section.rate_per_identity)  # type: ignore[arg-type]
+
+
+class ProcessLimitsSection(RatesSection):
     connections: Annotated[int, PlainValidator(_parse_auto_limit)] = 0
     connections_per_source: Limit = 0
     handshakes_per_source: Limit = 512
@@ -165,6 +195,20 @@ class ProcessLimitsSection(Section):
 class DrainSection(Section):
     time: OptionalDuration = 20_000
     over: OptionalDuration = 5_000
+
+
+class OverloadSection(Section):
+    connections: OptionalShare = 0.85
+    descriptors: OptionalShare = 0.85
+    memory: OptionalShare = 0.85
+    memory_limit: Annotated[int, PlainValidator(q.parse_auto_size)] = 0
+    cpu: OptionalShare = 0.0
+    accept_queue: OptionalShare = 0.0
+    idle: Duration = 10_000
+
+
+def _overload_off(value: object) -> object:
+    return OverloadSection.model_construct(connections=0.0, descriptors=0.0, memory=0.0) if q.is_off(value) else value
 
 
 class MarksSection(Section):
@@ -334,7 +378,7 @@ class ProxySourcesSection(Section):
     timeout: Duration = 5000
 
 
-class ListenerLimitsSection(Section):
+class ListenerLimitsSection(RatesSection):
     connections: Limit = 0
 
 
@@ -449,10 +493,31 @@ class ListenerSection(Section):
     bandwidth_per_connection: BandwidthSection = BandwidthSection()
 
 
+class RetryBudgetSection(Section):
+    share: Annotated[float, PlainValidator(q.parse_share)] = 0.2
+    minimum: Annotated[int, PlainValidator(_whole(0, 100_000_000))] = 100
+
+
+def _retry_budget_off(value: object) -> object:
+    """``off`` keeps the type of the section: a minimum of -1 says so."""
+    return RetryBudgetSection.model_construct(share=0.0, minimum=-1) if q.is_off(value) else value
+
+
+RetryBudgetField = Annotated[RetryBudgetSection, BeforeValidator(_retry_budget_off)]
+
+
 class ConnectSection(Section):
     timeout: Duration = 1000
     attempts: Annotated[int, PlainValidator(_whole(1, 8))] = 3
     budget: Duration | None = None
+    backoff: OptionalDuration = 0
+    retry_budget: RetryBudgetField = RetryBudgetSection()
+
+    @property
+    def budget_ms(self) -> int:
+        """Time for every attempt and the longest pauses between them, unless told."""
+        pauses = sum(min(2**pause, 10) for pause in range(self.attempts - 1))
+        return self.budget or self.timeout * self.attempts + self.backoff * pauses
 
 
 class TimeoutsSection(Section):
@@ -462,9 +527,18 @@ class TimeoutsSection(Section):
     lifetime_jitter: Annotated[float, PlainValidator(q.parse_share)] = 0.1
 
 
+class QueueSection(Section):
+    size: Annotated[int, PlainValidator(_whole(1, 100_000_000))] = 1000
+    timeout: Annotated[int, PlainValidator(q.parse_queue_timeout_ms)] = 5000
+
+
+QueueField = Annotated[QueueSection | None, BeforeValidator(lambda value: None if q.is_off(value) else value)]
+
+
 class ClusterLimitsSection(Section):
     connections: Limit = 0
     connections_per_endpoint: Limit = 0
+    queue: QueueField = None
 
 
 class ClusterDrainSection(Section):
@@ -608,6 +682,7 @@ class FileSection(Section):
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
     drain: DrainSection | None = None
+    overload: Annotated[OverloadSection, BeforeValidator(_overload_off)] | None = None
     ca: CaSection | None = None
     redirect: RedirectSection | None = None
     watchdog: Annotated[int | None, PlainValidator(_parse_watchdog)] = None
@@ -621,18 +696,25 @@ class FileSection(Section):
 
 SINGLE_KEYS: tuple[
     Literal[
-        "node", "workers", "admin", "upgrade", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog",
+        "node", "workers", "admin", "upgrade", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect",
+        "watchdog",
         "faults",
     ],
     ...,
 ] = (
-    "node", "workers", "admin", "upgrade", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog",
+    "node", "workers", "admin", "upgrade", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog",
     "faults",
 )  # fmt: skip
 
 
 def make_drain(section: DrainSection) -> Drain:
     return Drain(section.time, section.over)
+
+
+def make_overload(section: OverloadSection) -> Overload:
+    return Overload(
+        section.connections, section.descriptors, section.memory, section.memory_limit, section.cpu, section.accept_queue, section.idle
+    )
 
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:
@@ -701,6 +783,7 @@ def make_listener(section: ListenerSection) -> Listener:
         user_timeout_ms=section.user_timeout,
         backlog=section.backlog,
         tls=make_listener_tls(section.tls) if section.tls else ListenerTls(),
+        rates=make_rates(section.limits),
         bandwidth=make_bandwidth(section.bandwidth_per_connection),
     )
 
@@ -790,7 +873,7 @@ def make_cluster(section: ClusterSection) -> Cluster:
         balance=Balance(section.balance),
         connect_timeout_ms=connect.timeout,
         connect_attempts=connect.attempts,
-        connect_budget_ms=connect.budget or connect.timeout * connect.attempts,
+        connect_budget_ms=connect.budget_ms,
         idle_timeout_ms=section.timeouts.idle,
         half_closed_timeout_ms=section.timeouts.half_closed,
         lifetime_ms=section.timeouts.lifetime,
@@ -805,6 +888,11 @@ def make_cluster(section: ClusterSection) -> Cluster:
         bounded_load=section.bounded_load,
         tls=make_cluster_tls(section.tls) if section.tls and section.tls.mode == "mutual" else None,
         panic_threshold=section.panic_threshold,
+        queue_size=section.limits.queue.size if section.limits.queue else 0,
+        queue_timeout_ms=section.limits.queue.timeout if section.limits.queue else 0,
+        retry_share=connect.retry_budget.share,
+        retry_minimum=connect.retry_budget.minimum,
+        backoff_ms=connect.backoff,
         drain=ClusterDrain(section.drain.removed, section.drain.unhealthy, section.drain.rebalance),
         health_check=make_health_check(section) if section.health_check else None,
         bandwidth=make_bandwidth(section.bandwidth_per_connection),

@@ -18,6 +18,7 @@ from l4mesh.model import (
     Network,
     OutlierDetection,
     ProxyProtocol,
+    Rates,
     Route,
     SocketAddress,
     TlsMode,
@@ -30,6 +31,8 @@ Prefix = tuple[Packed, int]
 Target = tuple[int, int]
 Pattern = tuple[int, bytes]
 """Kind and text: exact, prefix, suffix, any."""
+ArrivalRow = tuple[tuple[int, int], ...]
+"""(ns between two connections or 0, burst) in all, by source, by workload and by identity."""
 FaultRow = tuple[int, int, int, int, int, int, int, list[Prefix]]
 """Kind, half whose bytes are counted, after how many, from ms, to ms, bytes a second, share of 2^32, sources."""
 RouteRow = tuple[list[Prefix], list[tuple[int, int]], list[Prefix], list[Pattern], list[Pattern], list[Target], list[FaultRow]]
@@ -95,6 +98,11 @@ class ClusterSettings(TypedDict):
     bounded_load_percent: int
     rates: list[int]
     burst: int
+    queue_size: int
+    queue_timeout_ms: int
+    retry_permille: int
+    retry_minimum: int
+    backoff_ms: int
 
 
 def pack_ip(host: str) -> Packed:
@@ -166,6 +174,11 @@ def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
         keepalive_count=cluster.keepalive.count,
         user_timeout_ms=cluster.user_timeout_ms,
         bounded_load_percent=round(cluster.bounded_load * 100),
+        queue_size=cluster.queue_size,
+        queue_timeout_ms=cluster.queue_timeout_ms,
+        retry_permille=round(cluster.retry_share * 1000),
+        retry_minimum=cluster.retry_minimum,
+        backoff_ms=cluster.backoff_ms,
         rates=compile_rates(cluster.bandwidth),
         burst=cluster.bandwidth.burst,
     )
@@ -181,6 +194,11 @@ def compile_fault(rule: FaultRule) -> FaultRow:
     sources = [pack_prefix(network) for network in rule.sources]
     share = max(1, round(rule.share * 2**32))
     return int(rule.kind), half, rule.after_bytes, rule.from_ms, rule.to_ms, rule.rate, share, sources
+
+
+def compile_arrivals(rates: Rates) -> ArrivalRow:
+    rows = (rates.total, rates.source, rates.workload, rates.identity)
+    return tuple((rate.interval_ns, rate.burst) if rate else (0, 1) for rate in rows)
 
 
 def compile_watch(outlier: OutlierDetection | None) -> tuple[int, int, int, int]:

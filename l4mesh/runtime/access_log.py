@@ -59,6 +59,8 @@ def make_fields(record: ConnectionRecord) -> dict[str, Any]:
     for name, us in (("connect_ms", record.connect_us), ("first_byte_ms", record.first_byte_us), ("total_ms", record.total_us)):
         if us >= 0:
             fields[name] = us / 1000
+    if record.queued_ms >= 0:
+        fields["queued_ms"] = record.queued_ms
     fields["bytes_to_upstream"] = record.bytes_to_upstream
     fields["bytes_to_downstream"] = record.bytes_to_downstream
     for name in ("downstream_identity", "downstream_tls", "upstream_identity", "upstream_tls", "policy", "dry_run_policy"):

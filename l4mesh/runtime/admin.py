@@ -170,6 +170,7 @@ class AdminServer:
                 "faults": _faults(snapshot),
                 "supervisor": dataclasses.asdict(supervision) if (supervision := self._sources.supervision()) else None,
                 "access_log_dropped": self._sources.access_log_dropped(),
+                "overload": dataclasses.asdict(self._sources.overload()),
             }
         )
 
@@ -221,6 +222,11 @@ class AdminServer:
                 "bytes_to_downstream": cluster.bytes_to_downstream,
                 "connect_attempts": cluster.connect_attempts,
                 "connect_failures": cluster.connect_failures,
+                "waiting": cluster.waiting,
+                "queued": cluster.queued,
+                "queued_ms_mean": _mean_ms(cluster.queued_seconds, cluster.queued),
+                "retrying": cluster.retrying,
+                "retries_refused": cluster.retries_refused,
                 "panic": self._sources.registry.is_panicking(cluster.name),
                 "connect_ms_mean": _mean_ms(cluster.connect_seconds_sum, sum(cluster.connect_seconds_buckets)),
                 "endpoints": by_cluster.get(cluster.name, []),

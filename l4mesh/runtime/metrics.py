@@ -20,6 +20,7 @@ from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.outlier import OutlierDetector
+from l4mesh.runtime.overload import OverloadStatus
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
 from l4mesh.runtime.supervised import Supervision
@@ -45,6 +46,7 @@ class Sources:
     outliers: OutlierDetector
     supervision: Callable[[], Supervision | None]
     """None: no supervisor has started this process."""
+    overload: Callable[[], OverloadStatus]
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -80,7 +82,24 @@ class MeshCollector(Collector):
         yield from _renewal_metrics(self._sources.renewals())
         yield from _worker_metrics(snapshot)
         yield from _config_metrics(snapshot, self._sources.reload_status())
+        yield from self._overload_metrics()
         yield from self._process_metrics(snapshot)
+
+    def _overload_metrics(self) -> Iterator[Metric]:
+        status = self._sources.overload()
+        level = GaugeMetricFamily("l4mesh_overload_level", "Step of shedding, 0 (none) to 3, by what is short.", labels=["resource"])
+        pressure = GaugeMetricFamily("l4mesh_overload_pressure", "Share of the resource that is in use.", labels=["resource"])
+        for one in status.resources:
+            level.add_metric([one.name], one.level)
+            pressure.add_metric([one.name], one.pressure)
+        shed = CounterMetricFamily(
+            "l4mesh_overload_shed", "Idle connections ended, connections refused, pauses of accepting.", labels=["action"]
+        )
+        for action, count in (
+            ("idle_closed", status.shed.idle), ("source_refused", status.shed.sources), ("accept_paused", status.shed.accepts),
+        ):  # fmt: skip
+            shed.add_metric([action], count)
+        yield from (level, pressure, shed)
 
     def _process_metrics(self, snapshot: Snapshot) -> Iterator[Metric]:
         last, greatest = self._sources.loop_lag_s()
@@ -93,6 +112,10 @@ class MeshCollector(Collector):
         yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(snapshot.faults_enabled))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        yield _counter(
+            "l4mesh_rate_overflows", "Connections whose source, workload or identity shared a bucket, the table being full.",
+            snapshot.rate_overflows,
+        )  # fmt: skip
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
         supervision = self._sources.supervision()
         if supervision:
@@ -140,18 +163,28 @@ def _cluster_metrics(snapshot: Snapshot) -> Iterator[Metric]:
     attempts = CounterMetricFamily("l4mesh_connect_attempts", "Dials.", labels=["cluster"])
     failures = CounterMetricFamily("l4mesh_connect_failures", "Dials that the endpoint failed.", labels=["cluster"])
     connect = HistogramMetricFamily("l4mesh_connect_seconds", "Time of dials that succeeded.", labels=["cluster"])
+    waiting = GaugeMetricFamily("l4mesh_connections_waiting", "Connections that wait for a place at a limit.", labels=["cluster"])
+    queued = CounterMetricFamily("l4mesh_connections_queued", "Connections that have waited for a place.", labels=["cluster"])
+    waited = CounterMetricFamily("l4mesh_queue_seconds", "Time that they have waited.", labels=["cluster"])
+    retrying = GaugeMetricFamily("l4mesh_connections_retrying", "Connections on an attempt after their first.", labels=["cluster"])
+    refused = CounterMetricFamily("l4mesh_retries_refused", "Attempts that the retry budget refused.", labels=["cluster"])
     for cluster in (*snapshot.clusters, snapshot.retired):
         opened.add_metric([cluster.name], cluster.opened)
         active.add_metric([cluster.name], cluster.active)
+        waiting.add_metric([cluster.name], cluster.waiting)
         if not cluster.opened:
             continue
+        queued.add_metric([cluster.name], cluster.queued)
+        waited.add_metric([cluster.name], cluster.queued_seconds)
+        retrying.add_metric([cluster.name], cluster.retrying)
+        refused.add_metric([cluster.name], cluster.retries_refused)
         _reasons(closed, cluster.name, cluster.closed)
         moved.add_metric([cluster.name, "to_upstream"], cluster.bytes_to_upstream)
         moved.add_metric([cluster.name, "to_downstream"], cluster.bytes_to_downstream)
         attempts.add_metric([cluster.name], cluster.connect_attempts)
         failures.add_metric([cluster.name], cluster.connect_failures)
         connect.add_metric([cluster.name], _buckets(cluster), cluster.connect_seconds_sum)
-    yield from (opened, active, closed, moved, attempts, failures, connect)
+    yield from (opened, active, closed, moved, attempts, failures, connect, waiting, queued, waited, retrying, refused)
     faults = CounterMetricFamily("l4mesh_faults_injected", "Connections that a fault was injected into.", labels=["cluster", "fault"])
     for cluster in (*snapshot.clusters, snapshot.retired):
         for fault in Fault:
@@ -243,6 +276,7 @@ def _worker_metrics(snapshot: Snapshot) -> Iterator[Metric]:
         (CounterMetricFamily, "bytes_copied", "Bytes moved through user memory.", "bytes_copied"),
         (CounterMetricFamily, "bytes_spliced", "Bytes moved inside the kernel.", "bytes_spliced"),
         (CounterMetricFamily, "stream_holds", "Times that a stream was left for a moment to gather more bytes.", "holds"),
+        (CounterMetricFamily, "accepts_put_aside", "Connections that waited for the turn of their source.", "put_aside"),
         (CounterMetricFamily, "bandwidth_waits", "Times that one direction of a connection waited for its bandwidth.", "throttles"),
     ]
     for kind, name, text, field in figures:

@@ -5,6 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from l4mesh._native.address cimport address_t
+from l4mesh._native.atomic cimport add_u, load_u
 from l4mesh._native.balance cimport (
     cluster_build, cluster_drop, cluster_pick, cluster_settings_t, cluster_t, endpoint_t, pick_t, pick_random,
 )
@@ -14,10 +15,13 @@ from l4mesh._native.bandwidth cimport (
 )
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
 from l4mesh._native.outlier cimport outlier_lived_ms, outlier_next, outlier_take, outlier_tell
+from l4mesh._native.overload cimport SHARE_BUCKETS, share_bucket, share_least
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
+from l4mesh._native.rates cimport arrival_take, rate_take
+from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
-from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
-from l4mesh._native.types cimport conn_t, engine_t, record_t, ring_t, worker_t
+from l4mesh._native.stats cimport CONNECT_BUCKETS, cluster_stat_t, connect_bucket, endpoint_stat_t
+from l4mesh._native.types cimport ARRIVALS, arrivals_t, conn_t, engine_t, rate_t, record_t, ring_t, worker_t
 from l4mesh._native.watchdog cimport thread_t, watch_look, watch_parse, watched_t
 from l4mesh._native.wheel cimport WHEEL_NONE, timer_t, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove, wheel_t
 
@@ -55,6 +59,12 @@ cdef class Wheel:
             fired.append(id)
             id = wheel_expire(&self.wheel, now_ms)
         return fired
+
+
+def share_of(uint64_t count):
+    """Bucket of a count of connections, the least count in it, and the number of buckets."""
+    cdef uint32_t bucket = share_bucket(count)
+    return bucket, share_least(bucket), <int> SHARE_BUCKETS
 
 
 cdef class Balancer:
@@ -282,6 +292,81 @@ def bucket_of(uint64_t ns):
 
 def n_buckets():
     return CONNECT_BUCKETS
+
+
+cdef class Rates:
+    """One bucket for all, and the table of buckets by key, under one rate and one clock that several threads move on."""
+
+    cdef rate_t rate
+    cdef uint64_t arrival_ns
+    cdef uint64_t now_ns
+    cdef arrivals_t *table
+
+    def __cinit__(self, uint64_t interval_ns, uint64_t burst, uint64_t now_ns=10**12, uint64_t seed=1):
+        self.set_rate(interval_ns, burst)
+        self.now_ns = now_ns
+        self.table = <arrivals_t *> calloc(1, sizeof(arrivals_t))
+        self.table.seed = seed
+
+    def __dealloc__(self):
+        free(self.table)
+
+    def set_rate(self, uint64_t interval_ns, uint64_t burst):
+        self.rate.interval_ns = interval_ns
+        self.rate.tolerance_ns = interval_ns * (burst - 1)
+
+    def pass_time(self, uint64_t ns):
+        self.now_ns += ns
+
+    def take(self):
+        return bool(rate_take(&self.arrival_ns, &self.rate, self.now_ns))
+
+    def take_key(self, uint64_t key):
+        return bool(arrival_take(self.table, key, &self.rate, self.now_ns))
+
+    def hammer(self, uint64_t until_ns, uint64_t step_ns, key=None):
+        """Takes as fast as it can, each time moving the clock on, and returns how often it was let pass."""
+        cdef uint64_t now_ns = 0, passed = 0
+        cdef uint64_t key_ = key or 0
+        with nogil:
+            while now_ns < until_ns:
+                now_ns = add_u(&self.now_ns, step_ns)
+                if key_:
+                    passed += arrival_take(self.table, key_, &self.rate, now_ns)
+                else:
+                    passed += rate_take(&self.arrival_ns, &self.rate, now_ns)
+        return passed
+
+    def flood(self, uint64_t first, uint64_t count):
+        """One connection of each of many keys; how many were let pass."""
+        cdef uint64_t key, passed = 0
+        with nogil:
+            for key in range(first, first + count):
+                passed += arrival_take(self.table, key, &self.rate, load_u(&self.now_ns))
+        return passed
+
+    @property
+    def overflows(self):
+        return self.table.overflows
+
+    @property
+    def places(self):
+        return ARRIVALS
+
+
+def take_retries(int64_t active, uint32_t permille, int64_t minimum, uint32_t wanted):
+    """How many of ``wanted`` retries at a time the budget lets through."""
+    cdef cluster_stat_t stat
+    cdef uint32_t _i, taken = 0
+    memset(&stat, 0, sizeof(stat))
+    stat.active = active
+    for _i in range(wanted):
+        taken += retry_take(&stat, permille, minimum)
+    return taken, stat.retrying
+
+
+def pause_ms(uint32_t first_ms, uint32_t attempts, uint64_t random):
+    return retry_pause_ms(first_ms, attempts, random)
 
 
 cdef class Watched:

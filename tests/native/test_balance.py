@@ -246,3 +246,12 @@ def test_ten_thousand_endpoints(balance: int) -> None:
 def test_a_small_cluster_is_small(balance: int) -> None:
     size = probe.Balancer(endpoints([1] * 10), balance).size
     assert size < (1100 if balance in (ROUND_ROBIN, LEAST, RANDOM) else 15_000)
+
+
+@pytest.mark.parametrize("balance", range(5))
+def test_the_endpoint_that_failed_last_is_tried_again_last(balance: int) -> None:
+    balancer = probe.Balancer(endpoints([1] * 3), balance)
+    for tried in ((0, 1, 2), (2, 0, 1), (1, 2, 0, 2)):
+        assert all(balancer.pick(source, tried) != tried[-1] for source in range(200))
+    for source in range(200):
+        assert balancer.pick(source, (0, 1)) == 2

@@ -193,7 +193,7 @@ class Mesh:
         for listener in status["listeners"]:
             assert listener["active"] == 0
         for cluster in self.get("/clusters")["clusters"]:
-            assert cluster["active"] == 0, cluster
+            assert cluster["active"] == cluster["waiting"] == cluster["retrying"] == 0, cluster
             assert cluster["opened"] == sum(cluster["closed"].values()), cluster
             assert all(endpoint["active"] == 0 for endpoint in cluster["endpoints"]), cluster
         pooled = 2 * sum(worker["pipes"] for worker in status["workers"])

@@ -12,11 +12,22 @@ from l4mesh.totals import Totals
 CLOSED = {CloseReason.DOWNSTREAM_CLOSED: 3}
 CLUSTER = ClusterSnapshot("c", 1, 4, CLOSED, 10, 20, 5, 1, 0.5, (1,) * 17, (2,) * len(Fault))
 LISTENER = ListenerSnapshot("l", 1, 4, CLOSED)
-WORKERS = (WorkerSnapshot(0, 1, 3, 0, False, 0, 4, 100, 10, 20, 0, 1), WorkerSnapshot(1, 0, 1, 0, True, 2, 4, 100, 10, 20, 0, 1))
+WORKERS = (WorkerSnapshot(0, 1, 3, 0, False, 0, 4, 100, 10, 20, 0, 1, 1), WorkerSnapshot(1, 0, 1, 0, True, 2, 4, 100, 10, 20, 0, 1, 1))
 TLS = TlsSnapshot({("downstream", True): 2}, {("upstream", TlsCause.EXPIRED): 1}, 7)
 ENDPOINT = EndpointSnapshot("c", "10.0.0.1:80", 5, "z", 1, 4, 1, 10, 20, False, {"no_answer": 2})
 SNAPSHOT = Snapshot(
-    9, WORKERS, (LISTENER,), (CLUSTER,), replace(CLUSTER, name="(removed)"), replace(LISTENER, name="(removed)"), 1, TLS, 1000, False, 0
+    9,
+    WORKERS,
+    (LISTENER,),
+    (CLUSTER,),
+    replace(CLUSTER, name="(removed)"),
+    replace(LISTENER, name="(removed)"),
+    1,
+    TLS,
+    1000,
+    False,
+    0,
+    0,
 )
 
 

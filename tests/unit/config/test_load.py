@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from l4mesh.config import schema
 from l4mesh.config.load import ConfigCache, load_config, parse_config
 from l4mesh.errors import ConfigError, Fault
-from l4mesh.model import Balance, Bandwidth, Expect, FaultRule, HealthCheck, WorkloadBandwidth
+from l4mesh.model import Balance, Bandwidth, Cluster, Expect, FaultRule, HealthCheck, Rate, Rates, WorkloadBandwidth
 
 CONF = Path(__file__).parents[3] / "conf"
 LISTENER = 'listeners: [{name: web, bind: "127.0.0.1:8080", cluster: a}]\n'
@@ -70,9 +70,11 @@ def test_the_reference_names_every_key_with_its_default() -> None:
         "max_connections",
         "max_connections_per_source",
         "max_handshakes_per_source",
+        "rates",
         "splice",
         "mark",
         "return_mark",
+        "overload",
     ):
         assert getattr(reference, key) == getattr(bare, key), key
 
@@ -145,6 +147,29 @@ def test_the_implicit_cluster_of_original_destinations_can_be_tuned() -> None:
     assert tuned.clusters["original_destination"].connect_timeout_ms == 7000
     with pytest.raises(ConfigError, match="must be left out"):
         parse_config(text + 'clusters: [{name: original_destination, endpoints: ["a:1"]}]')
+
+
+def test_a_rate_has_a_burst_of_a_second_unless_told() -> None:
+    text = (
+        'listeners: [{name: web, bind: "127.0.0.1:8080", cluster: a, limits: {rate: 1000/s, rate_per_source: 30/m, '
+        "rate_per_workload: {rate: 90/m, burst: 7}, rate_per_identity: off}}]\n"
+        'clusters: [{name: a, endpoints: ["a:1"]}]\nlimits: {rate_per_identity: 10/h}\n'
+    )
+    config = parse_config(text)
+    assert config.listeners["web"].rates == Rates(Rate(1000, 1, 1000), Rate(30, 60, 1), Rate(90, 60, 7), None)
+    assert config.listeners["web"].rates.source == Rate(30, 60, 1)
+    assert config.rates == Rates(identity=Rate(10, 3600, 1))
+    assert [rate.interval_ns for rate in (Rate(1000, 1, 1), Rate(30, 60, 1), Rate(3, 1, 1))] == [10**6, 2 * 10**9, 333_333_333]
+
+
+def test_pauses_have_their_time_in_the_budget_of_all_attempts() -> None:
+    def cluster(connect: str) -> Cluster:
+        return parse_config(LISTENER + f'clusters: [{{name: a, endpoints: ["a:1"], connect: {connect}}}]').clusters["a"]
+
+    assert cluster("{}").connect_budget_ms == 3000
+    assert cluster("{attempts: 4, backoff: 25ms}").connect_budget_ms == 4000 + 25 * (1 + 2 + 4)
+    assert cluster("{attempts: 8, backoff: 25ms, budget: 2s}").connect_budget_ms == 2000
+    assert (cluster("{retry_budget: off}").retry_share, cluster("{retry_budget: off}").retry_minimum) == (0.0, -1)
 
 
 def test_health_checks_have_their_defaults_and_follow_the_cluster_s_tls() -> None:

@@ -1,0 +1,148 @@
+"""One source opens connections as fast as it can, hundreds at a time: what another notices that opens few at a fixed rate.
+
+A connection of the other counts from when it was due until its first byte has come back. The storm gives way to it on the load's CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.generator import ROOT, Target, Void, build, percentile
+from bench.process import Place
+from bench.rows import PLAIN_PEERS
+from bench.stage import Machine, Stage
+
+ENTRIES = (*PLAIN_PEERS, "l4mesh")
+RATE = 200
+AT_ONCE = 400
+SECONDS = 2
+REPEATS = 3
+STORM_COUNT = 1000
+ANSWER_S = 30.0
+OTHER = "127.10.0.2"
+
+
+@dataclass(frozen=True, slots=True)
+class Fairness:
+    """µs of the other's connections, without and beside the storm; connections a second that the storm made."""
+
+    entry: str
+    calm_p50: float
+    calm_p99: float
+    storm_p50: float
+    storm_p99: float
+    storm_rate: float
+
+
+def run_fairness(machine: Machine, proxies: Sequence[str], repeats: int, seed: int) -> list[Fairness]:
+    """Raises Void when a connection fails."""
+    entries = [entry for entry in ENTRIES if entry in proxies]
+    shuffle = random.Random(seed).shuffle
+    measured = []
+    with Stage(machine, entries) as stage:
+        for turn in range(repeats):
+            shuffle(entries)
+            measured += [_measure(stage, entry, turn) for entry in entries]
+    return measured
+
+
+def summarize_fairness(measured: Sequence[Fairness]) -> dict[str, Any]:
+    """``entries``: the median of each figure over the rounds."""
+    rounds = [asdict(one) for one in measured]
+    entries = {}
+    for name in dict.fromkeys(one.entry for one in measured):
+        own = [taken for taken in rounds if taken["entry"] == name]
+        entries[name] = {key: statistics.median(taken[key] for taken in own) for key in Fairness.__slots__ if key != "entry"}
+    return {"entries": entries, "rounds": rounds}
+
+
+def _measure(stage: Stage, entry: str, turn: int) -> Fairness:
+    target = stage.target(entry)
+    calm = _open_at_rate(stage.load_place, target)
+    # A source for each round: the ports of the one before are still in TIME_WAIT.
+    with _storm(stage.load_place, Target(target.host, target.port, f"127.11.{turn}.1", 1)) as counts:
+        beside = _open_at_rate(stage.load_place, target)
+    return Fairness(entry, *calm, *beside, counts[0])
+
+
+@contextmanager
+def _storm(place: Place, target: Target) -> Iterator[list[float]]:
+    """A storm that has begun; gives, at its end, the connections it has made a second."""
+    rates: list[float] = []
+    task = {"host": target.host, "port": target.port, "source": target.first_source}
+    command = place.command(["nice", "-n", "19", sys.executable, "-m", "bench.fairness", "storm", json.dumps(task)])
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        yield rates
+        process.stdin.close()
+        line = process.stdout.readline()
+        if not line:
+            raise Void("the storm died")
+        rates.append(json.loads(line))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _open_at_rate(place: Place, target: Target) -> tuple[float, float]:
+    """p50 and p99 in µs."""
+    task = json.dumps({"host": target.host, "port": target.port})
+    command = place.command([sys.executable, "-m", "bench.fairness", "rate", task])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        raise Void("a connection beside the storm failed")
+    p50, p99 = json.loads(done.stdout)
+    return p50, p99
+
+
+# ---------------------------------------------------------------- the processes that make it
+
+
+def _run_rate(host: str, port: int) -> tuple[float, float]:
+    took = []
+    start = time.monotonic()
+    for number in range(RATE * SECONDS):
+        due = start + number / RATE
+        time.sleep(max(0.0, due - time.monotonic()))
+        with socket.create_connection((host, port), ANSWER_S, (OTHER, 0)) as client:
+            client.sendall(b"x")
+            if client.recv(1) != b"x":
+                raise ConnectionError("closed before it answered")
+        took.append(round((time.monotonic() - due) * 1e9))
+    took.sort()
+    return percentile(took, 0.5) / 1e3, percentile(took, 0.99) / 1e3
+
+
+def _run_storm(host: str, port: int, source: str) -> float:
+    """Until standard input ends."""
+    load = build()
+    start, made = time.monotonic(), 0
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        load.connect_each(host, port, STORM_COUNT, AT_ONCE, 64, source, 1, made)
+        if made == 0:
+            print(flush=True)
+        made += STORM_COUNT
+    return made / (time.monotonic() - start)
+
+
+def main() -> None:
+    what, task = sys.argv[1], json.loads(sys.argv[2])
+    print(json.dumps(_run_storm(**task) if what == "storm" else _run_rate(**task)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

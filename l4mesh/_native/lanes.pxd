@@ -1,0 +1,75 @@
+# Implementation, inlined into _fastpath: whose turn it is when more is wanted than can be served.
+#
+# The kernel's queue of connections is one for all sources, first in first out, and so is that of events: behind a source that opens
+# hundreds of connections everybody else waits. So a deep queue is accepted at once and put aside in lanes by source, and while a
+# source has a lane the events of its other connections go there as well. Lanes are served in turn, few in a turn of the worker
+# (stochastic fairness queueing, McKenney, INFOCOM 1990; one connection is the quantum, so that no deficit need be kept), and those
+# that have none are served at once. While the queue is shallow nothing is put aside.
+
+from libc.stdint cimport uint32_t
+
+from l4mesh._native.queue cimport queue_push, queue_remove, source_lane
+from l4mesh._native.slab cimport conn_at
+from l4mesh._native.types cimport LANES, QUEUED_LANE, conn_t, lanes_t, worker_t
+from l4mesh._native.wheel cimport WHEEL_NONE
+
+cdef enum:
+    LANE_DIRECT = 4              # accepted at one event that are served at once
+    LANE_TURN = 4                # served from lanes in a turn of the worker
+    LANES_FULL = 4096            # in lanes; the rest stays with the kernel
+    LANE_IDLE = 0xfffffffe       # in the place of the lane that follows: has no turn
+
+
+cdef inline void lanes_init(lanes_t *lanes) noexcept nogil:
+    cdef uint32_t i
+    lanes.first = lanes.last = WHEEL_NONE
+    for i in range(LANES):
+        lanes.lanes[i].head = lanes.lanes[i].tail = WHEEL_NONE
+        lanes.following[i] = LANE_IDLE
+
+
+cdef inline void lanes_append(lanes_t *lanes, uint32_t lane) noexcept nogil:
+    lanes.following[lane] = WHEEL_NONE
+    if lanes.last == WHEEL_NONE:
+        lanes.first = lane
+    else:
+        lanes.following[lanes.last] = lane
+    lanes.last = lane
+
+
+cdef inline bint lane_is_in_use(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # Whether something of the connection's source waits.
+    return worker.lanes.n and worker.lanes.lanes[source_lane(worker, conn)].head != WHEEL_NONE
+
+
+cdef inline void lanes_push(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # To the end of its source's lane, unless it is in a list already.
+    cdef uint32_t lane
+    if conn.queued:
+        return
+    lane = source_lane(worker, conn)
+    if worker.lanes.following[lane] == LANE_IDLE:
+        lanes_append(&worker.lanes, lane)
+    queue_push(worker, conn, slot, QUEUED_LANE)
+    worker.lanes.n += 1
+
+
+cdef inline uint32_t lanes_pop(worker_t *worker) noexcept nogil:
+    # The next connection, out of its lane; WHEEL_NONE: there is none.
+    cdef lanes_t *lanes = &worker.lanes
+    cdef uint32_t lane, slot
+    while lanes.first != WHEEL_NONE:
+        lane = lanes.first
+        lanes.first = lanes.following[lane]
+        if lanes.first == WHEEL_NONE:
+            lanes.last = WHEEL_NONE
+        lanes.following[lane] = LANE_IDLE
+        slot = lanes.lanes[lane].head
+        if slot == WHEEL_NONE:
+            # Those in it have ended meanwhile.
+            continue
+        queue_remove(worker, conn_at(worker, slot))
+        if lanes.lanes[lane].head != WHEEL_NONE:
+            lanes_append(lanes, lane)
+        return slot
+    return WHEEL_NONE
