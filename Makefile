@@ -55,6 +55,7 @@ fuzz: ## five minutes of hostile bytes at the parsers of unauthenticated input, 
 soak: ## ten minutes of hostile traffic with every byte checked, and ten of a storm beside mutual TLS
 	@.ci/bootstrap test
 	@L4MESH_SOAK_SECONDS=600 $(PYTEST) tests/flow/test_soak.py tests/flow/test_storm.py --timeout 1200
+	@L4MESH_SHORTAGE_SAMPLES=30000 $(PYTEST) tests/flow/test_shortage.py --timeout 7200
 
 clean: ## everything that was built
 	rm -rf .venv .cache build l4mesh/*.so l4mesh/_fastpath.c tests/native/*.so tests/native/*.c

@@ -38,6 +38,9 @@ from l4mesh._native.outlier cimport (
     outlier_connected, outlier_dial_failed, outlier_ended, outlier_finished, outlier_lived, outlier_next, outlier_refused_tls,
     outlier_take,
 )
+from l4mesh._native.overload cimport (
+    SHARE_BUCKETS, overload_ends, overload_pauses, overload_source_limit, share_least, sources_measure,
+)
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
@@ -84,6 +87,8 @@ cdef enum:
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
     EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     TUNE_BYTES = 1048576          # what makes a half a stream, whose socket is worth a look
+    LATE_MS = 500                 # by which no timer is late while the worker runs
+    LATE_TURNS = 1000             # that timers wait at most for events to be heard
     SWEEP_STEP = 256              # live connections that a sweep looks at in one turn
 
 
@@ -234,10 +239,14 @@ cdef void accept_resume(worker_t *worker) noexcept nogil:
     cdef epoll_event event
     cdef uint32_t i
     worker.accept_paused_until_ms = 0
+    worker.accept_spent = 0
     for i in range(worker.n_armed):
         event.events = EPOLLIN
         event.data.u64 = (<uint64_t> TAG_LISTENER << 32) | i
-        epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event)
+        if epoll_ctl(worker.epoll_fd, EPOLL_CTL_ADD, worker.armed[i].fd, &event) != 0 and errno != EEXIST:
+            # The kernel is out of memory or of watches: once more in a moment, or nobody would ever be accepted here again.
+            accept_pause(worker)
+            return
 
 
 cdef void worker_set_accept_mode(worker_t *worker, int64_t mode) noexcept nogil:
@@ -269,7 +278,10 @@ cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil
     cdef uint32_t taken = 0
     cdef int fd
     while taken < armed.burst:
-        if load(&worker.engine.active) >= worker.plan.max_connections:
+        if load(&worker.engine.active) >= worker.plan.max_connections or (
+            # Not where all that waits has to be taken.
+            armed.burst <= ACCEPT_BURST_MAX and overload_pauses(worker)
+        ):
             accept_pause(worker)
             return
         size = sizeof(storage)
@@ -282,6 +294,7 @@ cdef void listener_accept(worker_t *worker, uint32_t armed_index) noexcept nogil
             # Anything else is an error of the one connection that was to be accepted (accept(2)).
             return
         taken += 1
+        worker.accept_spent += 1
         if not conn_accept(worker, listener, fd, &storage):
             accept_pause(worker)
             return
@@ -295,6 +308,12 @@ cdef bint conn_accept(
     cdef uint32_t slot
     cdef conn_t *conn = slab_take(worker, &slot)
     if conn == NULL:
+        # Counted all the same; only a record of it there can't be.
+        worker.accepted += 1
+        listener.stat.rows[worker.index].opened += 1
+        listener.stat.rows[worker.index].closed[<int> CLOSE_LOCAL_EXHAUSTED] += 1
+        worker.engine.no_cluster.rows[worker.index].opened += 1
+        worker.engine.no_cluster.rows[worker.index].closed[<int> CLOSE_LOCAL_EXHAUSTED] += 1
         socket_close(fd, True)
         return False
     conn.side[DOWNSTREAM].fd = fd
@@ -405,10 +424,11 @@ cdef int listener_tls_mode(const plan_t *plan, const listener_t *listener, uint1
 cdef void conn_admit(worker_t *worker, conn_t *conn, uint32_t slot, const listener_t *listener) noexcept nogil:
     # Limits; then the first bytes, where they decide something; then the route.
     cdef const plan_t *plan = worker.plan
-    if plan.max_connections_per_source and not source_take(
-        worker.engine.sources, &conn.source, plan.max_connections_per_source, &conn.source_count
-    ):
-        conn_refuse(worker, conn, slot, CLOSE_LIMIT_SOURCE)
+    cdef int64_t limit = plan.max_connections_per_source
+    cdef bint lowered = overload_source_limit(worker, &limit)
+    if limit and not source_take(worker.engine.sources, &conn.source, limit, &conn.source_count):
+        worker.shed[<int> SHED_SOURCE] += lowered
+        conn_refuse(worker, conn, slot, CLOSE_OVERLOAD if lowered else CLOSE_LIMIT_SOURCE)
         return
     conn.tls_mode = <uint8_t> listener_tls_mode(plan, listener, conn.destination.port)
     if (
@@ -757,7 +777,9 @@ cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
         else:
             # Not a reset: the alert that says why is on its way.
             worker.tls_failures[DOWNSTREAM][<int> side.tls.cause] += 1
-            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_TLS, False)
+            conn_finish(
+                worker, conn, slot, CLOSE_LOCAL_EXHAUSTED if side.tls.cause == TLS_INTERNAL else CLOSE_DOWNSTREAM_TLS, False
+            )
 
 
 cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
@@ -972,7 +994,7 @@ cdef int dial_reason(int error) noexcept nogil:
         return CLOSE_CONNECT_UNREACHABLE
     if (
         error == EADDRNOTAVAIL or error == EADDRINUSE or error == EMFILE or error == ENFILE or error == ENOBUFS
-        or error == ENOMEM or error == EACCES or error == EPERM or error == EAGAIN
+        or error == ENOMEM or error == ENOSPC or error == EACCES or error == EPERM or error == EAGAIN
     ):
         return CLOSE_LOCAL_EXHAUSTED
     return CLOSE_CONNECT_FAILED
@@ -1123,6 +1145,9 @@ cdef void dial_failed_tls(worker_t *worker, conn_t *conn, int cause) noexcept no
     conn.alert = conn.side[UPSTREAM].tls.alert
     conn.tls_cause = <uint8_t> cause
     worker.tls_failures[UPSTREAM][<int> cause] += 1
+    if cause == TLS_INTERNAL:
+        dial_failed(worker, conn, ENOMEM)
+        return
     dial_failed(worker, conn, EPROTO)
     conn.phase.dial.last_reason = CLOSE_UPSTREAM_TLS
 
@@ -1304,7 +1329,9 @@ cdef bint conn_blame_tls(worker_t *worker, conn_t *conn, int side) noexcept nogi
         return False
     conn.end_reason = CLOSE_DOWNSTREAM_TLS if side == DOWNSTREAM else CLOSE_UPSTREAM_TLS
     worker.tls_failures[side][<int> tls.cause] += 1
-    if side == UPSTREAM and not tls.flags & TLS_ANSWERED and not conn_is_faulted(conn):
+    if tls.cause == TLS_INTERNAL:
+        conn.end_reason = CLOSE_LOCAL_EXHAUSTED
+    elif side == UPSTREAM and not tls.flags & TLS_ANSWERED and not conn_is_faulted(conn):
         # A TLS 1.3 server judges our certificate when our handshake is over: this one has refused it.
         conn.cluster_stat.rows[worker.index].connect_failures += 1
         if conn.endpoint_stat != NULL:
@@ -1339,7 +1366,10 @@ cdef void conn_drain(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
     cdef flow_t flow = FLOW_END
     if not half.flags & (HALF_SHUT | HALF_DROPPED):
         flow = half_step(worker, conn, side)
-    if flow == FLOW_SOURCE_RESET and conn.end_reason != CLOSE_DOWNSTREAM_TLS and conn.end_reason != CLOSE_UPSTREAM_TLS:
+    if (
+        flow == FLOW_SOURCE_RESET and conn.end_reason != CLOSE_DOWNSTREAM_TLS and conn.end_reason != CLOSE_UPSTREAM_TLS
+        and conn.end_reason != CLOSE_LOCAL_EXHAUSTED
+    ):
         # A peer that refuses us says why, and resets: the write that met the reset came before the read that finds the alert.
         conn_blame_tls(worker, conn, side)
     if flow == FLOW_MORE:
@@ -1426,6 +1456,8 @@ cdef void worker_sweep(worker_t *worker) noexcept nogil:
         if conn.state == CONN_RELAYING or (conn.state == CONN_DIALLING and conn.attempts):
             if worker.sweep_trust and not conn_still_trusted(worker, conn, &reason):
                 conn_finish(worker, conn, worker.sweep_slot, reason, True)
+            elif conn.state == CONN_RELAYING and overload_ends(worker, conn):
+                conn_finish(worker, conn, worker.sweep_slot, CLOSE_OVERLOAD, True)
             else:
                 conn_look(worker, conn, worker.sweep_slot, True)
         worker.sweep_slot += 1
@@ -1792,6 +1824,17 @@ cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
             worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
 
 
+cdef bint worker_is_behind(worker_t *worker, int n) noexcept nogil:
+    # Whether it stood still (a stopped process, a machine that was paused) and has not heard yet all who have said something since:
+    # nobody's time is up before that. `n`: events of this turn, -1 when a signal ended the wait.
+    cdef uint64_t due = wheel_next_ms(&worker.wheel)
+    if due and worker.now_ms >= due + LATE_MS and (n < 0 or n == MAX_EVENTS or worker.heavy.head != WHEEL_NONE):
+        worker.late_turns += 1
+        return worker.late_turns < LATE_TURNS
+    worker.late_turns = 0
+    return False
+
+
 cdef void worker_turn(worker_t *worker) noexcept nogil:
     # One turn: wait, adopt a new plan, serve events, then those that used up their budget, then streams that were held long enough,
     # then handshakes, then timers.
@@ -1844,11 +1887,12 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         doing(worker, DOING_HELD, worker.held.head)
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
     worker_serve_heavy(worker)
-    slot = wheel_expire(&worker.wheel, worker.now_ms)
-    while slot != WHEEL_NONE:
-        doing(worker, DOING_TIMER, slot)
-        conn_timeout(worker, conn_at(worker, slot), slot)
+    if not worker_is_behind(worker, n):
         slot = wheel_expire(&worker.wheel, worker.now_ms)
+        while slot != WHEEL_NONE:
+            doing(worker, DOING_TIMER, slot)
+            conn_timeout(worker, conn_at(worker, slot), slot)
+            slot = wheel_expire(&worker.wheel, worker.now_ms)
     if worker.sweep_end:
         doing(worker, DOING_SWEEP, 0)
         worker_sweep(worker)

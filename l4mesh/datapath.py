@@ -43,6 +43,7 @@ from l4mesh.snapshot import (
     ConnectionSnapshot,
     EndpointSnapshot,
     ListenerSnapshot,
+    ShedSnapshot,
     Snapshot,
     TlsSnapshot,
     WorkerSnapshot,
@@ -350,6 +351,27 @@ class Datapath:
     def active(self) -> int:
         """Live connections."""
         return self._engine.active
+
+    @property
+    def max_connections(self) -> int:
+        return self._max_connections
+
+    def shed(self, idle_cap_ms: int, source_share: int, accepts_per_s: int, sweep: bool) -> None:
+        """What is done about overload from now on; 0 is off. ``sweep``: end connections that have been idle for longer than
+        ``idle_cap_ms``, now. ``source_share``: live connections that one source may have."""
+        # A pause is a tenth of a second.
+        budget = max(1, accepts_per_s // (10 * self._n_workers)) if accepts_per_s else 0
+        self._engine.shed(idle_cap_ms, source_share, budget, sweep)
+
+    def read_shed(self) -> ShedSnapshot:
+        shed = [self._engine.read_shed(index) for index in range(self._n_workers)]
+        workers = [self._engine.read_worker(index) for index in range(self._n_workers)]
+        idle, sources, accepts, unused = map(sum, zip(*shed, strict=True))
+        return ShedSnapshot(idle, sources, accepts, unused, sum(worker[1] for worker in workers), sum(worker[5] for worker in workers))
+
+    def measure_sources(self) -> list[tuple[int, int]] | None:
+        """(Live connections, sources that have as many), ascending; None while not all connections are counted yet."""
+        return self._engine.measure_sources() if self._engine.swept else None
 
     async def stop_accepting(self) -> None:
         """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""

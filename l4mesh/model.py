@@ -284,6 +284,22 @@ class ClusterDrain:
 
 
 @dataclass(frozen=True, slots=True)
+class Overload:
+    """Shares of each resource from which on the process sheds; 0: it does not look at it."""
+
+    connections: float = 0.0
+    """Of the limit of the process."""
+    descriptors: float = 0.0
+    memory: float = 0.0
+    memory_limit_bytes: int = 0
+    """Of the resident set; 0: the control group's limit, or else the machine's memory."""
+    cpu: float = 0.0
+    accept_queue: float = 0.0
+    idle_ms: int = 10_000
+    """What idle timeouts are shortened to at most."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """How the process ends: connections have ``time_ms`` to end by themselves, those that are left are closed over ``over_ms``."""
 
@@ -541,6 +557,7 @@ class Config:
     faults_enabled: bool = False
     """Whether the faults of routes and clusters are in force."""
     drain: Drain = Drain()
+    overload: Overload = Overload()
     digest: str = field(default="", compare=False)
     """SHA-256 over the contents of all files, hexadecimal: equal digests are equal configurations."""
 

@@ -45,6 +45,22 @@ class WorkerSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class ShedSnapshot:
+    """What the workers did about overload, and what the decision about it needs to know of them."""
+
+    idle: int = 0
+    """Connections that ended because they were idle."""
+    sources: int = 0
+    """Connections that were refused because their source has more than its share."""
+    accepts: int = 0
+    """Pauses of accepting."""
+    unused_bytes: int = 0
+    """Of the tables of connections, kept for those to come."""
+    accepted: int = 0
+    pipes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ListenerSnapshot:
     name: str
     active: int

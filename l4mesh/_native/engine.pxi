@@ -200,6 +200,44 @@ cdef class Engine:
         store_release(&self.engine.sweep, self.engine.sweep + 1)
         self.wake()
 
+    def shed(self, int64_t idle_cap_ms, int64_t source_share, int64_t accept_budget, bint sweep) -> None:
+        """What the workers do about overload from now on. Connections that have been idle for longer than ``idle_cap_ms`` end when
+        ``sweep`` makes the workers look; a source may have ``source_share`` live connections; a worker accepts ``accept_budget``
+        between two pauses. 0 is off, for each."""
+        store(&self.engine.idle_cap_ms, idle_cap_ms)
+        store(&self.engine.source_share, source_share)
+        store(&self.engine.accept_budget, accept_budget)
+        if sweep:
+            self.sweep()
+
+    @property
+    def swept(self) -> bool:
+        """Whether every worker has looked at all connections since the last sweep was asked for."""
+        cdef uint32_t i
+        for i in range(self.engine.n_workers):
+            if load_u(&self.workers[i].sweep) != self.engine.sweep or self.workers[i].sweep_end:
+                return False
+        return True
+
+    def read_shed(self, uint32_t index) -> tuple[int, int, int, int]:
+        """Of one worker: idle connections ended, connections of the worst sources refused, pauses of accepting; and bytes of its
+        table of connections that hold none."""
+        cdef worker_t *worker = self.workers[index]
+        return (
+            load_u(&worker.shed[<int> SHED_IDLE]), load_u(&worker.shed[<int> SHED_SOURCE]), load_u(&worker.shed[<int> SHED_ACCEPTS]),
+            (<int64_t> worker.n_chunks * CONN_CHUNK - load(&worker.active)) * <int64_t> sizeof(conn_t),
+        )
+
+    def measure_sources(self) -> list[tuple[int, int]]:
+        """(Live connections, sources that have as many), ascending; above 16 within 6 %. Of connections that were counted: those of
+        a time with a source limit or a share."""
+        cdef uint64_t sources[SHARE_BUCKETS]
+        cdef uint32_t i
+        memset(sources, 0, sizeof(sources))
+        with nogil:
+            sources_measure(self.engine.sources, sources)
+        return [(share_least(i), sources[i]) for i in range(SHARE_BUCKETS) if sources[i]]
+
     def set_accept_mode(self, int64_t mode) -> None:
         """0: accept. 1: accept what waits, then no more. 2: leave what waits to somebody else who has the sockets."""
         store(&self.engine.accept_mode, mode)

@@ -134,8 +134,11 @@ cdef inline const gcm_key_data *gcm_expanded(const gcm_t *gcm) noexcept nogil:
 
 cdef inline gcm_t *gcm_new(const gcm_kind_t *kind) noexcept nogil:
     cdef gcm_t *gcm = <gcm_t *> calloc(1, sizeof(gcm_t))
-    if gcm != NULL:
-        gcm.kind = kind
+    if gcm == NULL:
+        # As OpenSSL's own ciphers do, so that whoever looks knows what it was.
+        l4_raise_out_of_memory()
+        return NULL
+    gcm.kind = kind
     return gcm
 
 

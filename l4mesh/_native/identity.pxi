@@ -91,11 +91,22 @@ cdef OSSL_LIB_CTX *tls_library():
     return own_library
 
 
-cdef X509 *read_certificate(BIO *bio):
-    # The next one in PEM, or NULL.
+cdef BIO *open_pem(bytes pem) except NULL:
+    cdef BIO *bio = BIO_new_mem_buf(<const char *> pem, <int> len(pem))
+    if bio == NULL:
+        raise MemoryError
+    ERR_clear_error()
+    return bio
+
+
+cdef X509 *read_certificate(BIO *bio) except? NULL:
+    # The next one, or NULL. The end is not to be mistaken for a want of memory: half a bundle would be taken for the whole.
     cdef X509 *cert = X509_new_ex(tls_library(), NULL)
     cdef X509 *read = PEM_read_bio_X509(bio, &cert, NULL, NULL) if cert != NULL else NULL
     if read == NULL:
+        if cert == NULL or l4_out_of_memory():
+            X509_free(cert)
+            raise MemoryError
         X509_free(cert)
     return read
 
@@ -122,9 +133,13 @@ cdef class TlsContext:
         self.context.identity_length = parsed.whole.length
         self.context.trust.domain_length = parsed.trust_domain.length
         memcpy(self.context.trust.domain, parsed.trust_domain.at, parsed.trust_domain.length)
-        EVP_Digest(<const uint8_t *> bundle, len(bundle), self.context.trust.bundle, NULL, EVP_sha256(), NULL)
         ERR_clear_error()
+        # What a chain is remembered by: two bundles must never have the same.
+        if EVP_Digest(<const uint8_t *> bundle, len(bundle), self.context.trust.bundle, NULL, EVP_sha256(), NULL) != 1:
+            raise MemoryError
         if not context_configure(self.context.ctx, id):
+            if l4_out_of_memory():
+                raise MemoryError
             raise ValueError("this OpenSSL lacks a cipher or a group that is needed")
         self.add_certificates(certificates)
         self.add_key(private_key)
@@ -135,7 +150,7 @@ cdef class TlsContext:
         free(self.context.identity)
 
     cdef int add_certificates(self, bytes pem) except -1:
-        cdef BIO *bio = BIO_new_mem_buf(<const char *> pem, <int> len(pem))
+        cdef BIO *bio = open_pem(pem)
         cdef X509 *cert
         cdef int n = 0
         cdef int ok = 1
@@ -149,36 +164,43 @@ cdef class TlsContext:
                 n += 1
         finally:
             BIO_free(bio)
-            ERR_clear_error()
         if n == 0 or not ok:
+            if l4_out_of_memory():
+                raise MemoryError
             raise ValueError("the certificate can't be read as PEM")
         return 0
 
     cdef int add_key(self, bytes pem) except -1:
-        cdef BIO *bio = BIO_new_mem_buf(<const char *> pem, <int> len(pem))
+        cdef BIO *bio = open_pem(pem)
         cdef EVP_PKEY *key = PEM_read_bio_PrivateKey(bio, NULL, NULL, <void *> b"")
         cdef int ok = key != NULL and SSL_CTX_use_PrivateKey(self.context.ctx, key) == 1
         ok = ok and SSL_CTX_check_private_key(self.context.ctx) == 1
         EVP_PKEY_free(key)
         BIO_free(bio)
-        ERR_clear_error()
         if not ok:
+            if l4_out_of_memory():
+                raise MemoryError
             raise ValueError("the private key can't be read, is encrypted, or does not belong to the certificate")
         return 0
 
     cdef int add_bundle(self, bytes pem) except -1:
-        cdef BIO *bio = BIO_new_mem_buf(<const char *> pem, <int> len(pem))
+        cdef BIO *bio = open_pem(pem)
         cdef X509_STORE *trusted = SSL_CTX_get_cert_store(self.context.ctx)
         cdef X509 *cert
         cdef int n = 0
-        while True:
-            cert = read_certificate(bio)
-            if cert == NULL:
-                break
-            n += X509_STORE_add_cert(trusted, cert)
-            X509_free(cert)
-        BIO_free(bio)
-        ERR_clear_error()
+        cdef int ok = 1
+        try:
+            while ok:
+                cert = read_certificate(bio)
+                if cert == NULL:
+                    break
+                ok = X509_STORE_add_cert(trusted, cert)
+                X509_free(cert)
+                n += 1
+        finally:
+            BIO_free(bio)
+        if not ok:
+            raise MemoryError
         if n == 0:
             raise ValueError("the trust bundle holds no certificate in PEM")
         return 0

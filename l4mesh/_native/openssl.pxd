@@ -29,6 +29,15 @@ cdef extern from *:
     static inline void l4_bio_no_retry(BIO *bio) { BIO_clear_retry_flags(bio); }
     static inline int l4_add_chain(SSL_CTX *ctx, X509 *cert) { return (int) SSL_CTX_add1_chain_cert(ctx, cert); }
     static inline int l4_peek_reason(void) { return ERR_GET_REASON(ERR_peek_last_error()); }
+    static inline void l4_raise_out_of_memory(void) { ERR_raise(ERR_LIB_PROV, ERR_R_MALLOC_FAILURE); }
+    /* Whether OpenSSL has just failed for want of memory, whatever else it made of it. Empties the queue of errors. */
+    static inline int l4_out_of_memory(void)
+    {
+        unsigned long error;
+        int found = 0;
+        while ((error = ERR_get_error()) != 0) found |= ERR_GET_REASON(error) == ERR_R_MALLOC_FAILURE;
+        return found;
+    }
     static inline int64_t l4_unix_s(const ASN1_TIME *time)
     {
         struct tm tm;
@@ -113,7 +122,7 @@ cdef extern from *:
         SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, TLS1_2_VERSION, TLS1_3_VERSION
         SSL_TICKET_SUCCESS, SSL_TICKET_SUCCESS_RENEW
         SSL_TICKET_RETURN_IGNORE_RENEW, SSL_TICKET_RETURN_USE
-        X509_V_ERR_CERT_REVOKED, X509_V_ERR_CERT_REJECTED, X509_V_ERR_CERT_HAS_EXPIRED
+        X509_V_ERR_CERT_REVOKED, X509_V_ERR_CERT_REJECTED, X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_OUT_OF_MEM
         X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
         X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN, X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
         X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE, X509_V_ERR_CERT_SIGNATURE_FAILURE, X509_V_FLAG_PARTIAL_CHAIN
@@ -123,8 +132,8 @@ cdef extern from *:
         OSSL_FUNC_CIPHER_GET_CTX_PARAMS, OSSL_FUNC_CIPHER_GETTABLE_CTX_PARAMS, OSSL_FUNC_CIPHER_SET_CTX_PARAMS
         OSSL_FUNC_CIPHER_SETTABLE_CTX_PARAMS
         OSSL_FUNC_PROVIDER_QUERY_OPERATION, OSSL_FUNC_PROVIDER_GET_CAPABILITIES
-        EXFLAG_CA, KU_KEY_CERT_SIGN, KU_CRL_SIGN, BIO_CTRL_FLUSH, BIO_TYPE_SOURCE_SINK, SSL3_RT_HANDSHAKE
-        SSL3_MT_KEY_UPDATE, SSL_CB_READ_ALERT
+        EXFLAG_CA, EXFLAG_INVALID, KU_KEY_CERT_SIGN, KU_CRL_SIGN, BIO_CTRL_FLUSH, BIO_TYPE_SOURCE_SINK, SSL3_RT_HANDSHAKE
+        SSL3_MT_KEY_UPDATE, SSL_CB_READ_ALERT, SSL_CB_WRITE_ALERT, SSL_AD_INTERNAL_ERROR
         SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE, SSL_R_NO_SHARED_CIPHER, SSL_R_UNSUPPORTED_PROTOCOL, SSL_R_VERSION_TOO_LOW
         SSL_R_WRONG_VERSION_NUMBER, SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST
         SSL_R_NO_SUITABLE_KEY_SHARE, SSL_R_NO_SHARED_GROUPS, SSL_R_UNKNOWN_PROTOCOL, SSL_R_NO_PROTOCOLS_AVAILABLE
@@ -268,6 +277,8 @@ cdef extern from *:
 
     void ERR_clear_error() noexcept nogil
     int l4_peek_reason() noexcept nogil
+    void l4_raise_out_of_memory() noexcept nogil
+    bint l4_out_of_memory() noexcept nogil
     const char *OpenSSL_version(int what) noexcept nogil
     unsigned long OpenSSL_version_num() noexcept nogil
     void OPENSSL_cleanse(void *memory, size_t size) noexcept nogil

@@ -88,6 +88,8 @@ cdef class Cluster:
         self.add_peers(peers)
         if sni:
             self.cluster.sni = strdup(sni)
+            if self.cluster.sni == NULL:
+                raise MemoryError
         self.stat = stat
         self.endpoint_stats = tuple([endpoint[4] for endpoint in endpoints])
 

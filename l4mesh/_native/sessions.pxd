@@ -48,8 +48,11 @@ cdef inline bint session_keep(
 
 
 cdef inline void session_forget(worker_t *worker, uint64_t context_id, const address_t *endpoint) noexcept nogil:
-    cdef session_t *place = session_place(worker, context_id, endpoint)
-    if place != NULL and place.session != NULL and place.context_id == context_id and address_equal(&place.endpoint, endpoint):
+    cdef session_t *place
+    if worker.sessions == NULL:
+        return
+    place = session_place(worker, context_id, endpoint)
+    if place.session != NULL and place.context_id == context_id and address_equal(&place.endpoint, endpoint):
         SSL_SESSION_free(place.session)
         place.session = NULL
 

@@ -176,7 +176,7 @@ cdef inline int tls_check_leaf(worker_t *worker, tls_t *tls, X509 *cert) noexcep
     cdef uint32_t usage = X509_get_key_usage(cert)
     cdef spiffe_t peer
     cdef int cause = TLS_OK
-    if X509_get_extension_flags(cert) & EXFLAG_CA:
+    if X509_get_extension_flags(cert) & (EXFLAG_CA | EXFLAG_INVALID):
         return TLS_BAD_CERTIFICATE
     if usage != <uint32_t> -1 and usage & (KU_KEY_CERT_SIGN | KU_CRL_SIGN):
         return TLS_BAD_CERTIFICATE
@@ -208,6 +208,8 @@ cdef inline int verify_cause(int error) noexcept nogil:
         return TLS_EXPIRED
     if error == X509_V_ERR_CERT_NOT_YET_VALID:
         return TLS_NOT_YET_VALID
+    if error == X509_V_ERR_OUT_OF_MEM:
+        return TLS_INTERNAL
     if (
         error == X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT or error == X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
         or error == X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN or error == X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
@@ -287,7 +289,8 @@ cdef inline bint chain_digest(worker_t *worker, const tls_t *tls, X509_STORE_CTX
         length = i2d_X509(cert, NULL)
         if length <= 0 or length > PLAIN_BYTES - (end - worker.plain):
             return False
-        i2d_X509(cert, &end)
+        if i2d_X509(cert, &end) != length:
+            return False
     return EVP_Digest(worker.plain, <size_t> (end - worker.plain), key, NULL, EVP_sha256(), NULL) == 1
 
 
@@ -411,6 +414,11 @@ cdef inline void tls_info(const SSL *ssl, int what, int value) noexcept nogil:
     if what == SSL_CB_READ_ALERT and value & 0xff:
         tls = <tls_t *> SSL_get_ex_data(ssl, 0)
         tls.alert = <uint8_t> (value & 0xff)
+    elif what == SSL_CB_WRITE_ALERT and value & 0xff == SSL_AD_INTERNAL_ERROR:
+        # Not all of OpenSSL says that it was memory that it lacked; but it never blames the peer for that.
+        tls = <tls_t *> SSL_get_ex_data(ssl, 0)
+        if tls.cause == TLS_OK:
+            tls.cause = TLS_INTERNAL
 
 
 # -- contexts ------------------------------------------------------------------------------------------------------------------
@@ -452,7 +460,10 @@ cdef inline bint tls_open(
     tls.ssl = SSL_new(context.ctx)
     # A copy: the context may be replaced while the handshake goes on.
     tls.trust = <trust_t *> malloc(sizeof(trust_t))
-    if tls.ssl == NULL or tls.trust == NULL:
+    if (
+        tls.ssl == NULL or tls.trust == NULL or SSL_set_ex_data(tls.ssl, 0, tls) != 1
+        or (sni != NULL and not is_server and l4_set_sni(tls.ssl, sni) != 1)
+    ):
         SSL_free(tls.ssl)
         free(tls.trust)
         free(tls)
@@ -460,7 +471,6 @@ cdef inline bint tls_open(
     tls.trust[0] = context.trust
     tls.worker = worker
     tls.context_id = context.id
-    SSL_set_ex_data(tls.ssl, 0, tls)
     BIO_up_ref(worker.bio)
     SSL_set_bio(tls.ssl, worker.bio, worker.bio)
     l4_min_version(tls.ssl, TLS1_2_VERSION if v12 else TLS1_3_VERSION)
@@ -473,8 +483,6 @@ cdef inline bint tls_open(
         SSL_set_accept_state(tls.ssl)
     else:
         SSL_set_connect_state(tls.ssl)
-        if sni != NULL:
-            l4_set_sni(tls.ssl, sni)
     side.tls = tls
     return True
 
@@ -594,6 +602,8 @@ cdef inline void tls_fail(worker_t *worker, tls_t *tls) noexcept nogil:
         return
     elif tls.alert:
         tls.cause = TLS_PEER_ALERT
+    elif l4_out_of_memory() or not tls.flags & TLS_HEARD:
+        tls.cause = TLS_INTERNAL
     elif reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE:
         tls.cause = TLS_NO_CERTIFICATE
     elif (
@@ -613,8 +623,13 @@ cdef inline handshake_t tls_handshake(worker_t *worker, side_t *side, int32_t *e
     # As far as it goes with what has arrived.
     cdef tls_t *tls = side.tls
     cdef int rc, why
-    if tls.out_length and tls_flush(side, error) == FLOW_DESTINATION_RESET:
-        return HANDSHAKE_FAILED
+    cdef flow_t flow
+    if tls.out_length:
+        flow = tls_flush(side, error)
+        if flow == FLOW_EXHAUSTED:
+            tls.cause = TLS_INTERNAL
+        if flow == FLOW_EXHAUSTED or flow == FLOW_DESTINATION_RESET:
+            return HANDSHAKE_FAILED
     tls_begin(worker, side)
     rc = SSL_do_handshake(tls.ssl)
     why = SSL_get_error(tls.ssl, rc) if rc != 1 else SSL_ERROR_NONE
@@ -723,6 +738,8 @@ cdef inline flow_t tls_write(worker_t *worker, side_t *side, const uint8_t *data
 cdef inline flow_t tls_shut(worker_t *worker, side_t *side, int32_t *error) noexcept nogil:
     # Says that nothing more will come: the TLS form of a FIN.
     tls_begin(worker, side)
-    SSL_shutdown(side.tls.ssl)
+    if SSL_shutdown(side.tls.ssl) < 0 and l4_out_of_memory():
+        side.tls.cause = TLS_INTERNAL
+        return FLOW_EXHAUSTED
     side.tls.flags |= TLS_SHUT
     return tls_emit(worker, side, error)

@@ -338,6 +338,13 @@ cdef enum:
     ACCEPT_OFF = 2                   # what waits is left to somebody else who has the sockets
 
 cdef enum:
+    # worker_t.shed: what was done about overload
+    SHED_IDLE = 0                    # connections that ended
+    SHED_SOURCE = 1                  # connections that were refused
+    SHED_ACCEPTS = 2                 # pauses
+    SHED_ACTIONS = 3
+
+cdef enum:
     TLS_MODE_OFF = 0
     TLS_MODE_PERMISSIVE = 1
     TLS_MODE_STRICT = 2
@@ -599,6 +606,9 @@ ctypedef struct engine_t:
     int watch_fd                     # ends the watchdog
     uint64_t beats                   # the control loop counts when it comes round; 0: it need not
     int64_t loop_tid
+    int64_t idle_cap_ms              # overload: a sweep ends what has been idle for longer; 0: nothing
+    int64_t source_share             # overload: live connections that a source may have; 0: they need not be counted
+    int64_t accept_budget            # overload: connections that a worker accepts between two pauses; 0: any number
 
 ctypedef struct worker_t:
     engine_t *engine
@@ -657,4 +667,7 @@ ctypedef struct worker_t:
     int64_t accept_mode              # ACCEPT_*, as it is
     uint64_t doing                   # DOING_*, and what it is about: the watchdog reads it
     int64_t tid                      # while it runs
+    uint64_t accept_spent            # accepted since the last pause
+    uint64_t late_turns              # in a row, in which timers waited for events
+    uint64_t shed[SHED_ACTIONS]
     epoll_event events[MAX_EVENTS]

@@ -549,6 +549,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         watchdog_ms=schema.WATCHDOG_MS if single["watchdog"] is None else single["watchdog"],
         faults_enabled=bool(single["faults"] and single["faults"].enabled),
         drain=schema.make_drain(single["drain"] or schema.DrainSection()),
+        overload=schema.make_overload(single["overload"] or schema.OverloadSection()),
         digest=hashlib.sha256(b"".join(file.digest for file in parsed)).hexdigest(),
     )
 

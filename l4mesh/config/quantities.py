@@ -156,6 +156,19 @@ def parse_optional_share(value: object) -> float:
         raise ValueError(str(error).replace("such as 50%", "such as 50%, or off")) from None
 
 
+def parse_auto_size(value: object) -> int:
+    """Bytes; 0 for auto."""
+    if value == "auto":
+        return 0
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be", "must be auto or")) from None
+    if size < 1 << 20:
+        raise ValueError(f"must be auto or at least 1MiB; got {shown(value)}")
+    return size
+
+
 def parse_percentage(value: object) -> float:
     match = _SHARE.fullmatch(value) if isinstance(value, str) else None
     if not match:

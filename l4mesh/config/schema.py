@@ -45,6 +45,7 @@ from l4mesh.model import (
     Network,
     OnCrash,
     OutlierDetection,
+    Overload,
     Peers,
     Policy,
     ProxyProtocol,
@@ -161,6 +162,20 @@ class ProcessLimitsSection(Section):
 class DrainSection(Section):
     time: OptionalDuration = 20_000
     over: OptionalDuration = 5_000
+
+
+class OverloadSection(Section):
+    connections: OptionalShare = 0.85
+    descriptors: OptionalShare = 0.85
+    memory: OptionalShare = 0.85
+    memory_limit: Annotated[int, PlainValidator(q.parse_auto_size)] = 0
+    cpu: OptionalShare = 0.0
+    accept_queue: OptionalShare = 0.0
+    idle: Duration = 10_000
+
+
+def _overload_off(value: object) -> object:
+    return OverloadSection.model_construct(connections=0.0, descriptors=0.0, memory=0.0) if q.is_off(value) else value
 
 
 class MarksSection(Section):
@@ -603,6 +618,7 @@ class FileSection(Section):
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
     marks: MarksSection | None = None
     drain: DrainSection | None = None
+    overload: Annotated[OverloadSection, BeforeValidator(_overload_off)] | None = None
     ca: CaSection | None = None
     redirect: RedirectSection | None = None
     watchdog: Annotated[int | None, PlainValidator(_parse_watchdog)] = None
@@ -615,14 +631,24 @@ class FileSection(Section):
 
 
 SINGLE_KEYS: tuple[
-    Literal["node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog", "faults"], ...
+    Literal[
+        "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog",
+        "faults",
+    ],
+    ...,
 ] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "ca", "redirect", "watchdog", "faults",
+    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog", "faults",
 )  # fmt: skip
 
 
 def make_drain(section: DrainSection) -> Drain:
     return Drain(section.time, section.over)
+
+
+def make_overload(section: OverloadSection) -> Overload:
+    return Overload(
+        section.connections, section.descriptors, section.memory, section.memory_limit, section.cpu, section.accept_queue, section.idle
+    )
 
 
 def make_keepalive(section: KeepaliveSection) -> Keepalive:

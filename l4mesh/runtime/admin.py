@@ -156,6 +156,7 @@ class AdminServer:
                 "faults": _faults(snapshot),
                 "supervisor": dataclasses.asdict(supervision) if (supervision := self._sources.supervision()) else None,
                 "access_log_dropped": self._sources.access_log_dropped(),
+                "overload": dataclasses.asdict(self._sources.overload()),
             }
         )
 

@@ -29,6 +29,7 @@ from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.outlier import OutlierDetector
+from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
@@ -114,6 +115,7 @@ class App:
         self._endpoints: EndpointRegistry | None = None
         self._outliers: OutlierDetector | None = None
         self._listeners: Listeners | None = None
+        self._overload: OverloadMonitor | None = None
         self._access_log: AccessLog | None = None
         self._descriptors = raise_descriptor_limit()
         self._n_workers = 0
@@ -201,6 +203,7 @@ class App:
             self._outliers = OutlierDetector(self._datapath, self._endpoints, random.random)
             self._datapath.on_told = self._outliers.told
             self._listeners = Listeners(self._n_workers)
+            self._overload = OverloadMonitor(self._datapath, self._listeners.sockets, usable_cpus())
         else:
             self._warn_of_fixed(config)
         sockets = self._listeners.open(config)
@@ -210,7 +213,13 @@ class App:
         if admin and not admin.startswith("unix:"):
             host, _, port = admin.rpartition(":")
             own.append(SocketAddress(host.strip("[]"), int(port)))
-        generation = self._datapath.apply(config, sockets, own, self._max_connections(config), materials)
+        try:
+            generation = self._datapath.apply(config, sockets, own, self._max_connections(config), materials)
+        except (MemoryError, ValueError) as error:
+            # Nobody serves what was opened for it.
+            if self._reloader.config:
+                self._listeners.close_unused(self._reloader.config)
+            raise CommandError(f"the configuration can't be taken into use: {error or 'out of memory; it is tried again'}") from error
         self._bound = bound
         self._listeners.close_unused(config)
         _say_faults(config)
@@ -272,6 +281,7 @@ class App:
             self._health,
             self._outliers,
             lambda: self._supervised.status if self._supervised else None,
+            lambda: self._overload.status if self._overload else OverloadStatus(),
         )
 
     def _is_ready(self) -> bool:
@@ -312,6 +322,8 @@ class App:
         if self._supervised:
             self._supervised.drains()
         await self._reloader.freeze()
+        if self._overload:
+            self._overload.stop()
         await self._datapath.stop_accepting()
         self._listeners.close()
         log.info("draining", connections=self._datapath.active, time_s=drain.time_ms / 1000, over_s=drain.over_ms / 1000)
@@ -345,6 +357,8 @@ class App:
             self._lag_max_s = max(self._lag_max_s, self._lag_s)
             assert self._datapath is not None
             self._datapath.tick()
+            if self._overload and self._reloader.config and not self._terminated.is_set():
+                self._overload.look(self._reloader.config)
             if self._resolver.is_due:
                 await self._reloader.reload()
             if time.monotonic() >= expiry_at:

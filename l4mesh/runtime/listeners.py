@@ -58,6 +58,9 @@ class Listeners:
     def _rebinds(self, options: SocketOptions) -> bool:
         return any(known.bind == options.bind for known in self._open)
 
+    def sockets(self) -> list[socket.socket]:
+        return [listening for sockets in list(self._open.values()) for listening in sockets]
+
     def close_unused(self, config: Config) -> None:
         """Closes what ``config`` does not name. Call it when no worker sees an older plan."""
         wanted = {socket_options(listener, bind) for listener in config.listeners.values() for bind in listener.binds}

@@ -20,6 +20,7 @@ from l4mesh.identity.store import IdentityStatus
 from l4mesh.runtime.endpoints import ClusterState, EndpointRegistry
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.outlier import OutlierDetector
+from l4mesh.runtime.overload import OverloadStatus
 from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
 from l4mesh.runtime.supervised import Supervision
@@ -45,6 +46,7 @@ class Sources:
     outliers: OutlierDetector
     supervision: Callable[[], Supervision | None]
     """None: no supervisor has started this process."""
+    overload: Callable[[], OverloadStatus]
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -80,7 +82,24 @@ class MeshCollector(Collector):
         yield from _renewal_metrics(self._sources.renewals())
         yield from _worker_metrics(snapshot)
         yield from _config_metrics(snapshot, self._sources.reload_status())
+        yield from self._overload_metrics()
         yield from self._process_metrics(snapshot)
+
+    def _overload_metrics(self) -> Iterator[Metric]:
+        status = self._sources.overload()
+        level = GaugeMetricFamily("l4mesh_overload_level", "Step of shedding, 0 (none) to 3, by what is short.", labels=["resource"])
+        pressure = GaugeMetricFamily("l4mesh_overload_pressure", "Share of the resource that is in use.", labels=["resource"])
+        for one in status.resources:
+            level.add_metric([one.name], one.level)
+            pressure.add_metric([one.name], one.pressure)
+        shed = CounterMetricFamily(
+            "l4mesh_overload_shed", "Idle connections ended, connections refused, pauses of accepting.", labels=["action"]
+        )
+        for action, count in (
+            ("idle_closed", status.shed.idle), ("source_refused", status.shed.sources), ("accept_paused", status.shed.accepts),
+        ):  # fmt: skip
+            shed.add_metric([action], count)
+        yield from (level, pressure, shed)
 
     def _process_metrics(self, snapshot: Snapshot) -> Iterator[Metric]:
         last, greatest = self._sources.loop_lag_s()

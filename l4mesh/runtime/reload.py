@@ -96,6 +96,8 @@ class Reloader:
                 await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False)
             except (ConfigError, CommandError) as error:
                 self._note_failure(str(error).splitlines())
+            except MemoryError:
+                self._note_failure(["out of memory; the files are looked at again"])
             self._tell()
 
     def _load(self, first: bool) -> None:

@@ -103,6 +103,14 @@ def print_status(console: Console, status: dict[str, Any], clusters: list[dict[s
         console.print(f"the files hold a configuration that was refused; generation {status['generation']} goes on:")
         for problem in config["last_error"]:
             console.print(f"  {problem}", highlight=False, markup=False)
+    overload = status["overload"]
+    if overload["level"]:
+        short = ", ".join(f"{one['name']} {one['pressure']:.0%}" for one in overload["resources"] if one["level"])
+        console.print(
+            f"OVERLOAD, step {overload['level']} of 3: {short}; {overload['shed']['idle']} idle connections ended, "
+            f"{overload['shed']['sources']} refused, accepting paused {overload['shed']['accepts']} times",
+            highlight=False,
+        )
     listeners = make_table("listeners", "name", "bind", ">active", ">opened")
     for listener in status["listeners"]:
         listeners.add_row(listener["name"], ", ".join(listener["bind"]), str(listener["active"]), str(listener["opened"]))

@@ -14,6 +14,7 @@ from l4mesh._native.bandwidth cimport (
 )
 from l4mesh._native.linux cimport EFD_NONBLOCK, close, eventfd, read
 from l4mesh._native.outlier cimport outlier_lived_ms, outlier_next, outlier_take, outlier_tell
+from l4mesh._native.overload cimport SHARE_BUCKETS, share_bucket, share_least
 from l4mesh._native.proxy_protocol cimport proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.stats cimport CONNECT_BUCKETS, connect_bucket, endpoint_stat_t
@@ -55,6 +56,12 @@ cdef class Wheel:
             fired.append(id)
             id = wheel_expire(&self.wheel, now_ms)
         return fired
+
+
+def share_of(uint64_t count):
+    """Bucket of a count of connections, the least count in it, and the number of buckets."""
+    cdef uint32_t bucket = share_bucket(count)
+    return bucket, share_least(bucket), <int> SHARE_BUCKETS
 
 
 cdef class Balancer:

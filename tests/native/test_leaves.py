@@ -75,6 +75,16 @@ def test_the_wheel_wakes_a_sleeper_only_as_often_as_levels_need() -> None:
     assert wakes <= 6
 
 
+def test_counts_of_a_source_are_known_to_six_percent() -> None:
+    before = -1
+    for count in [*range(5000), *(1 << bit for bit in range(13, 63)), (1 << 62) - 1]:
+        bucket, least, buckets = probe.share_of(count)
+        assert before <= bucket < buckets
+        assert count >> 34 or least <= count < max(least + 1, least * 17 / 16)
+        assert probe.share_of(least)[0] == bucket
+        before = bucket
+
+
 def test_the_ring_keeps_order_drops_the_newest_and_wakes_once() -> None:
     ring = probe.Ring(8)
     assert ring.park()

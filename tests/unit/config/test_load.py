@@ -72,6 +72,7 @@ def test_the_reference_names_every_key_with_its_default() -> None:
         "splice",
         "mark",
         "return_mark",
+        "overload",
     ):
         assert getattr(reference, key) == getattr(bare, key), key
 

@@ -43,6 +43,13 @@ OPTIONAL = "must be a duration with its unit, such as 250ms, 5s, 1h, 1d, or off"
 RATE = "must be off or a rate from 1kB/s to 100GB/s, such as 10MiB/s; got "
 ONE_FAULT = "must have one of delay, refuse, reset, black_hole, slow or stall"
 CASES = [
+    (top("overload: on"), "5: overload: must be a mapping of keys; got 'on'"),
+    (top("overload: {memory: 90}"), "5: overload.memory: must be a share such as 50%, or off; got 90"),
+    (top("overload: {memory: 120%}"), "5: overload.memory: must be between 0% and 100%; got '120%'"),
+    (top("overload: {memory_limit: 1g}"), "5: overload.memory_limit: must be auto or a size with its unit, such as 512B, 64KiB or 10MB; got '1g'"),
+    (top("overload: {memory_limit: 64KiB}"), "5: overload.memory_limit: must be auto or at least 1MiB; got '64KiB'"),
+    (top("overload: {idle: off}"), f"5: overload.idle: {DURATION}; got 'off'"),
+    (top("overload: {descriptor: 90%}"), "5: overload.descriptor: is not a known key; did you mean descriptors?"),
     (GOOD.replace("9001", "nine"), "4: clusters[0].endpoints[0]: must end in a port from 1 to 65535; got '127.0.0.1:nine'"),
     (endpoint("127.0.0.1:0"), "4: clusters[0].endpoints[0]: must end in a port from 1 to 65535; got '127.0.0.1:0'"),
     (endpoint("127.0.0.1:70000"), "4: clusters[0].endpoints[0]: must end in a port from 1 to 65535; got '127.0.0.1:70000'"),
