@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -34,6 +35,7 @@ from bench.results import summarize_growth, summarize_reload, summarize_row
 from bench.rows import ROWS, Effort
 from bench.stage import DIRECT, PEERS, Machine, share_cpus
 from bench.storm import REPEATS, run_storm, summarize_storm
+from bench.upgrade import UPGRADES, run_upgrades
 from l4mesh.errors import CommandError
 from l4mesh.lab import Interrupted, ensure_privileged, raise_interrupted
 
@@ -44,9 +46,10 @@ RELOAD = "reload"
 STORM = "storm"
 HEALTH = "health"
 BANDWIDTH = "bandwidth"
+UPGRADE = "upgrade"
 EJECTION = "ejection"
 FAIRNESS = "fairness"
-SCENARIOS = (RELOAD, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
+SCENARIOS = (RELOAD, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
 NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
@@ -171,7 +174,12 @@ def measure_all(
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
         )
-    if "l4mesh" in proxies:
+        attempt(
+            UPGRADE,
+            "one process after another takes over under load",
+            partial(run_upgrades, machine, UPGRADES if effort.discard_first else max(1, round(UPGRADES * effort.share / 10))),
+            lambda upgrades: result.update(upgrade=dataclasses.asdict(upgrades)),
+        )
         attempt(
             BANDWIDTH,
             "limits of bandwidth",

@@ -124,6 +124,7 @@ def l4mesh_config(folder: Path, services: Sequence[Service], workers: int = 1) -
     config: dict[str, Any] = {
         "workers": workers,
         "admin": {"bind": f"unix:{folder}/admin.sock"},
+        "upgrade": {"socket": f"{folder}/upgrade.sock"},
         "access_log": {"path": f"{folder}/access.log", "when": "errors"},
         "listeners": [l4mesh_listener(service) for service in services],
         "clusters": [l4mesh_cluster(service) for service in services],

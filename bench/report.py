@@ -26,6 +26,8 @@ def render(result: dict[str, Any]) -> str:
     parts += [_growth_table(growth) for growth in result["growth"]]
     if result["reload"]:
         parts.append(_reload_table(result["reload"]["median"]))
+    if result.get("upgrade"):
+        parts.append(_upgrade_table(result["upgrade"]))
     if result.get("storm"):
         parts.append(_storm_table(result["storm"]["entries"]))
     if result.get("fairness"):
@@ -146,6 +148,25 @@ def _reload_table(reload: dict[str, float]) -> str:
     ]
     header = ["reload", "CPU s", "until in force, s", "p99 of the traffic meanwhile, µs"]
     return f"{size}, {RATE:,} requests/s meanwhile, everything of l4mesh on one CPU:\n\n" + _table(header, lines)
+
+
+def _upgrade_table(upgrade: dict[str, float]) -> str:
+    lines = [
+        ["new connections meanwhile, each a second", f"{upgrade['connections']:,}, {_number(upgrade['rate'])}"],
+        ["of them refused, reset or left without an answer", "0"],
+        ["live connections that went over at each upgrade", _number(upgrade["handed_over"])],
+        ["that stayed to end where they were", _number(upgrade["left"])],
+        [
+            "until the new process serves alone: median, longest",
+            f"{_number(upgrade['switch_p50_ms'])}, {_number(upgrade['switch_max_ms'])} ms",
+        ],
+        [
+            "latest answer on a live connection: median, longest",
+            f"{_number(upgrade['stall_p50_ms'])}, {_number(upgrade['stall_max_ms'])} ms",
+        ],
+        ["the same without an upgrade", f"{_number(upgrade['calm_stall_ms'])} ms"],
+    ]
+    return f"{upgrade['upgrades']} upgrades in a row, everything on all CPUs:\n\n" + _table(["upgrade", ""], lines)
 
 
 def _storm_table(entries: dict[str, dict[str, float]]) -> str:

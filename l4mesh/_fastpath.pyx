@@ -34,6 +34,7 @@ from l4mesh._native.bandwidth cimport (
     OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_share, lane_t,
 )
 from l4mesh._native.debug cimport L4_BUG
+from l4mesh._native.handover cimport passage_pack, passage_unpack
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.lanes cimport LANE_DIRECT, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
 from l4mesh._native.linux cimport *
@@ -49,7 +50,9 @@ from l4mesh._native.places cimport line_join, line_leave, place_take, places_off
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
 from l4mesh._native.queue cimport queue_push, queue_remove
 from l4mesh._native.rates cimport arrival_take, rate_take
-from l4mesh._native.relay cimport PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_step, pipe_close
+from l4mesh._native.relay cimport (
+    PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_set_pace, half_step, pipe_close,
+)
 from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
 from l4mesh._native.route cimport ports_hold, prefixes_hold, route_find, route_match
@@ -98,6 +101,7 @@ cdef enum:
     RESET_LIMIT_MS = 60000        # how long a reset waits for that when no half-closed timeout is set
     EXPIRY_SPREAD_MS = 60000      # over which connections whose peer's certificate has expired end
     TUNE_BYTES = 1048576          # what makes a half a stream, whose socket is worth a look
+    DEPART_SLOTS = 4096           # looked at in one turn for connections to hand over
     LATE_MS = 500                 # by which no timer is late while the worker runs
     LATE_TURNS = 1000             # that timers wait at most for events to be heard
     SWEEP_STEP = 256              # live connections that a sweep looks at in one turn
@@ -840,10 +844,9 @@ cdef void conn_break(worker_t *worker, conn_t *conn, uint32_t slot, int side) no
 
 # -- bandwidth ---------------------------------------------------------------------------------------------------------------
 
-cdef bint conn_shape(worker_t *worker, conn_t *conn) noexcept nogil:
+cdef bint conn_shape(worker_t *worker, conn_t *conn, const cluster_settings_t *settings) noexcept nogil:
     # Connected: what limits its halves, and faults that begin now. False: no memory.
     cdef const plan_t *plan = worker.plan
-    cdef const cluster_settings_t *settings = &conn.phase.dial.cluster.settings
     cdef const workload_t *source = plan_workload(plan, conn.source.ip)
     cdef const workload_t *target = plan_workload(plan, conn.endpoint.ip)
     cdef const listener_t *listener = conn_listener(worker, conn)
@@ -1451,7 +1454,7 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     cdef cluster_t *cluster = conn.phase.dial.cluster
     cdef uint64_t took_ns = clock_ns(CLOCK_MONOTONIC) - conn.phase.dial.attempt_started_ns
     cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
-    if (worker.plan.limits_bandwidth or conn.shaping != NULL) and not conn_shape(worker, conn):
+    if (worker.plan.limits_bandwidth or conn.shaping != NULL) and not conn_shape(worker, conn, &cluster.settings):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
         return
     if conn.phase.dial.retrying:
@@ -1816,6 +1819,9 @@ cdef void conn_finish(worker_t *worker, conn_t *conn, uint32_t slot, int reason,
 
 cdef bint conn_is_logged(worker_t *worker, int reason) noexcept nogil:
     cdef const plan_t *plan = worker.plan
+    if reason == CLOSE_HANDED_OVER:
+        # The process that has it records its end.
+        return False
     if plan.log_when == LOG_NEVER or (plan.log_when == LOG_ERRORS and (plan.error_reasons >> reason) & 1 == 0):
         return False
     return plan.log_sample == <uint64_t> -1 or worker_random(worker) <= plan.log_sample
@@ -1877,6 +1883,167 @@ cdef void conn_record(worker_t *worker, conn_t *conn, int reason) noexcept nogil
             record.versions[side] = 2 if SSL_version(tls.ssl) == TLS1_2_VERSION else 3
             record.resumed[side] = tls.flags & TLS_RESUMED != 0
     ring_push(&worker.ring, worker.engine.up_fd)
+
+
+# -- hand over to another process --------------------------------------------------------------------------------------------
+
+cdef void conn_depart(worker_t *worker, conn_t *conn, uint32_t slot, passage_t *passage) noexcept nogil:
+    # Out of everything that could move it. The other process holds the same sockets, so that closing ours would not take them out of
+    # the epoll.
+    cdef epoll_event event
+    cdef int side
+    queue_remove(worker, conn)
+    wheel_remove(&worker.wheel, &conn.timer)
+    for side in range(2):
+        epoll_ctl(worker.epoll_fd, EPOLL_CTL_DEL, conn.side[side].fd, &event)
+    conn.state = CONN_DEPARTING
+    passage_pack(passage, conn, slot)
+
+
+cdef void conn_go_on(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # DEPARTING after all not, or ARRIVING: relays. What its sockets are ready for is found out by trying.
+    cdef uint64_t at
+    cdef int side
+    conn.state = CONN_RELAYING
+    for side in range(2):
+        conn.side[side].flags |= SIDE_READABLE | SIDE_WRITABLE
+        if not conn_watch(worker, conn, slot, side):
+            conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
+            return
+    at = conn_deadline(worker, conn)
+    if at:
+        conn_arm(worker, conn, slot, at)
+    conn_relay(worker, conn, slot)
+
+
+cdef void conn_forget(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # DEPARTING: the other process has it. Its bytes are counted for the endpoint where it ends.
+    conn.state = CONN_RELAYING
+    conn.phase.half[DOWNSTREAM].bytes = 0
+    conn.phase.half[UPSTREAM].bytes = 0
+    conn_finish(worker, conn, slot, CLOSE_HANDED_OVER, False)
+
+
+cdef void conn_turn_away(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # ARRIVING after all not: the process that it came from goes on with it.
+    cdef int h
+    for h in range(2):
+        free(conn.phase.half[h].parked)
+        half_release_pipe(worker, &conn.phase.half[h])
+        close(conn.side[h].fd)
+    slab_give(worker, conn, slot)
+
+
+cdef void conn_reshape(worker_t *worker, conn_t *conn) noexcept nogil:
+    # ARRIVING: the limits of bandwidth of this process. Without memory it goes on without.
+    cdef const plan_t *plan = worker.plan
+    cdef uint32_t i
+    cdef int h
+    for i in range(plan.n_clusters):
+        if plan.clusters[i].stat == conn.cluster_stat:
+            conn_shape(worker, conn, &plan.clusters[i].settings)
+            break
+    if conn.shaping != NULL:
+        for h in range(2):
+            if conn.phase.half[h].flags & HALF_PACED:
+                half_set_pace(&conn.phase.half[h], &conn.side[h], 1)
+
+
+cdef void conn_welcome(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # ARRIVING: counted as live, but as opened only where it was accepted. Limits hold for what comes after it, and it may stay only if
+    # it would be let in here.
+    cdef int reason
+    worker.active += 1
+    add(&worker.engine.active, 1)
+    add(&conn.listener_stat.active, 1)
+    add(&conn.cluster_stat.active, 1)
+    if conn.endpoint_stat != NULL:
+        add(&conn.endpoint_stat.active, 1)
+    if worker.plan.max_connections_per_source:
+        source_take(worker.engine.sources, &conn.source, <int64_t> (<uint64_t> -1 >> 1), &conn.source_count)
+    conn.state = CONN_RELAYING
+    if not conn_still_trusted(worker, conn, &reason):
+        conn_finish(worker, conn, slot, reason, True)
+        return
+    if worker.plan.limits_bandwidth:
+        conn_reshape(worker, conn)
+    conn_look(worker, conn, slot, False)
+    conn_go_on(worker, conn, slot)
+
+
+cdef inline bint conn_may_depart(const conn_t *conn) noexcept nogil:
+    # Plaintext only, because the keys of TLS stay in their process; and what is broken on purpose is so to its end.
+    if conn.state != CONN_RELAYING or conn.side[DOWNSTREAM].tls != NULL or conn.side[UPSTREAM].tls != NULL:
+        return False
+    return conn.shaping == NULL or conn.shaping.fault.kind == FAULT_NONE
+
+
+cdef void worker_depart(worker_t *worker) noexcept nogil:
+    # Takes out what fits into one batch.
+    cdef handover_t *handover = &worker.handover
+    cdef uint32_t slot = handover.start
+    cdef uint32_t end = worker.n_chunks * CONN_CHUNK
+    cdef uint32_t last = slot + DEPART_SLOTS if slot + DEPART_SLOTS < end else end
+    cdef conn_t *conn
+    handover.count = 0
+    while slot < last and handover.count < PASSAGES:
+        conn = conn_at(worker, slot)
+        if conn_may_depart(conn):
+            conn_depart(worker, conn, slot, &handover.passages[handover.count])
+            handover.count += 1
+        slot += 1
+    handover.next = slot if slot < end else 0
+
+
+cdef void worker_arrive(worker_t *worker) noexcept nogil:
+    # Gives each of the batch a slot, or none of them any.
+    cdef handover_t *handover = &worker.handover
+    cdef conn_t *conn
+    cdef uint32_t slots[PASSAGES]
+    cdef uint32_t i, taken = 0
+    while taken < handover.count and slab_take(worker, &slots[taken]) != NULL:
+        taken += 1
+    handover.flag = taken == handover.count
+    for i in range(taken):
+        conn = conn_at(worker, slots[i])
+        if handover.flag:
+            passage_unpack(worker, &handover.passages[i], conn, slots[i])
+        else:
+            slab_give(worker, conn, slots[i])
+
+
+cdef void worker_settle(worker_t *worker) noexcept nogil:
+    cdef handover_t *handover = &worker.handover
+    cdef conn_t *conn
+    cdef uint32_t i, slot
+    for i in range(handover.count):
+        slot = handover.passages[i].slot
+        conn = conn_at(worker, slot)
+        if conn.state == CONN_DEPARTING and handover.flag:
+            conn_go_on(worker, conn, slot)
+        elif conn.state == CONN_DEPARTING:
+            conn_forget(worker, conn, slot)
+        elif conn.state == CONN_ARRIVING and handover.flag:
+            conn_welcome(worker, conn, slot)
+        elif conn.state == CONN_ARRIVING:
+            conn_turn_away(worker, conn, slot)
+    handover.count = 0
+
+
+cdef void worker_handover(worker_t *worker) noexcept nogil:
+    # Does what the control loop asks, after the events of the turn: none of those that depart is dispatched any more.
+    cdef handover_t *handover = &worker.handover
+    cdef uint64_t asked = handover.asked
+    cdef uint64_t one = 1
+    cdef int done_fd = handover.done_fd
+    if asked == HANDOVER_DEPART:
+        worker_depart(worker)
+    elif asked == HANDOVER_ARRIVE:
+        worker_arrive(worker)
+    elif asked == HANDOVER_SETTLE:
+        worker_settle(worker)
+    store_release(&handover.asked, 0)
+    write(done_fd, &one, sizeof(one))
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------
@@ -2025,11 +2192,17 @@ cdef void worker_arm(worker_t *worker) noexcept nogil:
     # Watches the listening sockets of its plan.
     cdef const plan_t *plan = worker.plan
     cdef uint32_t i
-    worker.n_armed = plan.n_listeners if plan != NULL else 0
-    for i in range(worker.n_armed):
-        worker.armed[i].fd = plan.listeners[i].fds[worker.index]
-        worker.armed[i].listener = i
-        worker.armed[i].burst = 1
+    cdef armed_t *armed
+    worker.n_armed = 0
+    for i in range(plan.n_listeners if plan != NULL else 0):
+        if plan.listeners[i].fds[worker.index] < 0:
+            # Sockets of a process before, which had more workers: not every one has another.
+            continue
+        armed = &worker.armed[worker.n_armed]
+        armed.fd = plan.listeners[i].fds[worker.index]
+        armed.listener = i
+        armed.burst = 1
+        worker.n_armed += 1
     accept_resume(worker)
 
 
@@ -2048,9 +2221,9 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
     while slot < end and page.count < page.limit:
         conn = conn_at(worker, slot)
         slot += 1
-        if conn.state == CONN_FREE:
+        if conn.state == CONN_FREE or conn.state == CONN_ARRIVING:
             continue
-        relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING
+        relayed = conn.state == CONN_RELAYING or conn.state == CONN_RESETTING or conn.state == CONN_DEPARTING
         view = &page.views[page.count]
         page.count += 1
         view.slot = slot - 1
@@ -2222,6 +2395,9 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     if load_acquire(<uint64_t *> &worker.page.state) == 1:
         doing(worker, DOING_PAGE, 0)
         worker_show_page(worker)
+    if load_acquire(&worker.handover.asked):
+        doing(worker, DOING_PAGE, 0)
+        worker_handover(worker)
 
 
 cdef void worker_end(worker_t *worker) noexcept nogil:
@@ -2230,8 +2406,14 @@ cdef void worker_end(worker_t *worker) noexcept nogil:
     cdef conn_t *conn
     for slot in range(worker.n_chunks * CONN_CHUNK):
         conn = conn_at(worker, slot)
-        if conn.state != CONN_FREE:
-            doing(worker, DOING_END, slot)
+        if conn.state == CONN_FREE:
+            continue
+        doing(worker, DOING_END, slot)
+        if conn.state == CONN_ARRIVING:
+            conn_turn_away(worker, conn, slot)
+        elif conn.state == CONN_DEPARTING:
+            conn_forget(worker, conn, slot)
+        else:
             conn_finish(worker, conn, slot, CLOSE_SHUTDOWN, True)
     while worker.n_pool:
         worker.n_pool -= 1
@@ -2260,3 +2442,4 @@ include "_native/gcm.pxi"
 include "_native/identity.pxi"
 include "_native/plan.pxi"
 include "_native/engine.pxi"
+include "_native/handover.pxi"

@@ -87,6 +87,27 @@ def run(paths: tuple[Path, ...], manage_redirect: bool) -> None:
     sys.exit(run_app(_paths(paths)))
 
 
+@cli.command(cls=Examples, epilog="l4mesh upgrade -c /etc/l4mesh")
+@config_option
+def upgrade(paths: tuple[Path, ...]) -> None:
+    """Replace the running process by a newly started one of the same command line: no connection is refused or cut.
+
+    The running process starts it, hands over listening sockets and live plaintext connections, lets what it can't hand over end, and
+    ends. Whatever goes wrong before, it goes on as it was. It is found at upgrade.socket of the configuration.
+    """
+    from l4mesh.config.load import load_config
+    from l4mesh.runtime.upgrade import request_upgrade
+
+    path = load_config(_paths(paths)).upgrade_socket
+    if not path:
+        raise CommandError("upgrade.socket is off: set it, and restart once")
+    done = request_upgrade(path)
+    click.echo(
+        f"process {done.new} has replaced process {done.old} in {done.seconds:.3f} s: {done.handed_over} live connections went over, "
+        f"{done.left} stay until they end"
+    )
+
+
 @cli.command(cls=Examples, epilog="l4mesh check -c conf/node.yaml\n  l4mesh check -c conf/node.yaml --explain web-1 redis-1 6379")
 @config_option
 @click.option(

@@ -50,13 +50,23 @@ from l4mesh.snapshot import (
     TlsSnapshot,
     WorkerSnapshot,
 )
+from l4mesh.totals import Totals, add
+
+Traveller = tuple[bytes, list[int], str, str, str]
+"""A live connection on its way to another process: its state, its descriptors, and the names of its listener, cluster and endpoint ("":
+none)."""
 
 RECORDS_AT_ONCE = 512
 GATHER_S = 0.02
 COLLECT_DEADLINE_S = 10.0
-_STATES = {1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "accepted", 8: "queued"}
+CARRIED_BYTES = _fastpath.carried_size()
+"""Of a connection's state as it crosses from one process to another: the same in both, or they can't."""
+_STATES = {
+    1: "preface", 2: "hello", 3: "handshake", 4: "dialling", 5: "relaying", 6: "resetting", 7: "accepted", 8: "queued", 9: "departing",
+}  # fmt: skip
 _REASONS = tuple(CloseReason)
 _CAUSES = tuple(TlsCause)
+ACCEPT_ON, ACCEPT_EMPTY, ACCEPT_OFF = range(3)
 _FAULTS = tuple(Fault)
 _NO_ALLOW = 0xFFFFFFFF
 """Stands in for the dry-run policy when it is that none of them allows."""
@@ -134,6 +144,11 @@ class Datapath:
         self._woken: asyncio.Event | None = None
         self._gathering: asyncio.Handle | None = None
         self._page_locks: list[asyncio.Lock] = []
+        self._handovers: list[_fastpath.Handover] = []
+        self._steering = threading.Lock()
+        self._inherited: Totals | None = None
+        self._inherited_endpoints: dict[tuple[str, str], EndpointSnapshot] = {}
+        self._gone: tuple[set[str], set[str], set[tuple[str, str]]] = (set(), set(), set())
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -386,7 +401,7 @@ class Datapath:
 
     async def stop_accepting(self) -> None:
         """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""
-        self._engine.set_accept_mode(1)
+        self._engine.set_accept_mode(ACCEPT_EMPTY)
         while not self._engine.accept_mode_seen:
             await asyncio.sleep(0.001)
 
@@ -512,6 +527,7 @@ class Datapath:
         for name, listener in self._listeners.items():
             if name not in listeners:
                 self._removed.listeners.append((name, listener, False))
+        self._note_gone(entries, listeners)
         self._clusters = entries
         self._listeners = listeners
 
@@ -569,7 +585,7 @@ class Datapath:
             retired_listeners = self._retired_listeners
             for _, listener, _ in self._removed.listeners:
                 retired_listeners = _add_listener(retired_listeners, listener.read())
-            return Snapshot(
+            snapshot = Snapshot(
                 generation=self._generation,
                 workers=tuple(WorkerSnapshot(index, *self._engine.read_worker(index)) for index in range(self._n_workers)),
                 listeners=tuple(_add_listener(ListenerSnapshot(name, 0, 0, {}), stat.read()) for name, stat in self._listeners.items()),
@@ -583,6 +599,7 @@ class Datapath:
                 faults_enabled=self._faults_enabled,
                 fault_rules=self._fault_rules,
             )
+            return self._inherited.add_to(snapshot, *self._gone[:2]) if self._inherited else snapshot
 
     def _read_tls(self) -> TlsSnapshot:
         sides = ("downstream", "upstream")
@@ -608,7 +625,15 @@ class Datapath:
                 entries = list(self._clusters.values())
             else:
                 entries = [self._clusters[cluster]] if cluster in self._clusters else []
-        return [_show_endpoint(entry, endpoint, now_ms) for entry in entries for endpoint in entry.model.endpoints]
+        shown = [_show_endpoint(entry, endpoint, now_ms) for entry in entries for endpoint in entry.model.endpoints]
+        if not self._inherited_endpoints:
+            return shown
+        return [self._add_inherited(endpoint) for endpoint in shown]
+
+    def _add_inherited(self, endpoint: EndpointSnapshot) -> EndpointSnapshot:
+        key = endpoint.cluster, endpoint.address
+        before = self._inherited_endpoints.get(key)
+        return endpoint if before is None or key in self._gone[2] else add(endpoint, before)
 
     async def connections(self, start: int, limit: int) -> tuple[list[ConnectionSnapshot], int | None]:
         """Up to ``limit`` live connections from the place ``start`` (0 at first) on, and the place of the next or None."""
@@ -640,6 +665,132 @@ class Datapath:
             endpoint, source, destination, age_ms, idle_ms, to_upstream, to_downstream, spliced,
             identity, _show_version(version, resumed=False), upstream_identity, _show_version(upstream_version, resumed=False),
         )  # fmt: skip
+
+    # -- from one process to another -------------------------------------------------------------------------------------
+
+    def leave_accepting(self, to_another: bool) -> None:
+        """Leaves it to another process, which has the same listening sockets, to accept; or begins again. Blocks until it is so."""
+        self._engine.set_accept_mode(ACCEPT_OFF if to_another else ACCEPT_ON)
+        deadline = time.monotonic() + COLLECT_DEADLINE_S
+        while not self._engine.accept_mode_seen:
+            if time.monotonic() > deadline:
+                raise InternalError("a worker has not come round for ten seconds")
+            time.sleep(0.0005)
+
+    def _steered(self) -> list[_fastpath.Handover]:
+        if not self._handovers:
+            self._handovers = [_fastpath.Handover(self._engine, index) for index in range(self._n_workers)]
+        return self._handovers
+
+    def hand_over(self, deliver: Callable[[int, list[Traveller]], bool]) -> int:
+        """Gives every plaintext relayed connection to ``deliver``, some of one worker at a time, and then forgets them: another process
+        has them. When it gives False they go on here and no more are given; likewise when it raises, which this passes on. Blocks.
+        Returns how many have gone."""
+        gone = 0
+        for index in range(self._n_workers):
+            slot, ended = 0, False
+            while not ended:
+                with self._steering:
+                    count, slot = self._hand_over_some(index, slot, deliver)
+                if count < 0:
+                    return gone
+                gone += count
+                ended = slot == 0
+        return gone
+
+    def _hand_over_some(self, index: int, slot: int, deliver: Callable[[int, list[Traveller]], bool]) -> tuple[int, int]:
+        """How many have gone (-1: they were not taken), and the next slot or 0."""
+        handover = self._steered()[index]
+        left, following = handover.depart(slot)
+        if not left:
+            return 0, following
+        taken = False
+        try:
+            taken = deliver(index, [self._name_traveller(traveller) for traveller in left])
+        finally:
+            handover.settle(not taken)
+        return len(left) if taken else -1, following
+
+    def _name_traveller(self, traveller: tuple[bytes, list[int], int, int, str]) -> Traveller:
+        state, descriptors, listener, cluster, endpoint = traveller
+        return state, descriptors, self._names.get(listener, ""), self._names.get(cluster, ""), endpoint
+
+    def take_in(self, worker: int, travellers: list[Traveller], confirm: Callable[[], None]) -> bool:
+        """Goes on with connections of another process. ``confirm`` tells it that they are here, after which nothing can go wrong; when
+        it raises they are that one's, and this passes it on. False: no memory for them, and ``confirm`` was not called. Then, and
+        after a ValueError, which means that it is not connections that came, the descriptors are the caller's."""
+        # What they count in must not be forgotten until they do.
+        with self._steering, self._lock:
+            handover = self._steered()[worker % self._n_workers]
+            counts = [self._counts_of(listener, cluster, endpoint) for _, _, listener, cluster, endpoint in travellers]
+            arriving = [(state, fds, *of_one) for (state, fds, *_), of_one in zip(travellers, counts, strict=True)]
+            if not handover.arrive(arriving):
+                return False
+            confirmed = False
+            try:
+                confirm()
+                confirmed = True
+            finally:
+                handover.settle(confirmed)
+        return True
+
+    def _counts_of(
+        self, listener: str, cluster: str, endpoint: str
+    ) -> tuple[_fastpath.ListenerStat, _fastpath.ClusterStat, _fastpath.EndpointStat | None]:
+        """What a connection of these names counts in: where this configuration does not have them, as after a reload that removed
+        them."""
+        listener_stat = self._listeners.get(listener) or next(
+            (stat for name, stat, _ in self._removed.listeners if name == listener), None
+        )
+        if listener_stat is None:
+            listener_stat = _fastpath.ListenerStat(self._new_id(), self._n_workers)
+            self._names[listener_stat.id] = listener
+            self._removed.listeners.append((listener, listener_stat, False))
+        entry = self._clusters.get(cluster)
+        cluster_stat = (
+            entry.compiled.stat if entry else next((stat for name, stat, _ in self._removed.clusters if name == cluster), None)
+        )
+        if cluster_stat is None:
+            cluster_stat = self._new_cluster_stat(cluster)
+            self._removed.clusters.append((cluster, cluster_stat, False))
+        endpoint_stat = entry.endpoints.get(endpoint) if entry else None
+        if endpoint and endpoint_stat is None:
+            endpoint_stat = _fastpath.EndpointStat(self._new_id())
+            self._removed.endpoints.append(endpoint_stat)
+            if entry and entry.model.drain.removed_ms:
+                self._engine.leave([(endpoint_stat, 1000)], CloseReason.ENDPOINT_REMOVED, entry.model.drain.removed_ms)
+        return listener_stat, cluster_stat, endpoint_stat
+
+    def totals(self) -> Totals:
+        """What this process has counted, and those before it."""
+        return Totals.of(self.snapshot(), self.endpoints())
+
+    def inherit(self, totals: Totals) -> None:
+        """Goes on from what the process before has counted; may be called again with later figures of it."""
+        with self._lock:
+            self._inherited = totals
+            self._inherited_endpoints = {(endpoint.cluster, endpoint.address): endpoint for endpoint in totals.endpoints}
+            self._note_gone(self._clusters, self._listeners)
+
+    def inherit_no_more(self) -> None:
+        """The process before is gone, and with it what it had live."""
+        with self._lock:
+            if self._inherited is not None:
+                self._inherited = self._inherited.at_rest()
+                self._inherited_endpoints = {(endpoint.cluster, endpoint.address): endpoint for endpoint in self._inherited.endpoints}
+
+    def _note_gone(self, clusters: Mapping[str, _ClusterEntry], listeners: Mapping[str, _fastpath.ListenerStat]) -> None:
+        """What was counted under a name that the configuration does not have stays with the removed, should the name come back."""
+        if self._inherited is None:
+            return
+        gone_clusters, gone_listeners, gone_endpoints = self._gone
+        gone_clusters |= {cluster.name for cluster in self._inherited.clusters if cluster.name and cluster.name not in clusters}
+        gone_listeners |= {listener.name for listener in self._inherited.listeners if listener.name not in listeners}
+        gone_endpoints |= {
+            (cluster, address)
+            for cluster, address in self._inherited_endpoints
+            if cluster not in clusters or address not in clusters[cluster].endpoints
+        }
 
     # -- records -------------------------------------------------------------------------------------------------------
 

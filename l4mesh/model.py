@@ -587,6 +587,8 @@ class Config:
     """Name of the identity of what belongs to no workload, or ""."""
     ca: CaClient | None = None
     max_handshakes_per_source: int = 0
+    upgrade_socket: str = ""
+    """Path of the unix socket at which a new process takes over from a running one, or ""."""
     rates: Rates = Rates()
     """Of the process, over all listeners."""
     redirect: Redirect = Redirect()

@@ -147,8 +147,8 @@ class Snapshot:
 
 class ConnectionSnapshot(NamedTuple):
     """One live connection. ``state``: "preface" (waits for a PROXY header), "hello" (for the first bytes), "handshake" (TLS with the
-    downstream), "dialling" (TLS with the upstream included), "relaying", "resetting", "accepted" (waits for its source's turn) or
-    "queued" (waits for a place in its cluster)."""
+    downstream), "dialling" (TLS with the upstream included), "relaying", "resetting", "accepted" (waits for its source's turn),
+    "queued" (waits for a place in its cluster) or "departing" (to the process that takes over)."""
 
     id: str
     """worker.slot.generation: names it for as long as it lives."""

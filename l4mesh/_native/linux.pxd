@@ -8,6 +8,7 @@ cdef extern from *:
     #include <fcntl.h>
     #include <netinet/in.h>
     #include <netinet/tcp.h>
+    #include <poll.h>
     #include <sys/epoll.h>
     #include <sys/eventfd.h>
     #include <sys/ioctl.h>
@@ -41,7 +42,7 @@ cdef extern from *:
         MSG_NOSIGNAL, MSG_DONTWAIT, MSG_PEEK, SHUT_WR, SIOCOUTQ
         EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLPRI, EPOLLET, EPOLL_CLOEXEC
         EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
-        EFD_NONBLOCK, EFD_CLOEXEC, O_CLOEXEC, O_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ
+        EFD_NONBLOCK, EFD_CLOEXEC, POLLIN, O_CLOEXEC, O_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ
         SPLICE_F_MOVE, SPLICE_F_NONBLOCK, CLOCK_MONOTONIC, CLOCK_REALTIME
 
     ctypedef unsigned int socklen_t
@@ -72,6 +73,9 @@ cdef extern from *:
     struct epoll_event:
         uint32_t events
         epoll_data_t data
+    struct pollfd:
+        int fd
+        short events
     struct timespec:
         long tv_sec
         long tv_nsec
@@ -95,6 +99,7 @@ cdef extern from *:
     int epoll_ctl(int epoll_fd, int operation, int fd, epoll_event *event) noexcept nogil
     int epoll_wait(int epoll_fd, epoll_event *events, int max_events, int timeout_ms) noexcept nogil
     int l4_epoll_pwait2(int epoll_fd, epoll_event *events, int max_events, const timespec *timeout) noexcept nogil
+    int poll(pollfd *fds, unsigned long count, int timeout_ms) noexcept nogil
     int eventfd(unsigned int initial, int flags) noexcept nogil
     ssize_t read(int fd, void *buffer, size_t length) noexcept nogil
     ssize_t write(int fd, const void *buffer, size_t length) noexcept nogil

@@ -24,6 +24,8 @@ cdef enum:
     MAX_LISTENERS = 256       # bound addresses
     CONN_CHUNK = 256          # connections that are allocated together
     PIPE_POOL = 64            # empty pipes that a worker keeps
+    PASSAGES = 40             # connections that are handed over together: one message has room for 253 descriptors
+    CARRIED_FDS = 6
     CHAIN_KEYS = 6            # a leaf, as many intermediates as a chain may have, and what they end in
     CHAINS = 512              # chains of certificates that a worker remembers to have verified
     SESSIONS = 1024           # places for TLS sessions to resume, of a worker
@@ -110,6 +112,14 @@ cdef enum conn_state_t:
     CONN_RESETTING     # one side was reset; the other still takes what had arrived before
     CONN_ASIDE         # accepted while many were; waits for its source's turn
     CONN_QUEUED        # waits for a place in the cluster; costs no upstream, and nothing of the client's is read
+    CONN_DEPARTING     # RELAYING, on its way to another process: nothing moves until that one has it
+    CONN_ARRIVING      # the same on arrival: counted nowhere yet
+
+cdef enum:
+    # handover_t.asked
+    HANDOVER_DEPART = 1    # take out as many connections from `start` on as fit
+    HANDOVER_ARRIVE = 2    # prepare those that are in the passages: all or none
+    HANDOVER_SETTLE = 3    # they go on here, or are forgotten, by the flag
 
 cdef enum:
     # side_t.flags: what is known of a socket between two turns of the edge-triggered epoll
@@ -279,6 +289,7 @@ ctypedef struct source_t:
     uint8_t ip[16]
 
 ctypedef struct conn_t:
+    # What a process that takes over needs to know of it is in carried_t.
     timer_t timer
     side_t side[2]
     phase_t phase
@@ -610,6 +621,61 @@ ctypedef struct page_t:
     uint32_t next                    # 0: that was the last
     view_t *views
 
+ctypedef struct carried_half_t:
+    uint64_t bytes
+    uint32_t parked_length
+    uint32_t piped
+    uint8_t flags, full_reads, small_fills, large_steps
+    uint32_t side_flags              # of its source
+
+ctypedef struct carried_t:
+    # What a relaying connection takes along to the process that takes over, of the same layout there: a change needs another
+    # PROTOCOL in runtime/upgrade.py. Monotonic clocks are the host's, so that times stay good. Counters, limits and policies are the
+    # new process's own.
+    uint64_t accepted_ns
+    uint64_t active_ms
+    uint64_t ends_at_ms
+    uint64_t leaves_at_ms
+    carried_half_t half[2]
+    uint32_t connected_us
+    uint32_t first_byte_us
+    uint32_t idle_ms
+    uint32_t half_closed_ms
+    uint32_t user_timeout_ms
+    uint16_t keepalive_idle_s
+    uint16_t keepalive_interval_s
+    uint8_t keepalive_count
+    uint8_t attempts
+    uint8_t listener_flags
+    uint8_t first_end
+    uint8_t proxy_protocol
+    uint8_t end_reason
+    uint8_t leave_reason
+    uint16_t queued_ms
+    address_t source
+    address_t destination
+    address_t endpoint
+
+ctypedef struct passage_t:
+    # One connection that departs from a worker or arrives at it.
+    carried_t state
+    int fds[CARRIED_FDS]             # downstream, upstream, then read and write end of each half's pipe; -1: none
+    uint8_t *parked[2]               # owner: the connection; before it has a slot, the passage
+    listener_stat_t *listener_stat
+    cluster_stat_t *cluster_stat
+    endpoint_stat_t *endpoint_stat   # NULL: none
+    uint32_t slot
+
+ctypedef struct handover_t:
+    # What the control loop asks of a worker when one process takes over from another. Owner: a Handover object; the worker touches it
+    # only while `asked` is not 0, which is its to clear.
+    uint64_t asked                   # HANDOVER_*
+    int done_fd                      # eventfd: answered
+    uint32_t start, next             # slots; next 0: that was the last
+    uint32_t count
+    uint8_t flag                     # of HANDOVER_SETTLE, and of the answer to HANDOVER_ARRIVE
+    passage_t *passages              # PASSAGES of them
+
 ctypedef struct armed_t:
     # A listening socket in a worker's epoll.
     int fd
@@ -724,6 +790,7 @@ ctypedef struct worker_t:
     uint32_t sweep_end               # 0: none are left
     uint8_t sweep_trust              # trust has changed: are they still let in?
     int64_t accept_mode              # ACCEPT_*, as it is
+    handover_t handover
     uint64_t doing                   # DOING_*, and what it is about: the watchdog reads it
     int64_t tid                      # while it runs
     uint64_t accept_spent            # accepted since the last pause

@@ -533,6 +533,7 @@ def _merge(parsed: list[ParsedFile]) -> Config:
         node_zone=node.zone,
         workers=single["workers"] or 0,
         admin=(single["admin"] or schema.AdminSection()).bind,
+        upgrade_socket=(single["upgrade"] or schema.UpgradeSection()).socket,
         access_log=schema.make_access_log(single["access_log"] or schema.AccessLogSection()),
         max_connections=limits.connections,
         max_connections_per_source=limits.connections_per_source,

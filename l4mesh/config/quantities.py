@@ -481,6 +481,15 @@ def parse_admin(value: object) -> str:
     return str(parse_bind(value))
 
 
+def parse_socket_path(value: object) -> str:
+    """The path of a unix socket, or "" for off."""
+    if is_off(value):
+        return ""
+    if not isinstance(value, str) or not value.startswith("/") or len(value.encode()) > 107 or "\0" in value:
+        raise ValueError(f"must be the whole path of a socket, of at most 107 bytes, or off; got {shown(value)}")
+    return value
+
+
 def make_endpoint(address: object, weight: int = 1, zone: str = "") -> Endpoint:
     host, port = parse_endpoint_address(address)
     return Endpoint(host, port, weight, zone)

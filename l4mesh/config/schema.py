@@ -131,6 +131,10 @@ class AdminSection(Section):
     bind: Annotated[str, PlainValidator(q.parse_admin)] = "127.0.0.1:15000"
 
 
+class UpgradeSection(Section):
+    socket: Annotated[str, PlainValidator(q.parse_socket_path)] = ""
+
+
 class AccessLogSection(Section):
     path: Text = "-"
     format: Annotated[str, PlainValidator(_one_of(*LogFormat))] = "json"
@@ -672,6 +676,7 @@ class FileSection(Section):
     node: NodeSection | None = None
     workers: Annotated[int | None, PlainValidator(_parse_workers)] = None
     admin: AdminSection | None = None
+    upgrade: UpgradeSection | None = None
     access_log: AccessLogSection | None = None
     limits: ProcessLimitsSection | None = None
     splice: Annotated[bool | None, PlainValidator(q.parse_switch)] = None
@@ -691,12 +696,14 @@ class FileSection(Section):
 
 SINGLE_KEYS: tuple[
     Literal[
-        "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog",
+        "node", "workers", "admin", "upgrade", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect",
+        "watchdog",
         "faults",
     ],
     ...,
 ] = (
-    "node", "workers", "admin", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog", "faults",
+    "node", "workers", "admin", "upgrade", "access_log", "limits", "splice", "marks", "drain", "overload", "ca", "redirect", "watchdog",
+    "faults",
 )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ from l4mesh.snapshot import ConnectionSnapshot, EndpointSnapshot, Snapshot
 
 PAGE_MAX = 1000
 REQUESTS_AT_ONCE = 16
+BACKLOG = 128
+GRACE_S = 0.05
 
 log = structlog.get_logger()
 
@@ -54,11 +56,26 @@ class AdminServer:
         self._facts = facts
         self._started = time.monotonic()
         self._runner: web.AppRunner | None = None
-        self._socket_path = ""
+        self._site: _Site | None = None
+        self._released = False
+        self.listening: socket.socket | None = None
         self._places = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
-    async def start(self, address: str) -> str:
-        """Listens on "host:port" or "unix:path" and gives the bound address. Raises CommandError."""
+    def listen(self, address: str, inherited: socket.socket | None = None) -> str:
+        """Listens on "host:port" or "unix:path" and gives the bound address. Raises CommandError. ``inherited``: the socket of the
+        process before."""
+        try:
+            self.listening = inherited or _listen(address)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CommandError(f"admin: can't listen on {address}: {reason}; set admin.bind to another") from error
+        return address if address.startswith("unix:") else str(SocketAddress(*self.listening.getsockname()[:2]))
+
+    async def answer(self) -> None:
+        """Begins to answer at the socket, at first or after ``release``; nothing where there is none."""
+        if self.listening is None or self._runner:
+            return
+        self._released = False
         app = web.Application(client_max_size=1024, middlewares=[self._limit])
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/live", self._live)
@@ -69,37 +86,34 @@ class AdminServer:
         app.router.add_get("/config", self._config)
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=15, shutdown_timeout=1, max_line_size=4096)
         await self._runner.setup()
-        try:
-            return await self._listen(address)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise CommandError(f"admin: can't listen on {address}: {reason}; set admin.bind to another") from error
+        self._site = _Site(self._runner, self.listening.dup())
+        await self._site.start()
 
-    async def _listen(self, address: str) -> str:
-        assert self._runner is not None
-        if address.startswith("unix:"):
-            self._socket_path = address.removeprefix("unix:")
-            _remove_stale_socket(self._socket_path)
-            before = os.umask(0o177)
-            try:
-                await web.UnixSite(self._runner, self._socket_path).start()
-            finally:
-                os.umask(before)
-            return address
-        host, _, port = address.rpartition(":")
-        host = host.strip("[]")
-        if not ipaddress.ip_address(host).is_loopback:
-            log.warning("admin_not_on_loopback", bind=address, means="anyone who reaches it can read configuration and traffic")
-        await web.TCPSite(self._runner, host, int(port)).start()
-        bound = self._runner.addresses[0]
-        return str(SocketAddress(bound[0], bound[1]))
+    async def release(self) -> None:
+        """Answers no more than what has come, and leaves the socket open: who has it as well goes on with it."""
+        if self._site and self._runner:
+            await self._site.stop()
+            # A connection that was accepted just now has yet to say what it wants.
+            await asyncio.sleep(GRACE_S)
+        await self._end_answering()
+        self._released = True
 
-    async def stop(self) -> None:
+    async def _end_answering(self) -> None:
         if self._runner:
             await self._runner.cleanup()
-        if self._socket_path:
+            self._runner = None
+
+    async def stop(self, remove_path: bool = True) -> None:
+        """Answers no more. A socket's path is removed, unless told not to or released before: then it is another's."""
+        if self.listening is None:
+            return
+        remove_path = remove_path and not self._released and self.listening.family == socket.AF_UNIX
+        path = self.listening.getsockname() if remove_path else ""
+        await self._end_answering()
+        self.listening.close()
+        if path:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._socket_path)
+                os.unlink(path)
 
     @web.middleware
     async def _limit(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
@@ -266,6 +280,48 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     return str(value)
+
+
+class _Site(web.BaseSite):
+    """A listening socket of ours, TCP or unix."""
+
+    def __init__(self, runner: web.AppRunner, listening: socket.socket) -> None:
+        super().__init__(runner)
+        self._listening = listening
+
+    @property
+    def name(self) -> str:
+        return str(self._listening.getsockname())
+
+    async def start(self) -> None:
+        await super().start()
+        loop = asyncio.get_running_loop()
+        assert self._runner.server is not None
+        listen = loop.create_unix_server if self._listening.family == socket.AF_UNIX else loop.create_server
+        self._server = await listen(self._runner.server, sock=self._listening)
+
+
+def _listen(address: str) -> socket.socket:
+    """Raises OSError or CommandError."""
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        _remove_stale_socket(path)
+        listening = socket.socket(socket.AF_UNIX)
+        before = os.umask(0o177)
+        try:
+            listening.bind(path)
+            listening.listen(BACKLOG)
+        except OSError:
+            listening.close()
+            raise
+        finally:
+            os.umask(before)
+        return listening
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not ipaddress.ip_address(host).is_loopback:
+        log.warning("admin_not_on_loopback", bind=address, means="anyone who reaches it can read configuration and traffic")
+    return socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG)
 
 
 def _remove_stale_socket(path: str) -> None:

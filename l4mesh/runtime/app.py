@@ -9,9 +9,10 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,16 @@ from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
 from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
-from l4mesh.runtime.listeners import Listeners
+from l4mesh.runtime.listeners import Listeners, Place
 from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.notify import notify
 from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
 from l4mesh.runtime.supervised import Supervised
+from l4mesh.runtime.upgrade import Successor, Takeover, UpgradeServer, is_container, start_again
 from l4mesh.runtime.watchdog import Watchdog
 from l4mesh.snapshot import ConnectionRecord
 
@@ -103,10 +106,14 @@ class App:
         self._reloader = Reloader(paths, self._apply, self._applied, self._resolver.resolve)
         self._renewer = Renewer(lambda: self._reloader.materials, self._reloader.reload)
         self._stop = asyncio.Event()
+        self._told = asyncio.Event()
         self._terminated = asyncio.Event()
+        """Told to end, or replaced."""
         self._ready = False
         self._lag_s = 0.0
         self._lag_max_s = 0.0
+        self._admin_bind = ""
+        """As configured: what another process compares its own with."""
         self._admin_address = ""
         self._bound: list[tuple[str, SocketAddress]] = []
         self._datapath: Datapath | None = None
@@ -117,6 +124,13 @@ class App:
         self._listeners: Listeners | None = None
         self._overload: OverloadMonitor | None = None
         self._access_log: AccessLog | None = None
+        self._admin: AdminServer | None = None
+        self._takeover: Takeover | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._upgrades: UpgradeServer | None = None
+        self._replaced = False
+        self._owns_paths = True
+        """Of the admin and the upgrade socket; not while they are also those of a process that may yet go on."""
         self._descriptors = raise_descriptor_limit()
         self._n_workers = 0
         self._health = HealthChecker(self._note_health, lambda: self._reloader.materials, checks_within(self._descriptors))
@@ -126,7 +140,6 @@ class App:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-        admin: AdminServer | None = None
         tasks: list[asyncio.Task[Any]] = []
         stopping = draining = None
         try:
@@ -138,9 +151,10 @@ class App:
             self._datapath.start()
             self._health.start()
             await self._published()
-            admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
-            if config.admin:
-                self._admin_address = await admin.start(config.admin)
+            self._listen_besides(config)
+            if self._takeover:
+                await self._unless_stopped(self._takeover.complete, self._takeover)
+            await self._serve_besides()
             self._watchdog = Watchdog(self._datapath, config.watchdog_ms)
             assert self._outliers is not None
             works = (self._reloader.watch(), self._renewer.run(), self._outliers.run(), self._tick(), self._watchdog.attend())
@@ -159,6 +173,7 @@ class App:
                 connections_limit=self._max_connections(config),
                 pid=os.getpid(),
             )
+            notify(READY=1)
             if self._supervised:
                 self._supervised.serves(config)
             stopping = loop.create_task(self._stop.wait())
@@ -166,24 +181,86 @@ class App:
             done, _ = await asyncio.wait([stopping, draining, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
                 task.result()
+        except (ConfigError, CommandError) as error:
+            if self._takeover:
+                self._takeover.fail(str(error))
+            raise
         finally:
             self._ready = False
+            if not self._replaced:
+                notify(STOPPING=1)
+            if self._upgrades:
+                await self._upgrades.stop(self._owns_paths)
+            if self._takeover:
+                self._takeover.hang_up()
             tasks += [task for task in (stopping, draining) if task]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if admin:
-                await admin.stop()
+            if self._following:
+                await asyncio.gather(self._following, return_exceptions=True)
+            if self._admin:
+                await self._admin.stop(self._owns_paths)
             self._reloader.close()
             self._close()
             if self._supervised:
                 self._supervised.close()
             log.info("stopped")
 
+    def _listen_besides(self, config: Config) -> None:
+        """The admin and the upgrade socket: what can go wrong with them does so before a process that runs gives anything away."""
+        assert self._datapath is not None
+        takeover = self._takeover
+        self._owns_paths = takeover is None
+        self._admin = AdminServer(self._datapath, self._sources(), Facts(self._is_ready, self._config, lambda: self._bound))
+        if config.admin:
+            self._admin_bind = config.admin
+            self._admin_address = self._admin.listen(config.admin, takeover.take_admin(config.admin) if takeover else None)
+        if config.upgrade_socket:
+            self._upgrades = UpgradeServer(self)
+            self._upgrades.listen(config.upgrade_socket, takeover.take_upgrade() if takeover else None)
+
+    async def _serve_besides(self) -> None:
+        """Answers there; then the process before may end."""
+        assert self._datapath is not None
+        assert self._listeners is not None
+        assert self._admin is not None
+        if self._takeover:
+            self._ready = True
+        await self._admin.answer()
+        if self._takeover:
+            self._takeover.serve()
+            self._owns_paths = True
+            self._takeover.drop_unused()
+            self._listeners.settle()
+            self._following = asyncio.get_running_loop().create_task(asyncio.to_thread(self._takeover.follow, self._datapath))
+        if self._upgrades:
+            self._upgrades.answer()
+
+    async def _unless_stopped(self, work: Callable[[Datapath], None], takeover: Takeover) -> None:
+        """``work`` on a thread. Raises CommandError when the process is told to stop meanwhile."""
+        assert self._datapath is not None
+        loop = asyncio.get_running_loop()
+        working = loop.create_task(asyncio.to_thread(work, self._datapath))
+        told = [loop.create_task(event.wait()) for event in (self._stop, self._terminated)]
+        await asyncio.wait([working, *told], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            takeover.fail("the new process was told to stop")
+            takeover.hang_up()
+            await asyncio.gather(working, return_exceptions=True)
+            raise CommandError("stopped while it took over; the process before goes on")
+        for task in told:
+            task.cancel()
+        working.result()
+
     def _close(self) -> None:
         self._health.close()
         if self._datapath:
             self._datapath.stop()
+        if self._upgrades:
+            self._upgrades.finish()
+        if self._takeover:
+            self._takeover.close()
         if self._watchdog:
             self._watchdog.stop()
         if self._listeners:
@@ -202,12 +279,13 @@ class App:
             self._endpoints = EndpointRegistry(self._datapath)
             self._outliers = OutlierDetector(self._datapath, self._endpoints, random.random)
             self._datapath.on_told = self._outliers.told
-            self._listeners = Listeners(self._n_workers)
+            self._takeover = Takeover.find(config.upgrade_socket) if config.upgrade_socket else None
+            self._listeners = Listeners(self._n_workers, self._takeover.take_listening() if self._takeover else None)
             self._overload = OverloadMonitor(self._datapath, self._listeners.sockets, usable_cpus())
         else:
             self._warn_of_fixed(config)
         sockets = self._listeners.open(config)
-        bound = [(name, address) for name, binds in sockets.items() for address, _ in binds]
+        bound = list(dict.fromkeys((name, address) for name, binds in sockets.items() for address, _ in binds))
         own = [address for _, address in bound]
         admin = self._admin_address or config.admin
         if admin and not admin.startswith("unix:"):
@@ -256,7 +334,7 @@ class App:
     def _warn_of_fixed(self, config: Config) -> None:
         before = self._reloader.config
         assert before is not None
-        for key in ("workers", "admin", "access_log", "watchdog_ms"):
+        for key in ("workers", "admin", "upgrade_socket", "access_log", "watchdog_ms"):
             if getattr(before, key) != getattr(config, key) and not (
                 key == "access_log"
                 and (before.access_log.path, before.access_log.format) == (config.access_log.path, config.access_log.format)
@@ -302,8 +380,9 @@ class App:
 
     def _terminate(self) -> None:
         """SIGTERM drains; a second one is impatient."""
-        if self._terminated.is_set():
+        if self._told.is_set():
             self._stop.set()
+        self._told.set()
         self._terminated.set()
 
     def _orphaned(self) -> None:
@@ -319,26 +398,84 @@ class App:
         assert self._reloader.config is not None
         drain = self._reloader.config.drain
         self._ready = False
-        if self._supervised:
+        if self._supervised and not self._replaced:
             self._supervised.drains()
         await self._reloader.freeze()
         if self._overload:
             self._overload.stop()
-        await self._datapath.stop_accepting()
+        reporting = None
+        if self._upgrades:
+            await self._upgrades.stop()
+        if self._replaced:
+            assert self._upgrades is not None
+            reporting = asyncio.get_running_loop().create_task(asyncio.to_thread(self._upgrades.report))
+        else:
+            await self._datapath.stop_accepting()
         self._listeners.close()
         log.info("draining", connections=self._datapath.active, time_s=drain.time_ms / 1000, over_s=drain.over_ms / 1000)
-        await self._wait_idle(drain.time_ms)
-        if self._datapath.active and drain.over_ms:
-            log.info("closing", connections=self._datapath.active)
-            self._datapath.close_all(CloseReason.SHUTDOWN, drain.over_ms)
-            await self._wait_idle(drain.over_ms)
+        try:
+            await self._wait_idle(drain.time_ms)
+            if self._datapath.active and drain.over_ms:
+                log.info("closing", connections=self._datapath.active)
+                self._datapath.close_all(CloseReason.SHUTDOWN, drain.over_ms)
+                await self._wait_idle(drain.over_ms)
+        finally:
+            if reporting:
+                assert self._upgrades is not None
+                self._upgrades.report_no_more()
+                await reporting
         log.info("drained", connections_cut=self._datapath.active)
+        if self._replaced and not self._supervised and is_container() and not self._told.is_set():
+            log.info("waits_for_sigterm", means="a container that ends is started again, and would take over in its turn")
+            await self._told.wait()
 
     async def _wait_idle(self, most_ms: int) -> None:
         assert self._datapath is not None
         until = time.monotonic() + most_ms / 1000
-        while self._datapath.active and time.monotonic() < until:
+        while self._is_busy() and time.monotonic() < until:
             await asyncio.sleep(IDLE_LOOK_EVERY_S)
+
+    def _is_busy(self) -> bool:
+        """A process that was replaced as well waits for the one that it replaced, whose counters come through it."""
+        assert self._datapath is not None
+        return bool(self._datapath.active) or (self._replaced and self._takeover is not None and not self._takeover.is_over)
+
+    # -- another process takes over (upgrade.Running) ----------------------------------------------------------------------
+
+    @property
+    def datapath(self) -> Datapath:
+        assert self._datapath is not None
+        return self._datapath
+
+    def start_successor(self) -> Successor:
+        return self._supervised.start_successor() if self._supervised else start_again()
+
+    async def hold(self) -> None:
+        await self._reloader.freeze()
+
+    def sockets(self) -> list[tuple[Place, list[socket.socket]]]:
+        assert self._listeners is not None
+        return self._listeners.export()
+
+    def admin(self) -> tuple[str, socket.socket | None]:
+        assert self._admin is not None
+        return self._admin_bind, self._admin.listening
+
+    async def release(self) -> None:
+        assert self._admin is not None
+        await self._admin.release()
+
+    async def resume(self) -> None:
+        assert self._admin is not None
+        await self._admin.answer()
+        if not self._terminated.is_set() and not self._stop.is_set():
+            self._thawing = asyncio.get_running_loop().create_task(self._reloader.thaw())
+
+    def replaced(self) -> None:
+        self._replaced = True
+        if self._supervised:
+            self._supervised.hands_over()
+        self._terminated.set()
 
     # -- the loop's own work -----------------------------------------------------------------------------------------------
 

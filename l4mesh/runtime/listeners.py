@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from l4mesh.errors import CommandError
 from l4mesh.model import Capture, Config, Keepalive, Listener, SocketAddress
@@ -27,36 +28,63 @@ class SocketOptions:
     owner: str
     """The listener, where the kernel chooses the port: two of them must not share a socket. Else ""."""
 
+    @property
+    def place(self) -> Place:
+        return Place(self.bind, self.transparent, self.owner)
+
+
+class Place(NamedTuple):
+    """Where a socket listens, whatever its other options: what another process knows it by."""
+
+    bind: SocketAddress
+    transparent: bool
+    owner: str
+
 
 class Listeners:
-    """The listening sockets of all workers, kept over reloads. Owner of their descriptors."""
+    """The listening sockets of all workers, kept over reloads. Owner of their descriptors.
 
-    def __init__(self, n_workers: int) -> None:
+    ``inherited``: those of the process that this one takes over from. They stay as many as they are, since what waits in the queue of
+    one must be taken from that one: with more workers than sockets several share one, with fewer some have several.
+    """
+
+    def __init__(self, n_workers: int, inherited: Mapping[Place, list[socket.socket]] | None = None) -> None:
         self._n_workers = n_workers
         self._open: dict[SocketOptions, list[socket.socket]] = {}
+        self._inherited = dict(inherited or {})
+        self._untuned: list[SocketOptions] = []
 
     def open(self, config: Config) -> dict[str, list[tuple[SocketAddress, list[int]]]]:
         """Sockets for every listener of ``config``, those of the plan before included where they fit.
 
-        Gives the bound addresses (a port 0 is resolved) with a descriptor for each worker. Raises CommandError, and then
-        leaves everything as it was.
+        Gives the bound addresses (a port 0 is resolved) with a descriptor for each worker (-1: none); an address comes more than once
+        where workers have several sockets of it. Raises CommandError, and then leaves everything as it was.
         """
         wanted = {listener.name: [socket_options(listener, bind) for bind in listener.binds] for listener in config.listeners.values()}
         opened: dict[SocketOptions, list[socket.socket]] = {}
         try:
             for name, options_of_binds in wanted.items():
                 for options in options_of_binds:
-                    if options not in self._open and options not in opened:
+                    if options in self._open or options in opened:
+                        continue
+                    if inherited := self._inherited.pop(options.place, None):
+                        self._open[options] = inherited
+                        self._untuned.append(options)
+                    else:
                         opened[options] = open_sockets(options, self._n_workers, f"listener {name}", self._rebinds(options))
         except CommandError:
             for sockets in opened.values():
                 _close_all(sockets)
             raise
         self._open |= opened
-        return {name: [_bound(self._open[options]) for options in options_of_binds] for name, options_of_binds in wanted.items()}
+        return {
+            name: [bound for options in options_of_binds for bound in _bound(self._open[options], self._n_workers)]
+            for name, options_of_binds in wanted.items()
+        }
 
     def _rebinds(self, options: SocketOptions) -> bool:
-        return any(known.bind == options.bind for known in self._open)
+        places = [*(known.place for known in self._open), *self._inherited]
+        return any(place.bind == options.bind for place in places)
 
     def sockets(self) -> list[socket.socket]:
         return [listening for sockets in list(self._open.values()) for listening in sockets]
@@ -67,10 +95,27 @@ class Listeners:
         for options in [known for known in self._open if known not in wanted]:
             _close_all(self._open.pop(options))
 
+    def export(self) -> list[tuple[Place, list[socket.socket]]]:
+        """All of them, for a process that takes over."""
+        return [(options.place, sockets) for options, sockets in self._open.items()]
+
+    def settle(self) -> None:
+        """The process that the sockets come from is done with them: gives them this configuration's options, and closes those
+        that it does not name."""
+        for options in self._untuned:
+            for listening in self._open.get(options, ()):
+                _tune(listening, options)
+                listening.listen(options.backlog)
+        self._untuned.clear()
+        for sockets in self._inherited.values():
+            _close_all(sockets)
+        self._inherited.clear()
+
     def close(self) -> None:
-        for sockets in self._open.values():
+        for sockets in (*self._open.values(), *self._inherited.values()):
             _close_all(sockets)
         self._open.clear()
+        self._inherited.clear()
 
 
 def socket_options(listener: Listener, bind: SocketAddress) -> SocketOptions:
@@ -133,19 +178,24 @@ def _open_socket(options: SocketOptions, bind: SocketAddress) -> socket.socket:
         if options.transparent:
             level, name = (socket.IPPROTO_IPV6, IPV6_TRANSPARENT) if bind.is_v6 else (socket.IPPROTO_IP, IP_TRANSPARENT)
             listening.setsockopt(level, name, 1)
-        if options.keepalive.idle_s:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, options.keepalive.idle_s)
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, options.keepalive.interval_s)
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, options.keepalive.count)
-        if options.user_timeout_ms:
-            listening.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, options.user_timeout_ms)
+        _tune(listening, options)
         listening.bind((bind.host, bind.port))
         listening.listen(options.backlog)
     except OSError:
         listening.close()
         raise
     return listening
+
+
+def _tune(listening: socket.socket, options: SocketOptions) -> None:
+    """What may differ between two processes that listen at the same place."""
+    keepalive = options.keepalive
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(bool(keepalive.idle_s)))
+    if keepalive.idle_s:
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive.idle_s)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, keepalive.interval_s)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, keepalive.count)
+    listening.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, options.user_timeout_ms)
 
 
 def _explain(error: OSError) -> str:
@@ -159,9 +209,13 @@ def _explain(error: OSError) -> str:
     return f"{reason}: {hints[reason]}" if reason in hints else reason
 
 
-def _bound(sockets: list[socket.socket]) -> tuple[SocketAddress, list[int]]:
-    host, port = sockets[0].getsockname()[:2]
-    return SocketAddress(host, port), [listening.fileno() for listening in sockets]
+def _bound(sockets: list[socket.socket], n_workers: int) -> list[tuple[SocketAddress, list[int]]]:
+    address = SocketAddress(*sockets[0].getsockname()[:2])
+    fds = [listening.fileno() for listening in sockets]
+    if len(fds) < n_workers:
+        return [(address, [fds[worker % len(fds)] for worker in range(n_workers)])]
+    fds += [-1] * (-len(fds) % n_workers)
+    return [(address, fds[first : first + n_workers]) for first in range(0, len(fds), n_workers)]
 
 
 def _close_all(sockets: list[socket.socket]) -> None:

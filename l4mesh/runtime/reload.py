@@ -163,10 +163,15 @@ class Reloader:
                 await self.reload()
 
     async def freeze(self) -> None:
-        """What is in force stays so: the process ends."""
+        """What is in force stays so: the process ends, or another takes over."""
         self._frozen = True
         async with self._lock:
             pass
+
+    async def thaw(self) -> None:
+        """Takes ``freeze`` back, and looks at what was missed."""
+        self._frozen = False
+        await self.reload()
 
     def _folders(self) -> list[Path]:
         files = [Path(file) for identity in self.config.identities.values() for file in identity.files] if self.config else []

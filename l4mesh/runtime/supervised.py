@@ -30,10 +30,30 @@ class Supervision:
     """Why the rules are not in place."""
 
 
+class Successor:
+    """A process that the supervisor starts to take over from this one. Its methods may be called from any thread."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._code: int | None = None
+
+    def ended(self, code: int) -> None:
+        self._code = code
+
+    def poll(self) -> int | None:
+        """Its exit code; None: it runs, or is about to."""
+        return self._code
+
+    def kill(self) -> None:
+        self._tell("abandon")
+
+
 class Supervised:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._successor: Successor | None = None
         self.status = Supervision()
 
     @classmethod
@@ -54,6 +74,8 @@ class Supervised:
                 message = json.loads(line)
                 if message["say"] == "status":
                     self.status = Supervision(message["restarts"], **message["redirect"])
+                elif message["say"] == "successor_ended" and self._successor:
+                    self._successor.ended(message["code"])
         gone()
         await asyncio.Event().wait()
 
@@ -77,6 +99,19 @@ class Supervised:
     def drains(self) -> None:
         """This process is about to end, as it was told to."""
         self._tell("drains")
+
+    def start_successor(self) -> Successor:
+        """From any thread."""
+        self._successor = Successor(self._tell_from_anywhere)
+        self._tell_from_anywhere("upgrade")
+        return self._successor
+
+    def _tell_from_anywhere(self, say: str) -> None:
+        self._loop.call_soon_threadsafe(self._tell, say)
+
+    def hands_over(self) -> None:
+        """Another process serves."""
+        self._tell("hands_over")
 
     def close(self) -> None:
         self._writer.close()

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Factory
 from tests.support.mesh import simple
-from tests.support.peers import Server, black_hole, closed_port, connect, is_refused, read_exactly, read_to_end, reset
+from tests.support.peers import Server, black_hole, closed_port, connect, is_refused, read_exactly, read_to_end, reset, unsent
 from tests.support.proxies import run_proxy
 from tests.support.waiting import wait_until
 
@@ -85,14 +85,6 @@ def upstream_sends_then_resets(client: socket.socket, stage: Stage) -> str:
     reset(peer)
     data, end = read_to_end(client)
     return f"{len(data) // 1000} kB, {end}"
-
-
-def unsent(peer: socket.socket) -> int:
-    import fcntl
-    import struct
-    import termios
-
-    return int(struct.unpack("i", fcntl.ioctl(peer, termios.TIOCOUTQ, b"\0" * 4))[0])
 
 
 def upstream_refuses(client: socket.socket, stage: Stage) -> str:

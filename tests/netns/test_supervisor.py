@@ -326,6 +326,28 @@ def test_an_upgrade_that_fails_leaves_all_as_it_was(net: Net) -> None:
     assert len(events(m, "redirect_applied")) == 1
 
 
+def test_an_upgrade_touches_no_rule_and_cuts_nothing(net: Net) -> None:
+    m = net.start(config())
+    wait_event(m, "redirect_applied")
+    pids = [child_of(m)]
+    for turn in (1, 2):
+        if turn == 1:
+            command = [sys.executable, "-m", "l4mesh", "upgrade", "-c", str(m.file.parent)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            assert done.returncode == 0, done.stderr
+            assert f"has replaced process {pids[0]}" in done.stdout
+        else:
+            m.process.send_signal(signal.SIGUSR2)
+        wait_until(
+            lambda: len(events(m, "successor_serves")) == turn and len(events(m, "upgrade_ends")) == turn, "the successor is alone"
+        )
+        pids.append(child_of(m))
+        assert net.dial() == NODE
+    assert len(set(pids)) == 3
+    assert len(events(m, "redirect_applied")) == 1
+    assert not events(m, "data_plane_died") + events(m, "redirect_differs")
+
+
 def test_a_service_manager_is_told(net: Net, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))

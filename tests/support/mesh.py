@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,7 +58,8 @@ class Mesh:
             "admin": {"bind": f"unix:{folder}/admin.sock"},
             "workers": 2,
             "drain": {"time": "off", "over": "off"},
-        } | {key: value for key, value in config.items() if key in ("workers", "admin", "drain")}
+            "upgrade": {"socket": f"{folder}/upgrade.sock"},
+        } | {key: value for key, value in config.items() if key in ("workers", "admin", "drain", "upgrade")}
         self.file = folder / "conf" / "l4mesh.yaml"
         self.file.parent.mkdir(exist_ok=True)
         self.write(config)
@@ -65,21 +67,46 @@ class Mesh:
         self.stdout = folder / "stdout"
         self._prefix = prefix
         self._nofile = nofile
+        self._replaced: list[subprocess.Popen[bytes]] = []
         self._options = options
         self.start()
 
     def start(self) -> None:
+        self.process = self.spawn()
+        wait_until(self._is_ready, "l4mesh is ready", 30)
+        self._descriptors = self.count_descriptors()
+
+    def spawn(self, nofile: int = 0, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
+        """Starts a process with this configuration, which takes over from the one that runs, if it may. ``nofile``: its RLIMIT_NOFILE."""
+        nofile = nofile or self._nofile
+
         def limit() -> None:
-            if self._nofile:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (self._nofile, self._nofile))
+            if nofile:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
 
         command = [*self._prefix, sys.executable, "-m", "l4mesh", "run", *self._options, "-c", str(self.file.parent)]
         with self.stderr.open("ab") as stderr, self.stdout.open("ab") as stdout:
             preload = os.environ.get("L4MESH_PRELOAD", "")
-            environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
-            self.process = subprocess.Popen(command, stderr=stderr, stdout=stdout, preexec_fn=limit, env=environment)
-        wait_until(self._is_ready, "l4mesh is ready", 30)
-        self._descriptors = self.count_descriptors()
+            inherited = os.environ | ({"LD_PRELOAD": preload} if preload else {}) | dict(environment or {})
+            return subprocess.Popen(command, stderr=stderr, stdout=stdout, preexec_fn=limit, env=inherited)
+
+    def upgrade(self, **how: Any) -> "subprocess.Popen[bytes]":
+        """Lets a new process take over; gives the one before, which may still drain."""
+        before = self.process
+        self.process = self.spawn(**how)
+        wait_until(lambda: self.process.poll() is not None or self.status()["pid"] == self.process.pid, "the new process serves", 30)
+        assert self.process.poll() is None, self.stderr.read_text()
+        if not self._replaced:
+            # What steers each worker while connections cross.
+            self._descriptors += self._settings["workers"]
+        self._replaced.append(before)
+        return before
+
+    def wait_alone(self) -> None:
+        """Until the processes before have ended, and their last counters are known."""
+        for before in self._replaced:
+            assert before.wait(20) == 0, self.stderr.read_text()
+        wait_until(lambda: sum(event["event"] == "upgrade_ends" for event in self.events()) >= len(self._replaced), "all is known")
 
     def _is_ready(self) -> bool:
         if self.process.poll() is not None:
@@ -182,6 +209,10 @@ class Mesh:
         self.process.wait()
 
     @property
+    def upgrade_socket(self) -> str:
+        return str(self._settings["upgrade"]["socket"])
+
+    @property
     def admin(self) -> str:
         return str(self._settings["admin"]["bind"])
 
@@ -197,10 +228,13 @@ class Mesh:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            if self.process.poll() is None:
-                self.kill()
+            for process in (*self._replaced, self.process):
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
             print(self.stderr.read_text()[-4000:])
             return
+        self.wait_alone()
         if self.process.poll() is None:
             self.check_invariants()
             self.stop()

@@ -1,10 +1,12 @@
 """Scripted clients and servers on real sockets, each call with a deadline."""
 
 import contextlib
+import fcntl
 import hashlib
 import random
 import socket
 import struct
+import termios
 import threading
 from collections.abc import Callable, Iterator
 
@@ -68,6 +70,11 @@ def make_bytes(count: int, seed: int = 0) -> bytes:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def unsent(peer: socket.socket) -> int:
+    """Bytes that the other end has not acknowledged (SIOCOUTQ)."""
+    return int(struct.unpack("i", fcntl.ioctl(peer, termios.TIOCOUTQ, bytes(4)))[0])
 
 
 class Server:

@@ -65,6 +65,7 @@ def test_the_reference_names_every_key_with_its_default() -> None:
         "redirect",
         "watchdog_ms",
         "admin",
+        "upgrade_socket",
         "access_log",
         "max_connections",
         "max_connections_per_source",
