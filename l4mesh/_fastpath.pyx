@@ -1270,6 +1270,7 @@ cdef void dial_failed(worker_t *worker, conn_t *conn, int error) noexcept nogil:
         row.connect_failures += 1
         if conn.endpoint_stat != NULL:
             add_u(&conn.endpoint_stat.connect_failures, 1)
+            conn.endpoint_stat.failing = 1
         outlier_dial_failed(worker, conn, error)
     dial_abandon(worker, conn)
 
@@ -1462,6 +1463,8 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     row.connect_buckets[connect_bucket(took_ns)] += 1
     if conn.endpoint_stat != NULL:
         add_u(&conn.endpoint_stat.opened, 1)
+        if conn.endpoint_stat.failing:
+            conn.endpoint_stat.failing = 0
         outlier_connected(conn, took_ns)
     conn.errno_seen = 0
     conn.tls_cause = TLS_OK

@@ -107,6 +107,7 @@ ctypedef struct pick_t:
     uint32_t n_tried
     const int64_t *cluster_active
     bint panic                   # endpoints that are out are picked as well
+    bint wary                    # those whose last dial failed are not
 
 ctypedef struct point_t:
     uint32_t key
@@ -480,7 +481,7 @@ cdef inline bint endpoint_is_out(const cluster_t *cluster, const pick_t *pick, u
 cdef inline bint endpoint_is_usable(const cluster_t *cluster, const pick_t *pick, uint32_t index) noexcept nogil:
     return (
         not endpoint_is_out(cluster, pick, index) and not endpoint_is_full(cluster, index)
-        and not (pick.n_tried and endpoint_was_tried(pick, index))
+        and not (pick.n_tried and endpoint_was_tried(pick, index)) and not (pick.wary and cluster.endpoints[index].stat.failing)
     )
 
 
@@ -657,13 +658,16 @@ cdef inline bint cluster_has_untried(const cluster_t *cluster, const pick_t *pic
 
 
 cdef inline int32_t cluster_pick(const cluster_t *cluster, pick_t *pick, uint64_t now_ms) noexcept nogil:
-    # Index of an endpoint; PICK_FULL or PICK_NONE. One that was tried only when every usable one was, and the last one last.
+    # Index of an endpoint; PICK_FULL or PICK_NONE. One that was tried only when every usable one was, and the last one last. Who has been
+    # failed once goes where the last dial succeeded, as long as there is such an endpoint: among several dead ones that nobody has
+    # found out yet, and that least_connections prefers for having no connection, the attempts would soon be used up.
     cdef int32_t index
     cdef uint32_t n_tried = pick.n_tried
     cdef const uint32_t *tried = pick.tried
     cdef int t
     if cluster.tiers[0].n_members + cluster.tiers[1].n_members == 0:
         return PICK_NONE
+    pick.wary = n_tried > 0
     while True:
         for t in range(TIERS):
             index = tier_pick(cluster, &cluster.tiers[t], pick, now_ms)
@@ -671,7 +675,9 @@ cdef inline int32_t cluster_pick(const cluster_t *cluster, pick_t *pick, uint64_
                 break
         if index >= 0 or pick.n_tried == 0:
             break
-        if pick.n_tried > 1:
+        if pick.wary:
+            pick.wary = False
+        elif pick.n_tried > 1:
             pick.tried += pick.n_tried - 1
             pick.n_tried = 1
         else:

@@ -34,7 +34,7 @@ ctypedef struct endpoint_stat_t:
     uint32_t leave_over_ms   # its connections leave over this time
     uint16_t leave_permille  # how many of them; 1000 are all, and those that come later as well
     uint8_t leave_reason     # close_reason_t; 0: they stay
-    uint8_t pad0
+    uint8_t failing          # its last dial failed; written by workers
     uint64_t leave_sweep     # of some of them: the sweep that picks them
     uint64_t warm_from_ms    # slow start: its weight grows from here
     uint64_t warm_until_ms   # to here; 0: it has its weight

@@ -271,9 +271,9 @@ class ClusterOutliers:
         if endpoint.ejection or not self._fails_in_a_row(counts):
             return None
         if counts.failed_connects >= counts.failed_answers:
-            why = f"{counts.failed_connects} dials failed in a row"
+            why = f"dials that failed in a row: {counts.failed_connects}"
         else:
-            why = f"{counts.failed_answers} connections in a row ended before an answer"
+            why = f"connections in a row that ended before an answer: {counts.failed_answers}"
         return self._detect(endpoint, Detector.CONSECUTIVE_FAILURES, why, now_ms, unhealthy)
 
     def _low_success_rates(self, intervals: Sequence[_Interval]) -> list[tuple[_Endpoint, str]]:

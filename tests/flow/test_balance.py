@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import Factory
 from tests.support.mesh import simple
 from tests.support.peers import Server, connect, is_refused, read_to_end
+from tests.support.proxies import free_port
 
 
 def ask(port: int, source: str | None = None) -> str:
@@ -106,3 +107,16 @@ def test_routes_by_destination_port_source_and_split(mesh: Factory) -> None:
         assert counts["0"] + counts["2"] == 200
         assert is_refused(port, "127.0.0.1", "127.0.0.20")
         m.wait_closed(no_route=1)
+
+
+@pytest.mark.parametrize("balance", ["round_robin", "least_connections"])
+def test_dead_endpoints_fail_nobody_once_each_was_met(mesh: Factory, balance: str) -> None:
+    """Three attempts and six dead endpoints, without ejection: who meets three that nobody had met fails, and that is twice at most."""
+    with ExitStack() as stack:
+        live = servers(stack, 2)
+        dead = [f"127.0.0.1:{free_port()}" for _ in range(6)]
+        m = mesh(simple(*dead, *(server.address for server in live), balance=balance))
+        port = m.port()
+        failed = [is_refused(port) for _ in range(100)]
+        assert sum(failed) <= 2
+        assert not any(failed[-50:])

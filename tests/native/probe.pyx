@@ -118,6 +118,9 @@ cdef class Balancer:
         self.stats[index].active += count
         self.active += count
 
+    def set_failing(self, uint32_t index, bint failing):
+        self.stats[index].failing = failing
+
     def set_out(self, uint32_t index, bint out):
         self.stats[index].out = out
 

@@ -225,6 +225,18 @@ def test_an_endpoint_that_is_out_is_picked_in_a_panic_only(balance: int, n: int)
     assert balancer.pick(7) == 0
 
 
+@pytest.mark.parametrize("balance", ALL)
+@pytest.mark.parametrize("n", [6, 40])
+def test_a_retry_goes_where_the_last_dial_succeeded(balance: int, n: int) -> None:
+    balancer = probe.Balancer(endpoints([1] * n), balance, seed=5)
+    for index in range(n - 1):
+        balancer.set_failing(index, True)
+    assert {balancer.pick(source, (0,)) for source in range(200)} == {n - 1}
+    assert len({balancer.pick(source * 2654435761) for source in range(200)}) > 1, "a first attempt may go anywhere"
+    # Nobody is left that has not failed: one that was not tried, all the same.
+    assert n - 1 not in {balancer.pick(source, (n - 1,)) for source in range(200)}
+
+
 def test_out_and_full_are_told_apart() -> None:
     balancer = probe.Balancer(endpoints([1, 1, 0]), LEAST, max_connections_per_endpoint=1)
     balancer.add(0, 1)

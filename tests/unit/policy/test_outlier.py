@@ -74,7 +74,7 @@ def test_five_failures_in_a_row_eject_and_four_do_not() -> None:
     assert fixed.fail("e0", 4) == []
     (found,) = fixed.fail("e0", 5)
     assert (found.outcome, found.until_ms, found.times) == (Outcome.EJECTED, 30_000, 1)
-    assert found.why == "5 dials failed in a row"
+    assert found.why == "dials that failed in a row: 5"
     assert fixed.fail("e0", 6) == []
 
 
