@@ -215,7 +215,7 @@ class Demo:
     def _show_refusal(self) -> None:
         before = self._redis_connections()
         said = _first_line(self._pods["batch"], "redis-cli", "-h", REDIS, "PING")
-        self._step(f"A policy lets web use redis, and nobody else. batch runs `redis-cli -h {REDIS} PING`: {said}")
+        self._step(f"A policy lets only web use redis. batch runs `redis-cli -h {REDIS} PING`: {said}")
         _wait_until(lambda: self._meshes[1].last_record("denied"), "the refusal is logged")
         who = self._meshes[1].last_record("denied").get("downstream_identity")
         reached = self._redis_connections() - before - 1
@@ -225,14 +225,15 @@ class Demo:
         plain = _first_line(self._lab.host("outside"), "redis-cli", "-h", self._pods["redis"].v4, "PING")
         _wait_until(lambda: self._meshes[1].last_record("downstream_tls"), "the plaintext is logged")
         cause = self._meshes[1].last_record("downstream_tls").get("tls_error")
-        self._say(f"    An outsider dials redis by its own address, in plaintext: {plain} (node-2 logs {cause})")
+        self._say(f"    An outsider dials the redis pod itself, in plaintext: {plain} (node-2 logs {cause})")
         self._expect(plain != "PONG" and cause == "not_tls", "plaintext is refused")
 
     def _show_balancing(self) -> None:
         web = self._pods["web"]
         answers = collections.Counter(web.run("curl", "-s", "-m", "5", f"http://{CATALOG}/") for _ in range(30))
         shown = ", ".join(f"{name} {count}" for name, count in sorted(answers.items()))
-        self._step(f"web runs `curl http://{CATALOG}/` 30 times. Answered by {shown}; catalog-1 is on web's own node.")
+        self._step(f"web runs `curl http://{CATALOG}/` 30 times. catalog-1 is on its own node, the others are not.")
+        self._say(f"    Answers from {shown}.")
         self._expect(len(answers) == 3 and sum(answers.values()) == 30, "all three servers answer curl")
 
     def _show_failure(self) -> None:
