@@ -1,5 +1,5 @@
 """The main job on something real: two nodes whose pods speak plaintext and dial addresses that no host has, while between the nodes
-it is mutual TLS, a policy decides, a server dies and comes back, a certificate is renewed and the policy changes.
+it is mutual TLS, a policy decides, a server dies and comes back, l4mesh is upgraded, a certificate renewed and the policy changed.
 
 What it prints it has measured; what should have happened and didn't makes it fail.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
+import datetime
+import http.client
 import json
+import os
 import select
 import shutil
 import signal
@@ -17,6 +21,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +42,12 @@ PODS = (("web", "batch", "catalog-1"), ("redis", "catalog-2", "catalog-3"))
 SECRET = "4111-1111-1111-1111"
 DEADLINE_S = 10.0
 TRUST_DOMAIN = "shop.example"
+PR_SET_CHILD_SUBREAPER = 36
 
 NODE = """\
 node: {{name: {node}}}
 admin: {{bind: "unix:{folder}/admin.sock"}}
+upgrade: {{socket: "{folder}/upgrade.sock"}}
 access_log: {{path: "{folder}/access.log", when: always}}
 identities:
 {identities}
@@ -66,6 +73,8 @@ clusters:
   - name: catalog
     endpoints: ["10.244.1.13:80", "10.244.2.12:80", "10.244.2.13:80"]
     balance: round_robin
+    outlier_detection: {{consecutive_failures: 3, base_ejection: 2s}}
+    slow_start: 1s
     tls: {{peers: ["spiffe://{domain}/ns/shop/sa/catalog"]}}
   - {{name: redis, endpoints: ["10.244.2.11:6379"], tls: &redis {{peers: ["spiffe://{domain}/ns/shop/sa/redis"]}}}}
   - {{name: redis-v6, endpoints: ["[fd00:10:244:2::11]:6379"], tls: *redis}}
@@ -77,8 +86,9 @@ POLICY = 'policies: [{{name: redis-for-{who}, action: allow, workloads: {{app: r
 SERVER = """\
 import http.server, sys
 class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
     def do_GET(self):
-        body = sys.argv[1].encode()
+        body = ("%s:%d" % self.client_address if self.path == "/client" else sys.argv[1]).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -96,6 +106,8 @@ def run_demo() -> int:
             raise CommandError(f"the demo needs {tool}: install the package {package}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, raise_interrupted)
+    # What an upgrade has started outlives its parent: then it is a child of this process.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     console = Console(highlight=False, markup=False, width=116)
     try:
         with tempfile.TemporaryDirectory(prefix="l4mesh-demo-") as folder, Lab() as lab:
@@ -125,6 +137,7 @@ class Demo:
             self._show_refusal,
             self._show_balancing,
             self._show_failure,
+            self._show_upgrade,
             self._show_rotation,
             self._show_policy_change,
             self._show_account,
@@ -202,7 +215,7 @@ class Demo:
     def _show_refusal(self) -> None:
         before = self._redis_connections()
         said = _first_line(self._pods["batch"], "redis-cli", "-h", REDIS, "PING")
-        self._step(f"A policy lets web use redis, and nobody else. batch runs `redis-cli -h {REDIS} PING`: {said}")
+        self._step(f"A policy lets only web use redis. batch runs `redis-cli -h {REDIS} PING`: {said}")
         _wait_until(lambda: self._meshes[1].last_record("denied"), "the refusal is logged")
         who = self._meshes[1].last_record("denied").get("downstream_identity")
         reached = self._redis_connections() - before - 1
@@ -212,28 +225,82 @@ class Demo:
         plain = _first_line(self._lab.host("outside"), "redis-cli", "-h", self._pods["redis"].v4, "PING")
         _wait_until(lambda: self._meshes[1].last_record("downstream_tls"), "the plaintext is logged")
         cause = self._meshes[1].last_record("downstream_tls").get("tls_error")
-        self._say(f"    A host outside of the mesh dials redis by its own address, in plaintext: {plain} (node-2 logs {cause})")
+        self._say(f"    An outsider dials the redis pod itself, in plaintext: {plain} (node-2 logs {cause})")
         self._expect(plain != "PONG" and cause == "not_tls", "plaintext is refused")
 
     def _show_balancing(self) -> None:
         web = self._pods["web"]
         answers = collections.Counter(web.run("curl", "-s", "-m", "5", f"http://{CATALOG}/") for _ in range(30))
         shown = ", ".join(f"{name} {count}" for name, count in sorted(answers.items()))
-        self._step(f"web runs `curl http://{CATALOG}/` 30 times. Answered by {shown}; catalog-1 is on web's own node.")
+        self._step(f"web runs `curl http://{CATALOG}/` 30 times. catalog-1 is on its own node, the others are not.")
+        self._say(f"    Answers from {shown}.")
         self._expect(len(answers) == 3 and sum(answers.values()) == 30, "all three servers answer curl")
 
     def _show_failure(self) -> None:
-        victim = self._pods["catalog-1"]
+        victim, mesh = self._pods["catalog-1"], self._meshes[0]
         traffic = Traffic(self._pods["web"], self._folder / "stop-failure")
-        traffic.read(60)
+        traffic.wait(60)
+        killed_s = time.time()
         victim.kill()
-        traffic.read(120)
+        _wait_until(lambda: mesh.last_event("endpoint_ejected"), "catalog-1 is ejected")
+        ejected = mesh.last_event("endpoint_ejected")
+        self._step("While curl goes on in web, catalog-1 is killed (kill -9), and started again as soon as node-1 has ejected it.")
+        after_ms = (_unix_s(ejected) - killed_s) * 1000
+        self._say(f"    After {after_ms:.0f} ms it logs: {ejected['endpoint']} ejected for {ejected['for_s']} s, {ejected['why']}.")
+        first = last = self._catalog_1()
+        since, passed_by = traffic.count, 0
         _start_server("catalog-1", victim)
         _wait_until(lambda: _is_serving("catalog-1", victim), "catalog-1 is back")
-        traffic.read(60)
-        self._step("While curl goes on in web, catalog-1 is killed (kill -9), stays away for 120 requests, and is started again.")
+        while (now := self._catalog_1())["out"]:
+            last, passed_by = now, traffic.count - since
+            time.sleep(0.05)
+        returned = mesh.last_event("endpoint_returned")
+        early = traffic.wait(30)["catalog-1"]
+        _wait_until(lambda: not self._catalog_1()["warming"], "slow start is over")
+        late = traffic.wait(30)["catalog-1"]
+        causes = [out["cause"] for out in first["out"]]
+        dials = sum(last[name] - first[name] for name in ("opened", "connect_failures"))
+        self._say(
+            f"    `/clusters` says {', '.join(causes)} meanwhile: {passed_by} requests went by, {dials} of them were tried there."
+        )
+        self._say(
+            f"    After {returned.get('after_s')} s it is back by itself: it answers {early} of the first 30 requests, "
+            f"{late} of 30 when slow start is over."
+        )
         self._say(f"    {traffic.stop()}{' It is the one that catalog-1 was answering.' if traffic.failed == 1 else ''}")
+        self._expect(causes == ["ejected"] and dials == 0, "nothing is sent to an endpoint that is ejected")
+        self._expect(returned.get("endpoint") == ejected["endpoint"], "what was ejected returns")
+        self._expect(late >= 7, "what has returned gets its share again")
         self._expect(traffic.failed <= 1, "requests go on when a server on the same node dies")
+
+    def _show_upgrade(self) -> None:
+        mesh = self._meshes[0]
+        traffic = Traffic(self._pods["web"], self._folder / "stop-upgrade")
+        kept = self._keep_alive("catalog-1")
+        seen, client = _get(kept, "/client"), self._session.ask("CLIENT ID")
+        traffic.wait(30)
+        started = time.monotonic()
+        said = mesh.upgrade()
+        took_s = time.monotonic() - started
+        traffic.wait(30)
+        live = [(row["source"], row["endpoint"]) for row in mesh.ask("/connections")["connections"]]
+        seen_now, client_now = _get(kept, "/client"), self._session.ask("CLIENT ID")
+        source, catalog_1 = "{}:{}".format(*kept.sock.getsockname()), f"{self._pods['catalog-1'].v4}:80"
+        kept.close()
+        old = mesh.process
+        self._step(f"While curl goes on in web, `l4mesh upgrade` replaces the process of node-1. It takes {took_s:.1f} s, and says:")
+        self._say(f"    {said}")
+        self._say(f"    Plaintext goes over: catalog-1 sees web's connection from {seen} before and {seen_now} now.")
+        self._say(
+            f"    TLS does not: process {old.pid} keeps the connection of step 4, redis client {client} before and {client_now} now."
+        )
+        self._say(f"    {traffic.stop()}")
+        self._expect((source, catalog_1) in live, "the new process has the plaintext connection")
+        redis = f"{self._pods['redis'].v4}:6379"
+        self._expect(redis not in dict(live).values() and old.poll() is None, "the old process keeps the TLS connection")
+        self._expect(seen == seen_now, "a plaintext connection outlives an upgrade")
+        self._expect(client == client_now and client.isdigit(), "a TLS connection outlives an upgrade")
+        self._expect(traffic.failed == 0, "an upgrade disturbs nobody")
 
     def _show_rotation(self) -> None:
         self._traffic = Traffic(self._pods["web"], self._folder / "stop-changes")
@@ -261,6 +328,10 @@ class Demo:
         self._say(f"    in web: {web}")
         self._say(f"    in batch: {batch}")
         self._expect(web != "PONG" and batch == "PONG", "the new policy holds")
+        old = self._meshes[0].process
+        _wait_until(lambda: old.poll() is not None, "the old process of node-1 ends")
+        self._say(f"    With it process {old.pid} has ended, the one before the upgrade: exit code {old.returncode}.")
+        self._expect(old.returncode == 0, "the old process ends with its last connection")
         self._say(f"    curl went on through both changes: {self._traffic.stop()}")
         self._expect(self._traffic.failed == 0, "changes disturb nobody else")
 
@@ -317,6 +388,23 @@ class Demo:
             workloads="\n".join(WORKLOAD.format(name=name, service=_service(name), v4=pod.v4, v6=pod.v6) for name, pod in workloads),
         )  # fmt: skip
 
+    def _catalog_1(self) -> dict[str, Any]:
+        """What node-1 tells about it."""
+        endpoints = self._meshes[0].ask("/clusters?name=catalog")["clusters"][0]["endpoints"]
+        found: dict[str, Any] = next(row for row in endpoints if row["address"] == f"{self._pods['catalog-1'].v4}:80")
+        return found
+
+    def _keep_alive(self, answering: str) -> http.client.HTTPConnection:
+        """web's connection to the catalog that this endpoint of it answers."""
+        for _ in PODS[0] + PODS[1]:
+            connection = http.client.HTTPConnection(CATALOG, timeout=DEADLINE_S)
+            connection.auto_open = 0
+            run_in_namespace(self._pods["web"].path, connection.connect)
+            if _get(connection, "/") == answering:
+                return connection
+            connection.close()
+        raise CommandError(f"{answering} answers none of {len(self._pods)} connections")
+
     def _redis_connections(self) -> int:
         """That Redis has accepted so far, the one that asks included."""
         info = self._pods["redis"].run("redis-cli", "INFO", "stats")
@@ -345,10 +433,12 @@ class Mesh:
         self.folder = folder
         host.run(sys.executable, "-m", "l4mesh", "redirect", "apply", "-c", str(folder))
         with (folder / "events.log").open("wb") as events:
-            self._process = host.start(sys.executable, "-m", "l4mesh", "run", "-c", str(folder), stderr=events)
+            self.process = host.start(sys.executable, "-m", "l4mesh", "run", "-c", str(folder), stderr=events)
+            """The first one, before an upgrade."""
+        self._successor = 0
 
     def is_ready(self) -> bool:
-        if self._process.poll() is not None:
+        if self.process.poll() is not None:
             raise CommandError(f"l4mesh ended: {(self.folder / 'events.log').read_text().strip()}")
         return bool(self.ask("/ready").get("ready"))
 
@@ -375,10 +465,24 @@ class Mesh:
     def last_record(self, reason: str) -> dict[str, Any]:
         return next((record for record in reversed(self.records()) if record["reason"] == reason), {})
 
+    def last_event(self, event: str) -> dict[str, Any]:
+        """Of the event log; without a line that is being written."""
+        events = map(json.loads, (self.folder / "events.log").read_text().split("\n")[:-1])
+        return next((told for told in reversed(list(events)) if told["event"] == event), {})
+
+    def upgrade(self) -> str:
+        """What the command says."""
+        said = self.host.run(sys.executable, "-m", "l4mesh", "upgrade", "-c", str(self.folder)).strip()
+        self._successor = self.ask("/status")["pid"]
+        return said
+
     def stop(self) -> int:
-        """Its exit code."""
-        self._process.terminate()
-        code = self._process.wait()
+        """Its exit code, or that of the process before it when that failed."""
+        self.process.terminate()
+        code = self.process.wait()
+        if self._successor:
+            os.kill(self._successor, signal.SIGTERM)
+            code = code or os.waitstatus_to_exitcode(os.waitpid(self._successor, 0)[1])
         self.host.run(sys.executable, "-m", "l4mesh", "redirect", "remove")
         return code
 
@@ -406,29 +510,40 @@ class Traffic:
 
     def __init__(self, pod: Host, stop_file: Path) -> None:
         self._stop_file = stop_file
-        curl = f"curl -s -o /dev/null -m 5 -w '%{{http_code}} %{{time_total}}\\n' http://{CATALOG}/"
+        curl = f"curl -s -m 5 -w ' %{{http_code}} %{{time_total}}\\n' http://{CATALOG}/"
         script = f"while [ ! -e {stop_file} ]; do {curl}; done"
         self._process = pod.start("sh", "-c", script, stdout=subprocess.PIPE)
-        self._lines: list[bytes] = []
+        self._lines: list[list[str]] = []
+        self._reader = threading.Thread(target=self._read, name="traffic", daemon=True)
+        self._reader.start()
         self.failed = 0
 
-    def read(self, count: int) -> None:
-        """Waits for so many requests."""
+    def _read(self) -> None:
         assert self._process.stdout
-        for _ in range(count):
-            line = self._process.stdout.readline()
-            if not line:
+        for line in self._process.stdout:
+            self._lines.append(line.decode().split())
+
+    @property
+    def count(self) -> int:
+        """Of the requests so far."""
+        return len(self._lines)
+
+    def wait(self, count: int) -> collections.Counter[str]:
+        """For so many requests more. Who answered them."""
+        first = len(self._lines)
+        while len(self._lines) < first + count:
+            if not self._reader.is_alive():
                 raise CommandError("curl goes on no more")
-            self._lines.append(line)
+            time.sleep(0.01)
+        return collections.Counter(line[0] for line in self._lines[first : first + count])
 
     def stop(self) -> str:
         """What came of it, in words."""
-        assert self._process.stdout
         self._stop_file.touch()
-        self._lines += self._process.stdout.readlines()
-        codes = [line.split()[0] for line in self._lines]
-        slowest_ms = max(float(line.split()[1]) for line in self._lines) * 1000
-        self.failed = len(codes) - codes.count(b"200")
+        self._reader.join()
+        codes = [line[-2] for line in self._lines]
+        slowest_ms = max(float(line[-1]) for line in self._lines) * 1000
+        self.failed = len(codes) - codes.count("200")
         return f"{len(codes)} requests, {self.failed} failed; the slowest took {show_ms(slowest_ms)}."
 
 
@@ -438,6 +553,19 @@ def _service(pod: str) -> str:
 
 def _spiffe_id(service: str) -> str:
     return f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{service}"
+
+
+def _unix_s(event: dict[str, Any]) -> float:
+    return datetime.datetime.fromisoformat(event["time"]).timestamp()
+
+
+def _get(connection: http.client.HTTPConnection, path: str) -> str:
+    """Raises CommandError."""
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+    except (OSError, http.client.HTTPException) as error:
+        raise CommandError(f"GET {path} on a connection that stays open: {error!r}") from error
 
 
 def _first_line(host: Host, *command: str) -> str:
