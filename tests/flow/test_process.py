@@ -75,6 +75,11 @@ def test_a_process_that_stood_still_hears_everybody_before_it_counts_their_time(
         clients = [connect(port) for _ in range(350)]
         for client in clients:
             talk(client)
+        # At once, so that on a slow machine the first ones are not idle for long before it stands still.
+        for client in clients:
+            client.sendall(b"hi")
+        for client in clients:
+            assert read_exactly(client, 2) == b"hi"
         m.process.send_signal(signal.SIGSTOP)
         for client in clients:
             client.sendall(b"yo")
