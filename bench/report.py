@@ -159,7 +159,7 @@ def _churn_table(churn: dict[str, Any]) -> str:
         ["new connections, each a second", f"{churn['connections']:,}, {_number(churn['rate'])}"],
         ["of them failed", ", ".join(f"{count:,}: {how}" for how, count in failed.items()) or "0"],
         ["times that the file was written, that a new plan came into force", f"{churn['changes']:,}, {churn['reloads']:,}"],
-        ["dials after a first one that failed", f"{churn['retries']:,}"],
+        ["dials that were refused, and went on to the next endpoint", f"{churn['refused']:,}"],
         [
             "from when a connection was due until its answer: p50, p99, p99.9",
             ", ".join(_number(churn[p]) for p in ("p50", "p99", "p999")) + " µs",
