@@ -9,14 +9,9 @@ import yaml
 
 from tests.conftest import Factory
 from tests.support.mesh import Config, simple
-from tests.support.peers import Server, black_hole, closed_port, connect, echo, read_exactly, read_to_end
+from tests.support.peers import Server, black_hole, closed_port, connect, echo, read_to_end, talk
 from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def named(name: bytes) -> Server:
