@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import click
 
 from bench.bandwidth import run_bandwidth, summarize_bandwidth
+from bench.churn import SECONDS as CHURN_SECONDS
+from bench.churn import run_churn
 from bench.ejection import REPEATS as EJECTION_REPEATS
 from bench.ejection import run_ejection, summarize_ejection
 from bench.fairness import run_fairness, summarize_fairness
@@ -49,7 +51,8 @@ BANDWIDTH = "bandwidth"
 UPGRADE = "upgrade"
 EJECTION = "ejection"
 FAIRNESS = "fairness"
-SCENARIOS = (RELOAD, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
+CHURN = "churn"
+SCENARIOS = (RELOAD, CHURN, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
 NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 NEEDED = {
     "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
@@ -78,6 +81,9 @@ def choose(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 @click.option("--proxies", callback=choose(PROXIES), metavar="NAME,…", help=f"Of {', '.join(PROXIES)}.")
 @click.option("--blocks", type=click.IntRange(2), help=f"Blocks that count; {FULL.blocks} unless told.")
 @click.option("--storm-seconds", type=click.IntRange(1), help="One storm of this length instead of several short ones.")
+@click.option(
+    "--churn-seconds", type=click.IntRange(1), default=CHURN_SECONDS, show_default=True, help="How long endpoints come and go."
+)
 @click.option("--seed", type=int, help="Of the order within blocks; random unless told.")
 @click.option("--baseline", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A result to compare with.")
 @click.option("--of", "saved", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show this result; run nothing.")
@@ -88,6 +94,7 @@ def main(
     proxies: tuple[str, ...],
     blocks: int | None,
     storm_seconds: int | None,
+    churn_seconds: int,
     seed: int | None,
     baseline: Path | None,
     saved: Path | None,
@@ -99,7 +106,7 @@ def main(
     else:
         effort = QUICK if quick else FULL
         effort = Effort(blocks or effort.blocks, effort.share, effort.discard_first)
-        result = run(only, proxies, effort, seed if seed is not None else random.randrange(1 << 16), storm_seconds)
+        result = run(only, proxies, effort, seed if seed is not None else random.randrange(1 << 16), storm_seconds, churn_seconds)
         save(result, out)
     print(render(result))
     if baseline:
@@ -108,7 +115,9 @@ def main(
         sys.exit(1)
 
 
-def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int, storm_seconds: int | None) -> dict[str, Any]:
+def run(
+    only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: int, storm_seconds: int | None, churn_seconds: int
+) -> dict[str, Any]:
     prepare()
     started = time.monotonic()
     result: dict[str, Any] = {
@@ -125,7 +134,7 @@ def run(only: tuple[str, ...], proxies: tuple[str, ...], effort: Effort, seed: i
         "errors": {},
     }
     with tempfile.TemporaryDirectory(prefix="l4mesh-bench-") as folder:
-        measure_all(result, share_cpus(Path(folder)), only, proxies, effort, seed, storm_seconds)
+        measure_all(result, share_cpus(Path(folder)), only, proxies, effort, seed, storm_seconds, churn_seconds)
     result["minutes"] = (time.monotonic() - started) / 60
     result["why_not"] = why_not(result, only, proxies, effort)
     result["publish"] = not result["why_not"]
@@ -140,6 +149,7 @@ def measure_all(
     effort: Effort,
     seed: int,
     storm_seconds: int | None,
+    churn_seconds: int,
 ) -> None:
     """Fills in the result. What fails is named there, and the rest goes on."""
 
@@ -173,6 +183,12 @@ def measure_all(
             "a large configuration under load",
             partial(run_reload, machine, 3 if effort.discard_first else 1),
             lambda reloads: result.update(reload=summarize_reload(reloads)),
+        )
+        attempt(
+            CHURN,
+            "endpoints that come and go under load",
+            partial(run_churn, machine, churn_seconds, seed),
+            lambda churn: result.update(churn=dataclasses.asdict(churn)),
         )
         attempt(
             UPGRADE,

@@ -65,15 +65,20 @@ class Backends:
         self._running.clear()
 
 
-def serve_echo(port: int) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.bind(("0.0.0.0", port))
-        listener.listen(4096)
-        listener.setblocking(False)
-        build().serve_echo(listener.fileno())
+def listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.bind((host, port))
+    listener.listen(4096)
+    listener.setblocking(False)
+    return listener
+
+
+def serve_echo(listener: socket.socket) -> None:
+    """Never returns."""
+    build().serve_echo(listener.fileno())
 
 
 if __name__ == "__main__":
-    serve_echo(int(sys.argv[1]))
+    serve_echo(listen("0.0.0.0", int(sys.argv[1])))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import http.client
 import json
-import re
 import socket
 import statistics
 import subprocess
@@ -17,7 +15,7 @@ from typing import Any
 import yaml
 
 from bench.generator import Void
-from bench.proxies import Proxy
+from bench.proxies import scrape
 from bench.stage import Machine, Stage
 
 MB = 1_000_000
@@ -101,11 +99,11 @@ def _measure(stage: Stage, name: str, rate: int, port: int, streams: int) -> Flo
     proxy = stage.proxies["l4mesh"]
     source = WORKLOAD if streams > 1 else "127.10.4.1"
     command = ["iperf3", "-J", "-c", LISTENER, "-p", str(port), "-B", source, "-P", str(streams), "-O", str(WARM_S), "-t", str(SECONDS)]
-    before, cpu = _moved(proxy), proxy.process.settled_cpu_s()
+    before, cpu = scrape(proxy, "bytes_spliced", "bytes_copied"), proxy.process.settled_cpu_s()
     done = subprocess.run(stage.load_place.command(command), capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise Void(f"iperf3: {(done.stderr or done.stdout).strip()[-300:]}")
-    after, cpu = _moved(proxy), proxy.process.settled_cpu_s() - cpu
+    after, cpu = scrape(proxy, "bytes_spliced", "bytes_copied"), proxy.process.settled_cpu_s() - cpu
     spliced, copied = after[0] - before[0], after[1] - before[1]
     ended = json.loads(done.stdout)["end"]
     each = [stream["receiver"]["bytes"] / stream["receiver"]["seconds"] for stream in ended["streams"]]
@@ -118,26 +116,3 @@ def _measure(stage: Stage, name: str, rate: int, port: int, streams: int) -> Flo
         min(each) / statistics.mean(each),
         max(each) / statistics.mean(each),
     )
-
-
-class _Admin(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("l4mesh", timeout=10)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(self._path)
-
-
-def _moved(proxy: Proxy) -> tuple[int, int]:
-    """Bytes spliced and copied so far."""
-    admin = _Admin(f"{proxy.folder}/admin.sock")
-    admin.request("GET", "/metrics", headers={"Connection": "close"})
-    text = admin.getresponse().read().decode()
-    admin.close()
-    spliced, copied = (
-        sum(float(value) for value in re.findall(rf"^l4mesh_bytes_{how}_total{{.*}} (.*)$", text, re.MULTILINE))
-        for how in ("spliced", "copied")
-    )
-    return int(spliced), int(copied)

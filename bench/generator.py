@@ -119,16 +119,26 @@ def percentile(ordered: list[int] | array.array[int], share: float) -> int:
     return ordered[max(0, min(len(ordered) - 1, -int(-share * len(ordered) // 1) - 1))]
 
 
+def _connect_paced(
+    load: ModuleType, where: tuple[str, int], rate: float, count: int, at_once: int, size: int, sources: tuple[str, int], done: int
+) -> dict[str, Any]:
+    latencies, failed, late_ns = load.connect_paced(*where, rate, count, at_once, size, *sources, done)
+    answered = sorted(latency for latency in latencies if latency)
+    if not answered:
+        raise load.LoadError(f"not one connection of {count:,} was answered")
+    return {"failed": failed, "late_us": late_ns / 1e3, **_percentiles(answered)}
+
+
+def _percentiles(ordered: list[int]) -> dict[str, float]:
+    """In µs."""
+    return {name: percentile(ordered, share) / 1e3 for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))}
+
+
 def _run_paced(connections: Any, rate: float, count: int, path: str | None) -> dict[str, Any]:
     start_ns, latencies, late_ns = connections.pace(rate, count)
     if path:
         Path(path).write_bytes(latencies.tobytes())
-    ordered = sorted(latencies)
-    return {
-        "start_ns": start_ns,
-        "late_us": late_ns / 1e3,
-        **{name: percentile(ordered, share) / 1e3 for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))},
-    }
+    return {"start_ns": start_ns, "late_us": late_ns / 1e3, **_percentiles(sorted(latencies))}
 
 
 def main() -> None:
@@ -153,6 +163,10 @@ def main() -> None:
                     answer = {"seconds": connections.exchange(options["count"])}
                 case "pace":
                     answer = _run_paced(connections, options["rate"], options["count"], options.get("path"))
+                case "connects" if "rate" in options:
+                    count = options["count"]
+                    answer = _connect_paced(load, where, options["rate"], count, task["at_once"], size, sources, done)
+                    done += count
                 case "connects":
                     count = options["count"]
                     answer = {"seconds": load.connect_each(*where, count, task["at_once"], size, *sources, done)}

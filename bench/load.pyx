@@ -458,6 +458,12 @@ cdef int go_on(Slot *slot, int epoll, uint64_t i, size_t size, char *scratch, bi
     return OK
 
 
+cdef inline void give_up(Slot *slot) noexcept nogil:
+    if slot.fd >= 0:
+        close(slot.fd)
+        slot.fd = -1
+
+
 def connect_each(
     str host, int port, long count, int concurrency, size_t size, str first_source, int n_sources, uint64_t first_serial
 ):
@@ -507,3 +513,91 @@ def connect_each(
         free(scratch)
     raise_failure(failure)
     return (now_ns() - start) / 1e9
+
+
+def connect_paced(
+    str host, int port, double rate, long count, int concurrency, size_t size, str first_source, int n_sources,
+    uint64_t first_serial
+):
+    """``count`` times connect, ask, check the reply, close; number i due at start + i / rate whatever the others do.
+
+    One that is due when ``concurrency`` are under way waits for a place. Gives (array of ns from when each was due to its
+    reply, 0 where it failed; how many failed, by what happened; most ns that one began late).
+    """
+    latencies = array.array("q", bytes(8 * count))
+    cdef int64_t[::1] latency = latencies
+    cdef Target target = make_target(host, port, first_source, n_sources)
+    cdef epoll_event events[EVENTS]
+    cdef timespec wait
+    cdef Slot *slots = <Slot *>calloc(concurrency, sizeof(Slot))
+    cdef int *places = <int *>malloc(concurrency * sizeof(int))
+    cdef char *buffers = <char *>malloc(concurrency * size)
+    cdef char *scratch = <char *>malloc(LARGEST)
+    cdef long failures[REFUSED + 1]
+    cdef long issued = 0, done = 0
+    cdef int epoll = epoll_create1(EPOLL_CLOEXEC), free_places = concurrency, i, k, n, failure
+    cdef bint ended
+    cdef int64_t now, due, until, heard, late = 0
+    cdef uint64_t at
+    memset(failures, 0, sizeof(failures))
+    prctl(PR_SET_TIMERSLACK, 1)
+    cdef int64_t start = now_ns() + 1000000
+    with nogil:
+        heard = start
+        for i in range(concurrency):
+            slots[i].fd = -1
+            slots[i].buffer = buffers + i * size
+            places[i] = i
+        while done < count:
+            now = now_ns()
+            due = start + <int64_t>(issued * 1e9 / rate)
+            while issued < count and due <= now and free_places > 0:
+                late = max(late, now - due)
+                i = places[free_places - 1]
+                failure = begin(&slots[i], epoll, i, &target, first_serial + issued, size, scratch)
+                issued += 1
+                if failure == OK:
+                    free_places -= 1
+                else:
+                    give_up(&slots[i])
+                    failures[failure] += 1
+                    done += 1
+                due = start + <int64_t>(issued * 1e9 / rate)
+                now = now_ns()
+            if free_places == concurrency:
+                heard = now
+            if now - heard > STALL_MS * <int64_t>1000000:
+                for i in range(concurrency):
+                    if slots[i].fd >= 0:
+                        give_up(&slots[i])
+                        places[free_places] = i
+                        free_places += 1
+                        failures[<int>STALLED] += 1
+                        done += 1
+                continue
+            until = due if issued < count and free_places > 0 else now + 100000000
+            wait.tv_sec = max(0, until - now) // 1000000000
+            wait.tv_nsec = max(0, until - now) % 1000000000
+            n = epoll_pwait2(epoll, events, EVENTS, &wait, NULL) if done < count else 0
+            for k in range(n):
+                i = <int>events[k].data.u64
+                failure = go_on(&slots[i], epoll, i, size, scratch, &ended)
+                if failure == OK and not ended:
+                    continue
+                if failure == OK:
+                    at = slots[i].serial - first_serial
+                    latency[at] = now_ns() - start - <int64_t>(at * 1e9 / rate)
+                else:
+                    give_up(&slots[i])
+                    failures[failure] += 1
+                places[free_places] = i
+                free_places += 1
+                done += 1
+            if n > 0:
+                heard = now_ns()
+        close(epoll)
+        free(slots)
+        free(places)
+        free(buffers)
+        free(scratch)
+    return latencies, {EXPLAINED[i]: failures[i] for i in range(OK + 1, REFUSED + 1) if failures[i]}, late

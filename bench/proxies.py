@@ -6,8 +6,10 @@ limits out of the way, everything else at the product's default.
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -143,6 +145,25 @@ def _l4mesh(folder: Path, services: Sequence[Service], workers: int) -> list[str
     # JSON is YAML.
     (config / "node.yaml").write_text(json.dumps(l4mesh_config(folder, services, workers), indent=1))
     return [sys.executable, "-m", "l4mesh", "run", "-c", str(config)]
+
+
+class _Admin(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("l4mesh", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self._path)
+
+
+def scrape(proxy: Proxy, *counters: str) -> list[float]:
+    """What l4mesh has counted so far, each summed over its labels."""
+    admin = _Admin(f"{proxy.folder}/admin.sock")
+    admin.request("GET", "/metrics", headers={"Connection": "close"})
+    text = admin.getresponse().read().decode()
+    admin.close()
+    return [sum(map(float, re.findall(rf"^l4mesh_{counter}_total{{.*}} (.*)$", text, re.MULTILINE))) for counter in counters]
 
 
 # ---------------------------------------------------------------- HAProxy

@@ -69,7 +69,7 @@ def _measure(machine: Machine) -> Reload:
         proxy = stage.proxies["l4mesh"]
         small = proxy.process.settled_cpu_s()
         config = proxy.folder / "config"
-        shown = _reloads(proxy)
+        shown = count_reloads(proxy)
         for number in range(FILES):
             write_clusters(config, number, 1)
         _wait_for_reload(proxy, shown)
@@ -103,7 +103,7 @@ def _traffic(load: Load, proxy: Proxy, folder: Path, seconds: float, files: list
     path = folder / "latencies"
     load.begin(rate=RATE, count=int(RATE * seconds), path=str(path))
     time.sleep(0.5)
-    shown = _reloads(proxy)
+    shown = count_reloads(proxy)
     start_ns, start_cpu = time.monotonic_ns(), proxy.process.cpu_s()
     if files:
         for number in files:
@@ -122,13 +122,14 @@ def _traffic(load: Load, proxy: Proxy, folder: Path, seconds: float, files: list
     return _Window(end_cpu - start_cpu, (end_ns - start_ns) / 1e9, percentile(seen, 0.99) / 1e3)
 
 
-def _reloads(proxy: Proxy) -> int:
+def count_reloads(proxy: Proxy) -> int:
+    """New plans that have come into force so far."""
     return (proxy.folder / "output.log").read_text().count(RELOADED)
 
 
 def _wait_for_reload(proxy: Proxy, shown: int) -> None:
     deadline = time.monotonic() + RELOAD_DEADLINE_S
-    while _reloads(proxy) <= shown:
+    while count_reloads(proxy) <= shown:
         if time.monotonic() > deadline:
             raise Void("the configuration was not reloaded in time")
         time.sleep(0.005)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.churn import CHANGES_A_SECOND
 from bench.ejection import RATE as EJECTION_RATE
 from bench.fairness import AT_ONCE
 from bench.fairness import RATE as OTHERS_RATE
@@ -26,6 +27,8 @@ def render(result: dict[str, Any]) -> str:
     parts += [_growth_table(growth) for growth in result["growth"]]
     if result["reload"]:
         parts.append(_reload_table(result["reload"]["median"]))
+    if result.get("churn"):
+        parts.append(_churn_table(result["churn"]))
     if result.get("upgrade"):
         parts.append(_upgrade_table(result["upgrade"]))
     if result.get("storm"):
@@ -148,6 +151,22 @@ def _reload_table(reload: dict[str, float]) -> str:
     ]
     header = ["reload", "CPU s", "until in force, s", "p99 of the traffic meanwhile, µs"]
     return f"{size}, {RATE:,} requests/s meanwhile, everything of l4mesh on one CPU:\n\n" + _table(header, lines)
+
+
+def _churn_table(churn: dict[str, Any]) -> str:
+    failed = churn["failed"]
+    lines = [
+        ["new connections, each a second", f"{churn['connections']:,}, {_number(churn['rate'])}"],
+        ["of them failed", ", ".join(f"{count:,}: {how}" for how, count in failed.items()) or "0"],
+        ["times that the file was written, that a new plan came into force", f"{churn['changes']:,}, {churn['reloads']:,}"],
+        ["dials that were refused, and went on to the next endpoint", f"{churn['refused']:,}"],
+        [
+            "from when a connection was due until its answer: p50, p99, p99.9",
+            ", ".join(_number(churn[p]) for p in ("p50", "p99", "p999")) + " µs",
+        ],
+    ]
+    text = f"One endpoint comes or goes {CHANGES_A_SECOND} times a second, for {churn['seconds']:.0f} s:\n\n"
+    return text + _table(["churn", ""], lines)
 
 
 def _upgrade_table(upgrade: dict[str, float]) -> str:

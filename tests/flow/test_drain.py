@@ -8,14 +8,9 @@ import sys
 
 from tests.conftest import Factory
 from tests.support.mesh import simple
-from tests.support.peers import RST, Server, connect, echo, is_refused, read_exactly, read_to_end
+from tests.support.peers import RST, Server, connect, echo, is_refused, read_to_end, talk
 from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def refuses(port: int) -> bool:

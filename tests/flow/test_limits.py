@@ -7,13 +7,8 @@ import pytest
 
 from tests.conftest import Factory
 from tests.support.mesh import simple
-from tests.support.peers import FIN, RST, Server, closed_port, connect, echo, is_refused, read_exactly, read_to_end
+from tests.support.peers import FIN, RST, Server, closed_port, connect, echo, is_refused, read_exactly, read_to_end, talk
 from tests.support.waiting import wait_until
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def test_an_idle_connection_is_reset_after_its_timeout(mesh: Factory) -> None:

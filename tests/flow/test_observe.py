@@ -12,13 +12,8 @@ import pytest
 
 from tests.conftest import Factory, skip_or_fail
 from tests.support.mesh import simple
-from tests.support.peers import Server, closed_port, connect, echo, is_refused, read_exactly
+from tests.support.peers import Server, closed_port, connect, echo, is_refused, talk
 from tests.support.waiting import wait_until
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def test_every_page_answers_and_nothing_else_is_allowed(mesh: Factory) -> None:

@@ -13,15 +13,10 @@ import pytest
 
 from tests.conftest import SANITIZERS, Factory
 from tests.support.mesh import Config, Mesh, simple
-from tests.support.peers import RST, Server, connect, echo, is_refused, read_exactly, read_to_end
+from tests.support.peers import RST, Server, connect, echo, is_refused, read_to_end, talk
 from tests.support.waiting import wait_until
 
 OFF = {"connections": "off", "descriptors": "off", "memory": "off"}
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def level(m: Mesh, resource: str) -> int:

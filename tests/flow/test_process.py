@@ -1,7 +1,6 @@
 """Faults of the catalogue that belong to no feature: clocks that jump, processes that stand still, storms of signals."""
 
 import signal
-import socket
 import struct
 import subprocess
 import time
@@ -11,16 +10,11 @@ import pytest
 
 from tests.conftest import SANITIZERS, Factory
 from tests.support.mesh import simple
-from tests.support.peers import RST, Server, connect, echo, read_exactly, read_to_end
+from tests.support.peers import RST, Server, connect, echo, read_exactly, read_to_end, talk
 from tests.support.waiting import wait_until
 
 SUPPORT = Path(__file__).parents[1] / "support"
 DAY_S = 86_400
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def pass_time(seconds: float) -> None:

@@ -12,15 +12,10 @@ import pytest
 
 from tests.conftest import Factory
 from tests.support.mesh import Config, Mesh, simple
-from tests.support.peers import DEADLINE_S, RST, Server, connect, echo, is_refused, read_exactly, read_to_end, reset
+from tests.support.peers import DEADLINE_S, RST, Server, connect, echo, is_refused, read_exactly, read_to_end, reset, talk
 from tests.support.waiting import wait_until
 
 QUEUE = {"size": 100, "timeout": "1m"}
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def wait_for_waiting(m: Mesh, count: int) -> None:

@@ -9,14 +9,9 @@ import yaml
 
 from tests.conftest import Factory
 from tests.support.mesh import Config, simple
-from tests.support.peers import Server, black_hole, connect, echo, read_exactly, read_to_end
+from tests.support.peers import Server, black_hole, closed_port, connect, echo, read_to_end, talk
 from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def named(name: bytes) -> Server:
@@ -166,8 +161,9 @@ def test_a_thousand_rewrites_leak_nothing(mesh: Factory) -> None:
 def test_endpoints_that_come_and_go_under_load_fail_no_connection(mesh: Factory) -> None:
     with Server(echo) as a, Server(echo) as b, Server(echo) as c:
         listener = {"bind": f"127.0.0.1:{free_port()}"}
-        pairs = [(a, b), (b, c), (c, a)]
-        m = mesh(simple(a.address, b.address, listener=listener))
+        dead = [f"127.0.0.1:{closed_port()}" for _ in range(2)]
+        lists = [(a.address, b.address), (b.address, *dead), (c.address, a.address, dead[0]), (dead[1], c.address)]
+        m = mesh(simple(*lists[0], listener=listener))
         port = m.port()
         stop = threading.Event()
         failures: list[BaseException] = []
@@ -186,9 +182,13 @@ def test_endpoints_that_come_and_go_under_load_fail_no_connection(mesh: Factory)
 
         thread = threading.Thread(target=load)
         thread.start()
-        for turn in range(9):
-            m.reload(simple(*(server.address for server in pairs[turn % 3]), listener=listener, limits={"connections": 500 + turn}))
-        wait_until(lambda: done[0] > 500, "enough connections were made")
+        for turn in range(40):
+            replace = m.reload if turn % 5 == 0 else m.write
+            replace(simple(*lists[turn % 4], listener=listener, balance="round_robin", limits={"connections": 500 + turn}))
+            wait_until(lambda due=20 * (turn + 1): done[0] > due or failures, "connections go on")  # type: ignore[misc]
+        m.reload(simple(*lists[1], listener=listener, balance="round_robin"))
+        refused = m.total("l4mesh_connect_failures_total")
+        wait_until(lambda: m.total("l4mesh_connect_failures_total") > refused or failures, "a dial is refused, and retried")
         stop.set()
         thread.join()
         assert failures == []

@@ -8,13 +8,8 @@ import pytest
 
 from tests.conftest import Factory
 from tests.support.mesh import simple
-from tests.support.peers import Server, closed_port, connect, echo, is_refused, read_exactly
+from tests.support.peers import Server, closed_port, connect, echo, is_refused, read_exactly, talk
 from tests.support.waiting import wait_until
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def test_without_a_budget_left_the_first_failure_is_the_last(mesh: Factory) -> None:

@@ -25,7 +25,7 @@ from l4mesh.runtime.upgrade import PROTOCOL
 from tests.conftest import Factory
 from tests.support.certificates import Files
 from tests.support.mesh import Mesh, simple
-from tests.support.peers import (
+from tests.support.peers import (  # fmt: skip
     FIN,
     RST,
     Server,
@@ -36,16 +36,12 @@ from tests.support.peers import (
     read_exactly,
     read_to_end,
     reset,
+    talk,
     unsent,
-)  # fmt: skip
+)
 from tests.support.waiting import wait_until
 
 HOUR = {"time": "1h", "over": "off"}
-
-
-def talk(client: socket.socket) -> None:
-    client.sendall(b"hi")
-    assert read_exactly(client, 2) == b"hi"
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":

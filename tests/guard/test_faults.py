@@ -37,6 +37,12 @@ FAULTS: dict[tuple[int, str], list[str]] = {
         "netns/test_faults.py::test_an_endpoint_without_a_route_is_left_for_the_next_at_once",
         "netns/test_faults.py::test_nothing_but_endpoints_without_a_route_is_a_reset_that_says_so",
     ],
+    (12, "flapping endpoints"): [
+        "flow/test_outlier.py::test_no_connection_meets_an_endpoint_after_its_last_failure",
+        "flow/test_outlier.py::test_of_three_one_can_be_ejected_and_only_one",
+        "flow/test_outlier.py::test_an_endpoint_returns_when_its_time_is_over_and_a_probe_passes",
+        "flow/test_reload.py::test_endpoints_that_come_and_go_under_load_fail_no_connection",
+    ],
     (13, "endpoint removed with live connections, revocation"): [
         "flow/test_reload.py::test_live_connections_stay_where_they_are_and_new_ones_follow_the_new_plan",
         "flow/test_drain.py::test_connections_of_an_endpoint_that_is_gone_end_when_asked",
@@ -56,6 +62,12 @@ FAULTS: dict[tuple[int, str], list[str]] = {
     (28, "kill -9 with rules in place"): [
         "netns/test_capture.py::test_a_crash_fails_closed_and_a_restart_takes_over",
         "netns/test_rules.py::test_removed_without_a_trace_and_foreign_rules_untouched",
+    ],
+    (29, "upgrade"): [
+        "flow/test_upgrade.py::test_no_connection_is_lost_and_no_counter_falls_back",
+        "flow/test_upgrade.py::test_live_streams_go_on_without_a_byte_lost",
+        "flow/test_upgrade.py::test_a_new_process_that_dies_leaves_the_old_one_serving",
+        "netns/test_supervisor.py::test_an_upgrade_touches_no_rule_and_cuts_nothing",
     ],
     (30, "clock jumps, long pauses"): [
         "flow/test_process.py::test_a_wall_clock_that_jumps_ends_nothing_and_delays_nothing",
@@ -85,12 +97,18 @@ FAULTS: dict[tuple[int, str], list[str]] = {
     ],
     (36, "ports and buffers run out"): [
         "flow/test_shortage.py::test_every_system_call_may_lack_something",
+        "netns/test_outlier.py::test_running_out_of_ports_is_not_the_endpoints_fault",
         "flow/test_limits.py::test_our_own_trouble_is_not_booked_on_the_endpoint",
     ],
     (37, "one worker gets all"): ["flow/test_process.py::test_every_worker_gets_connections_and_the_metrics_tell_how_many"],
     (38, "stale events of a reused descriptor"): [
         "flow/test_relay.py::test_many_short_connections_leave_nothing",
         "flow/test_soak.py::test_hostile_traffic_loses_no_byte_and_leaves_nothing",
+    ],
+    (39, "worker stuck"): [
+        "flow/test_watchdog.py::test_a_worker_that_does_not_wake_up_for_its_work",
+        "flow/test_watchdog.py::test_a_worker_in_the_middle_of_a_connection_says_which",
+        "netns/test_supervisor.py::test_a_stuck_worker_is_replaced",
     ],
 }
 

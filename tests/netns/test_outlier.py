@@ -8,7 +8,8 @@ from l4mesh.lab import Lab
 from l4mesh.netns import run_in_namespace
 from tests.conftest import Factory
 from tests.support.mesh import simple
-from tests.support.peers import DEADLINE_S, RST, Server, echo, read_to_end
+from tests.support.peers import DEADLINE_S, RST, Server, echo, read_to_end, reset
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.netns
 
@@ -39,6 +40,11 @@ def test_running_out_of_ports_is_not_the_endpoints_fault(mesh: Factory) -> None:
             (endpoint,) = m.cluster()["endpoints"]
             assert endpoint["failures"] == {}
             assert endpoint["out"] == []
+            # A reset leaves no port behind in TIME_WAIT.
             for client in (*clients, third):
-                client.close()
+                reset(client)
+            wait_until(lambda: m.active() == 0, "both ports are free")
+            with run_in_namespace(here.path, lambda: dial(port, 50004)) as fourth:
+                fourth.sendall(b"x")
+                assert fourth.recv(1) == b"x"
         mesh.stack.close()

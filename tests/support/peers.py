@@ -64,6 +64,12 @@ def read_exactly(peer: socket.socket, count: int) -> bytes:
     return b"".join(parts)
 
 
+def talk(client: socket.socket) -> None:
+    """One short message to a server that echoes, and back."""
+    client.sendall(b"hi")
+    assert read_exactly(client, 2) == b"hi"
+
+
 def make_bytes(count: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(count)
 
