@@ -37,7 +37,7 @@ cdef enum:
     PROMOTE_READS = 2
     DEMOTE_FILLS = 8
     SMALL_FILL = 16384            # splicing less than this costs more than copying it
-    PACE_BYTES = 262144           # of a stream that the kernel gathers before it wakes us
+    PACE_BYTES = 524288           # of a stream that the kernel gathers before it wakes us
     PACE_NS = 200000              # and how long less than that is left lying
     PACE_LARGE = 32768            # a step of a stream; less is the end of a burst, or a conversation
     PACE_AFTER = 8                # such steps in a row

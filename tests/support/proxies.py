@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import random
 import shutil
 import socket
 import subprocess
@@ -52,9 +53,13 @@ static_resources:
 
 
 def free_port() -> int:
-    """A port for a program that can't be asked which one it took: free on every address, so that 0.0.0.0 can be bound as well."""
-    with socket.create_server(("0.0.0.0", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A port for a program that can't be asked which one it took: free on every address, so that 0.0.0.0 can be bound as well, and none
+    of those that the kernel gives to connections, which would take it before the program does."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(min(10_000, lowest - 1), lowest)
+        with contextlib.suppress(OSError), socket.create_server(("0.0.0.0", port)):
+            return port
 
 
 def find_envoy() -> str | None:
