@@ -66,7 +66,9 @@ def places_in_the_extension() -> dict[int, str]:
 
 
 def test_every_allocation_may_fail(shim: Path, tmp_path: Path) -> None:
-    own = [f"own:{name}:{SAMPLES or 20}" for name in ("plain", "tls", "page", "plan", "fresh")] + [f"own:tls_parked:{SAMPLES or 5}"]
+    own = [f"own:{name}:{SAMPLES or 20}" for name in ("plain", "queued", "moved", "tls", "page", "plan", "fresh")] + [
+        f"own:tls_parked:{SAMPLES or 5}"
+    ]
     some = [("tls", 40), ("tls_large", 4), ("page", 20), ("plan", 30), ("fresh", 30)]
     done = sweep(shim, tmp_path, *own, *(f"openssl:{name}:{SAMPLES or samples}" for name, samples in some))
     assert sum(one["cut"] for one in done) > 60

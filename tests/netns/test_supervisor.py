@@ -313,6 +313,29 @@ def test_every_way_to_stop_it_leaves_nothing(net: Net, how: str) -> None:
     assert not events(m, "data_plane_died")
 
 
+def test_a_stranger_that_takes_over_has_the_rules_as_well(net: Net) -> None:
+    """As the next pod of a DaemonSet does, with a supervisor of its own."""
+    before = net.rules()
+    m = net.start(config(drain={"time": "20s", "over": "off"}))
+    wait_event(m, "redirect_applied")
+    first = m.process
+    with net.connect() as peer:
+        assert peer.recv(100).decode().strip() == NODE
+        m.process = m.spawn()
+        wait_event(m, "taken_over")
+        wait_event(m, "redirect_applied", 2)
+        # The first has been told to go, and takes no rule with it.
+        first.terminate()
+        peer.sendall(b"still here")
+        assert peer.recv(100) == b"still here"
+        assert net.dial() == NODE
+    assert first.wait(20) == 0
+    assert net.differences(config()) == []
+    assert net.dial() == NODE
+    m.stop()
+    assert net.rules() == before
+
+
 def test_an_upgrade_that_fails_leaves_all_as_it_was(net: Net) -> None:
     m = net.start(config())
     wait_event(m, "redirect_applied")

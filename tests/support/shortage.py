@@ -6,6 +6,7 @@ short has every byte, what was cut short ended with a reset and ``local_exhauste
 """
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import gc
@@ -25,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from l4mesh.config.load import parse_config
-from l4mesh.datapath import Datapath
+from l4mesh.datapath import Datapath, Traveller
 from l4mesh.errors import CloseReason
 from l4mesh.identity.store import IdentityStore
 from l4mesh.model import Config
@@ -131,6 +132,10 @@ class Node:
         """Connections that got as far as an endpoint."""
         return sum(endpoint.opened for endpoint in self.datapath.endpoints())
 
+    @property
+    def waiting(self) -> int:
+        return sum(cluster.waiting for cluster in self.datapath.snapshot().clusters)
+
     def connections(self) -> int:
         views, _ = asyncio.run_coroutine_threadsafe(self.datapath.connections(0, 100), self._loop).result(30)
         return len(views)
@@ -173,14 +178,22 @@ class Play:
         self.exact = 0
         self.cut = 0
 
-    def ask(self, port: int, text: bytes = b"hello\n", wanted: bytes | None = b"hello\n", slow_at: "Node | None" = None) -> None:
-        """``wanted`` None: whatever it is. ``slow_at``: reads nothing until that node can't go on."""
+    def ask(
+        self,
+        port: int,
+        text: bytes = b"hello\n",
+        wanted: bytes | None = b"hello\n",
+        slow_at: "Node | None" = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``wanted`` None: whatever it is. ``slow_at``: reads nothing until that node can't go on, and until ``meanwhile`` is over."""
         accepted = slow_at.datapath.snapshot().workers[0].accepted if slow_at else 0
         try:
             with connect(port, rcvbuf=4096 if slow_at else 0) as client:
                 client.sendall(text)
                 if slow_at:
                     slow_at.wait_until_stalled(accepted)
+                meanwhile()
                 got, end = read_to_end(client)
                 wanted = got if wanted is None else wanted
                 assert wanted.startswith(got), f"wrong bytes: {got[:100]!r}"
@@ -206,8 +219,10 @@ class Stage:
         # Read beforehand: files and their digests are Python's own business.
         self.small, self.large = self.near_config(), self.near_config("one", "two")
         self.near = Node(self.loop, self.small)
+        self.heir: Node | None = None
+        """What takes connections of the far one over."""
 
-    def far_config(self) -> Config:
+    def far_config(self, **limits: int) -> Config:
         return parse_config(
             yaml.safe_dump(
                 {
@@ -218,15 +233,24 @@ class Stage:
                     "listeners": [
                         {"name": "tls", "bind": "127.0.0.1:0", "cluster": "app", "tls": {"identity": "redis"}},
                         {"name": "both", "bind": "127.0.0.1:0", "cluster": "app", "tls": {"identity": "redis", "mode": "permissive"}},
+                        {"name": "moved", "bind": "127.0.0.1:0", "cluster": "moved"},
                     ],
-                    "clusters": [{"name": "app", "endpoints": [self.server.address]}],
+                    "limits": limits,
+                    "clusters": [
+                        {"name": "app", "endpoints": [self.server.address]},
+                        {
+                            "name": "moved",
+                            "endpoints": [self.server.address],
+                            "bandwidth_per_connection": {"to_upstream": "1GiB/s", "to_downstream": "1GiB/s"},
+                        },
+                    ],
                 }
             )
         )
 
     def near_config(self, *more: str) -> Config:
         far = f"127.0.0.1:{self.far.ports['tls']}"
-        listeners = ["plain", "proxied", "shaped", "delayed", "full", "resumed", "wrong"]
+        listeners = ["plain", "proxied", "shaped", "delayed", "queued", "full", "resumed", "wrong"]
         rate = {"to_upstream": "1GiB/s", "to_downstream": "1GiB/s"}
         balances = ["maglev", "source_hash", "round_robin", "least_connections", "random"]
         many = [f"10.9.{i >> 8}.{i & 255}:80" for i in range(20)]
@@ -262,6 +286,11 @@ class Stage:
                         {"name": "shaped", "endpoints": [self.server.address], "bandwidth_per_connection": rate},
                         {"name": "delayed", "endpoints": [self.server.address], "faults": [{"share": "100%", "delay": "1ms"}]},
                         {
+                            "name": "queued",
+                            "endpoints": [self.server.address],
+                            "limits": {"connections": 1, "queue": {"size": 10, "timeout": "1m"}},
+                        },
+                        {
                             "name": "full",
                             "endpoints": [far],
                             "tls": {"peers": [REDIS], "resumption": "off", "sni": "far.example.org"},
@@ -286,6 +315,48 @@ class Stage:
         play.ask(self.near.ports["plain"], b"some\n", PAYLOAD[:SOME])
         play.ask(self.far.ports["both"], b"large\n", PAYLOAD, slow_at=self.far)
         return play
+
+    def queued(self) -> Play:
+        """A connection waits for the place of another."""
+        play = Play()
+        relays = self.near.relays()
+        asking = threading.Thread(target=play.ask, args=(self.near.ports["queued"],))
+        try:
+            with connect(self.near.ports["queued"]) as first:
+                first.sendall(b"x")
+                wait_until(lambda: self.near.relays() > relays or self.near.active == 0, "the connection is there, or gone")
+                asking.start()
+                wait_until(lambda: self.near.waiting or play.cut or play.exact, "another waits, or doesn't")
+        except (ConnectionResetError, BrokenPipeError):
+            play.cut += 1
+        asking.join()
+        return play
+
+    def moved(self) -> Play:
+        """A stream that stands goes over to another data path, with what was kept of it."""
+        play = Play()
+        play.ask(self.far.ports["moved"], b"large\n", PAYLOAD, slow_at=self.far, meanwhile=self.move)
+        # Made anew each time, so that making it can fail.
+        self.far.datapath._handovers.clear()
+        return play
+
+    def move(self) -> None:
+        heir = self.heir
+        assert heir
+
+        def deliver(_: int, travellers: list[Traveller]) -> bool:
+            copies = [(state, [os.dup(fd) for fd in fds], *names) for state, fds, *names in travellers]
+            taken = False
+            try:
+                taken = heir.datapath.take_in(0, copies, lambda: None)
+            finally:
+                for _, fds, *_ in copies if not taken else ():
+                    for fd in fds:
+                        os.close(fd)
+            return taken
+
+        with contextlib.suppress(MemoryError):
+            self.far.datapath.hand_over(deliver)
 
     def tls(self) -> Play:
         play = Play()
@@ -364,8 +435,8 @@ class Stage:
 
     # -- the sweep -------------------------------------------------------------------------------------------------------------
 
-    def nodes(self) -> tuple[Node, Node]:
-        return self.near, self.far
+    def nodes(self) -> list[Node]:
+        return [self.near, self.far, *([self.heir] if self.heir else [])]
 
     def closed(self) -> Counter[CloseReason]:
         return sum((node.closed() for node in self.nodes()), Counter())
@@ -383,7 +454,9 @@ class Stage:
             assert all(cluster.active == 0 for cluster in snapshot.clusters), snapshot.clusters
             assert all(endpoint.active == 0 for endpoint in node.datapath.endpoints())
             closed = sum(node.closed().values()) + sum(snapshot.retired_listeners.closed.values())
-            assert closed == snapshot.workers[0].accepted, "counted once at open and once at close"
+            accepted = snapshot.workers[0].accepted
+            # What came from another data path was accepted there.
+            assert closed == accepted or (node is self.heir and closed == 1), "counted once at open and once at close"
 
     def live(self) -> int:
         """Blocks of the extension's that are not free, when what is only held until the next tick is."""
@@ -399,6 +472,7 @@ class Stage:
     def run(self, name: str, kind: int = 0, first: int = 0, error: int = 0) -> tuple[Play, list[int], int]:
         """Plays a scenario with call ``first`` of ``kind`` failing: what clients saw, where calls came from, and how many failed."""
         scenario: Callable[[], Play] = getattr(self, name)
+        self.heir = Node(self.loop, self.far_config(connections_per_source=1000), self.far) if name == "moved" else None
         self.shim.arm(kind, first, error=error)
         play = scenario()
         wait_until(lambda: all(node.active == 0 for node in self.nodes()), "all connections have ended")
@@ -409,7 +483,11 @@ class Stage:
             assert after.exact, "what was loaded, or goes on, is whole"
             self.near.apply(self.small)
         self.settle()
-        return play, self.shim.sites(calls), failed
+        sites = self.shim.sites(calls)
+        if self.heir:
+            self.heir.close()
+            self.heir = None
+        return play, sites, failed
 
     def sweep(self, name: str, kind: int, error: int, samples: int, rng: random.Random) -> dict[str, object]:
         for _ in range(2):

@@ -70,6 +70,12 @@ def test_probes_ask_the_admin_server_of_the_configuration(config: Config, pod: A
         assert probe["path"] == path
 
 
+def test_the_next_pod_finds_this_one(objects: dict[str, Any], config: Config, pod: Any) -> None:
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    of_the_host = {volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+    assert str(Path(config.upgrade_socket).parent) in of_the_host & {*mounts.values()}
+
+
 def test_a_surge_has_room_and_a_drain_has_time(objects: dict[str, Any], config: Config, pod: Any) -> None:
     rolling = objects["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"]
     assert (rolling["maxSurge"], rolling["maxUnavailable"]) == (1, 0)
