@@ -2317,9 +2317,12 @@ cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
 
 cdef bint worker_is_behind(worker_t *worker, int n) noexcept nogil:
     # Whether it stood still (a stopped process, a machine that was paused) and has not heard yet all who have said something since:
-    # nobody's time is up before that. `n`: events of this turn, -1 when a signal ended the wait.
+    # nobody's time is up before that. `n`: events of this turn, -1 when a signal ended the wait. The first late turn proves nothing: it
+    # may have got its events before it stood still.
     cdef uint64_t due = wheel_next_ms(&worker.wheel)
-    if due and worker.now_ms >= due + LATE_MS and (n < 0 or n == MAX_EVENTS or worker.heavy.head != WHEEL_NONE):
+    if due and worker.now_ms >= due + LATE_MS and (
+        worker.late_turns == 0 or n < 0 or n == MAX_EVENTS or worker.heavy.head != WHEEL_NONE
+    ):
         worker.late_turns += 1
         return worker.late_turns < LATE_TURNS
     worker.late_turns = 0
