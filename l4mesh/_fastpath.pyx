@@ -1253,7 +1253,9 @@ cdef void dial_give_place(worker_t *worker, conn_t *conn) noexcept nogil:
 
 
 cdef void dial_abandon(worker_t *worker, conn_t *conn) noexcept nogil:
-    # Takes the attempt's socket and its place at the endpoint back.
+    # Takes the attempt's socket and its place at the endpoint back, and its turn: left in the list of handshakes, a connection whose
+    # next attempt needs none would come to relay with no list free for it.
+    queue_remove(worker, conn)
     tls_free(&conn.side[UPSTREAM])
     conn.phase.dial.handshaking = 0
     socket_close(conn.side[UPSTREAM].fd, False)
@@ -1479,7 +1481,7 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     conn.active_ms = worker.now_ms
     conn.side[UPSTREAM].flags |= SIDE_WRITABLE
     if worker.engine.leave_reason or (conn.endpoint_stat != NULL and conn.endpoint_stat.leave_reason):
-        conn_look(worker, conn, slot, False)
+        conn_ask_to_leave(worker, conn, slot, False)
     conn_arm(worker, conn, slot, conn_deadline(worker, conn))
     if conn.proxy_protocol and conn.side[UPSTREAM].tls == NULL and not conn_send_proxy_header(worker, conn):
         conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED, True)
@@ -1725,7 +1727,7 @@ cdef bint leave_stands(const worker_t *worker, const conn_t *conn) noexcept nogi
     return conn.endpoint_stat != NULL and conn.endpoint_stat.leave_reason == conn.leave_reason
 
 
-cdef void conn_look(worker_t *worker, conn_t *conn, uint32_t slot, bint swept) noexcept nogil:
+cdef void conn_ask_to_leave(worker_t *worker, conn_t *conn, uint32_t slot, bint swept) noexcept nogil:
     # Is there a reason to leave? Asked by every sweep, and once connected.
     cdef const endpoint_stat_t *stat = conn.endpoint_stat
     if worker.engine.leave_reason:
@@ -1758,7 +1760,7 @@ cdef void worker_sweep(worker_t *worker) noexcept nogil:
             elif conn.state == CONN_RELAYING and overload_ends(worker, conn):
                 conn_finish(worker, conn, worker.sweep_slot, CLOSE_OVERLOAD, True)
             elif conn.state != CONN_QUEUED:
-                conn_look(worker, conn, worker.sweep_slot, True)
+                conn_ask_to_leave(worker, conn, worker.sweep_slot, True)
         worker.sweep_slot += 1
     if worker.sweep_slot >= worker.sweep_end:
         worker.sweep_end = 0
@@ -1967,7 +1969,7 @@ cdef void conn_welcome(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
         return
     if worker.plan.limits_bandwidth:
         conn_reshape(worker, conn)
-    conn_look(worker, conn, slot, False)
+    conn_ask_to_leave(worker, conn, slot, False)
     conn_go_on(worker, conn, slot)
 
 
