@@ -490,5 +490,7 @@ def _ask(admin: str, *paths: str) -> list[dict[str, Any]]:
         return asyncio.run(ask())
     except TimeoutError:
         raise reach("timed out") from None
+    except aiohttp.ClientConnectorError as error:
+        raise reach(error.os_error.strerror or "can't connect") from None
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise reach(str(error) or type(error).__name__) from None

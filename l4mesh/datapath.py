@@ -401,9 +401,11 @@ class Datapath:
 
     async def stop_accepting(self) -> None:
         """Accepts what waits in the queues, then no more. The sockets can be closed when this returns."""
-        self._engine.set_accept_mode(ACCEPT_EMPTY)
-        while not self._engine.accept_mode_seen:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(self._set_accept_mode, ACCEPT_EMPTY)
+
+    def _set_accept_mode(self, mode: int) -> None:
+        self._engine.set_accept_mode(mode)
+        _wait_for_workers(lambda: self._engine.accept_mode_seen, "stopped or begun to accept")
 
     def set_panic(self, cluster: str, panic: bool) -> None:
         """Whether workers pick the cluster's endpoints that are out as well."""
@@ -502,11 +504,7 @@ class Datapath:
 
     def _collect(self) -> None:
         """Waits until the plan before the current one is free: workers come round within a turn."""
-        deadline = time.monotonic() + COLLECT_DEADLINE_S
-        while not self._engine.collect():
-            if time.monotonic() > deadline:
-                raise InternalError("a worker has not looked at the new plan for ten seconds")
-            time.sleep(0.0005)
+        _wait_for_workers(self._engine.collect, "looked at the new plan")
 
     def _retire(self, entries: dict[str, _ClusterEntry], listeners: dict[str, _fastpath.ListenerStat]) -> None:
         for name, before in self._clusters.items():
@@ -670,12 +668,7 @@ class Datapath:
 
     def leave_accepting(self, to_another: bool) -> None:
         """Leaves it to another process, which has the same listening sockets, to accept; or begins again. Blocks until it is so."""
-        self._engine.set_accept_mode(ACCEPT_OFF if to_another else ACCEPT_ON)
-        deadline = time.monotonic() + COLLECT_DEADLINE_S
-        while not self._engine.accept_mode_seen:
-            if time.monotonic() > deadline:
-                raise InternalError("a worker has not come round for ten seconds")
-            time.sleep(0.0005)
+        self._set_accept_mode(ACCEPT_OFF if to_another else ACCEPT_ON)
 
     def _steered(self) -> list[_fastpath.Handover]:
         if not self._handovers:
@@ -843,6 +836,15 @@ class Datapath:
 def _name_thread(name: str) -> None:
     """For `ps -L` and `top -H`."""
     Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+
+
+def _wait_for_workers(have: Callable[[], bool], what: str) -> None:
+    """Workers come round within a turn. Raises InternalError when one does not within ten seconds."""
+    deadline = time.monotonic() + COLLECT_DEADLINE_S
+    while not have():
+        if time.monotonic() > deadline:
+            raise InternalError(f"a worker has not {what} for ten seconds")
+        time.sleep(0.0005)
 
 
 def openssl_version() -> str:

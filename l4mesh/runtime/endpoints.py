@@ -90,9 +90,10 @@ class EndpointRegistry:
             kept = {address: outs for address, outs in self._out[name].items() if address in addresses}
             if kept:
                 self._out[name] = kept
+                self._weighted_out[name] = sum(1 for address in self._addresses(name) if address in kept)
             else:
                 del self._out[name]
-            self._weighted_out[name] = sum(1 for address in self._addresses(name) if address in kept)
+                self._weighted_out.pop(name, None)
             self._judge(name)
 
     def take_out(self, cluster: str, address: str, cause: OutCause, why: str) -> bool:
