@@ -22,7 +22,6 @@ import select
 import socket
 import statistics
 import struct
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.generator import ROOT, Void
+from bench.generator import Helper, Void
 from bench.process import Place
 from bench.proxies import KINDS, Kind, Service, start_process
 from bench.stage import Machine
@@ -62,7 +61,6 @@ PORT = 7000
 GOOD_NETWORK, BAD_NETWORK = "10.78.0", "10.79.0"
 NEAR = 254
 MESSAGE = b"a request of clients and of checks alike"
-START_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +132,9 @@ def _try(machine: Machine, network: _Network, entry: str, trouble: str) -> Eject
     folder = machine.folder / f"ejection-{entry}"
     process = start_process(kind, entry, [service], Place((machine.proxy_cpu,), network.near), folder)
     try:
-        with _Helper(Place(machine.other_cpus, network.near), "load", str(service.port), network.endpoints[0][0]) as load:
+        with Helper(
+            Place(machine.other_cpus, network.near), "bench.ejection", "load", str(service.port), network.endpoints[0][0]
+        ) as load:
             load.send("go")
             time.sleep(CALM_S)
             began = time.monotonic()
@@ -171,7 +171,7 @@ class _Network:
             self.near = near.namespace
             lab.link(near, "veth", far, "veth")
             place = Place(self._machine.other_cpus)
-            self._wire = stack.enter_context(_Helper(place, "wire", near.path, far.path))
+            self._wire = stack.enter_context(Helper(place, "bench.ejection", "wire", near.path, far.path))
             near.ip(
                 f"address add {GOOD_NETWORK}.{NEAR}/24 dev veth", "link set wire up", f"address add {BAD_NETWORK}.{NEAR}/24 dev wire"
             )
@@ -179,7 +179,7 @@ class _Network:
                 "link set wire up",
                 *(f"address add {host}/24 dev {'wire' if host.startswith(BAD_NETWORK) else 'veth'}" for host, _ in self.endpoints),
             )
-            self._servers = stack.enter_context(_Helper(Place(self._machine.other_cpus, far.namespace), "endpoints"))
+            self._servers = stack.enter_context(Helper(Place(self._machine.other_cpus, far.namespace), "bench.ejection", "endpoints"))
             self._stack = stack.pop_all()
         return self
 
@@ -190,43 +190,6 @@ class _Network:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-
-class _Helper:
-    """A process of this module. It says a line when it is ready, and answers each line with one."""
-
-    def __init__(self, place: Place, *arguments: str) -> None:
-        command = place.command([sys.executable, "-m", "bench.ejection", *arguments])
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def __enter__(self) -> _Helper:
-        self.receive(START_S)
-        return self
-
-    def send(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def receive(self, within_s: float) -> str:
-        """Raises Void."""
-        assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], within_s)[0] or not (line := self._process.stdout.readline()):
-            raise Void(f"{self._process.args}: no answer")
-        return line
-
-    def ask(self, line: str) -> None:
-        self.send(line)
-        self.receive(START_S)
-
-    def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 # ---------------------------------------------------------------- the proxies

@@ -13,12 +13,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.generator import ROOT, Target, Void, build, percentile
+from bench.generator import ROOT, Helper, Target, Void, build, percentile
 from bench.process import Place
 from bench.rows import PLAIN_PEERS
 from bench.stage import Machine, Stage
@@ -71,31 +70,11 @@ def _measure(stage: Stage, entry: str, turn: int) -> Fairness:
     target = stage.target(entry)
     calm = _open_at_rate(stage.load_place, target)
     # A source for each round: the ports of the one before are still in TIME_WAIT.
-    with _storm(stage.load_place, Target(target.host, target.port, f"127.11.{turn}.1", 1)) as counts:
+    task = {"host": target.host, "port": target.port, "source": f"127.11.{turn}.1"}
+    with Helper(stage.load_place, "bench.fairness", "storm", json.dumps(task), nice=True) as storm:
         beside = _open_at_rate(stage.load_place, target)
-    return Fairness(entry, *calm, *beside, counts[0])
-
-
-@contextmanager
-def _storm(place: Place, target: Target) -> Iterator[list[float]]:
-    """A storm that has begun; gives, at its end, the connections it has made a second."""
-    rates: list[float] = []
-    task = {"host": target.host, "port": target.port, "source": target.first_source}
-    command = place.command(["nice", "-n", "19", sys.executable, "-m", "bench.fairness", "storm", json.dumps(task)])
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdout.readline()
-        yield rates
-        process.stdin.close()
-        line = process.stdout.readline()
-        if not line:
-            raise Void("the storm died")
-        rates.append(json.loads(line))
-    finally:
-        process.kill()
-        process.wait()
+        rate = storm.finish()
+    return Fairness(entry, *calm, *beside, rate)
 
 
 def _open_at_rate(place: Place, target: Target) -> tuple[float, float]:

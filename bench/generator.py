@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import select
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from bench.process import Place
+from bench.process import STOP_S, Place
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "bench/load.pyx"
@@ -112,6 +113,50 @@ class Load:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class Helper:
+    """A process of a module of ours. It says a line when it is ready; then lines go to and fro until its input ends, and so does it.
+    A context. ``nice``: it gives way to the load, with which it shares a CPU."""
+
+    def __init__(self, place: Place, module: str, *arguments: str, nice: bool = False) -> None:
+        command = place.command([*(["nice", "-n", "19"] if nice else []), sys.executable, "-m", module, *arguments])
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def __enter__(self) -> Helper:
+        self.receive()
+        return self
+
+    def send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def receive(self, within_s: float = DEADLINE_S) -> str:
+        """Raises Void."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], within_s)[0] or not (line := self._process.stdout.readline()):
+            raise Void(f"{self._process.args}: no answer")
+        return line
+
+    def ask(self, line: str) -> None:
+        self.send(line)
+        self.receive()
+
+    def finish(self) -> Any:
+        """Ends its input and gives its last line, which is JSON. Raises Void."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return json.loads(self.receive())
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def percentile(ordered: list[int] | array.array[int], share: float) -> int:

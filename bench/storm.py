@@ -14,21 +14,18 @@ import random
 import socket
 import ssl
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 from bench.certificates import Credentials, make_credentials
-from bench.generator import ROOT, Load, Void
+from bench.generator import Helper, Load, Void
 from bench.mtls import Chain
-from bench.process import Place
 from bench.rows import PLAIN_PEERS
 from bench.stage import Machine
 
@@ -109,48 +106,21 @@ def _measure(stage: Chain, entry: str, stranger: Credentials, seconds: int) -> S
         before = process.cpu_s()
         calm = _window(load, calm_s)
         calm_cpu = (process.cpu_s() - before) / calm_s
-        with _raised(stage.load_place, stage.tls_ports[entry], stranger) as storm:
+        files = {"port": stage.tls_ports[entry], "certificate": str(stranger.certificate), "key": str(stranger.private_key)}
+        with Helper(stage.load_place, "bench.storm", json.dumps(files), nice=True) as storm:
             before, started = process.cpu_s(), time.monotonic()
             beside = _window(load, seconds)
-            storm.stop()
+            ends: dict[str, int] = storm.finish()
             used, took = process.cpu_s() - before, time.monotonic() - started
-    refused = storm.counts.pop("refused", 0)
-    if storm.counts or refused < SHARE_OF_RATE_MIN * STORM_RATE * seconds:
-        raise Void(f"{entry}: the storm had {refused} connections refused in {took:.1f} s; others: {storm.counts}")
+    refused = ends.pop("refused", 0)
+    if ends or refused < SHARE_OF_RATE_MIN * STORM_RATE * seconds:
+        raise Void(f"{entry}: the storm had {refused} connections refused in {took:.1f} s; others: {ends}")
     return Storm(entry, calm, beside, refused, refused / took, (used - calm_cpu * took) / refused * 1e6)
 
 
 def _window(load: Load, seconds: int) -> Window:
     seen = load.run(rate=RATE, count=RATE * seconds)
     return Window(seen["p50"], seen["p99"], seen["p99.9"])
-
-
-class _Running:
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.counts: dict[str, int] = {}
-
-    def stop(self) -> None:
-        """Sets ``counts``: connections by how they ended."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self.counts = json.loads(self._process.stdout.readline() or '{"died": 1}')
-
-
-@contextmanager
-def _raised(place: Place, port: int, stranger: Credentials) -> Iterator[_Running]:
-    """A storm that has begun. It gives way to the good traffic's load, with which it shares a CPU."""
-    files = {"port": port, "certificate": str(stranger.certificate), "key": str(stranger.private_key)}
-    command = place.command(["nice", "-n", "19", sys.executable, "-m", "bench.storm", json.dumps(files)])
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield _Running(process)
-    finally:
-        process.kill()
-        process.wait()
 
 
 # ---------------------------------------------------------------- the process that makes it
