@@ -60,7 +60,7 @@ from l4mesh._native.shaping cimport (
     conn_is_faulted, fault_choose, fault_time_ms, shaping_free, shaping_is_due, shaping_next_ms, shaping_open, shaping_waits,
 )
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
-from l4mesh._native.sessions cimport session_find, sessions_free
+from l4mesh._native.sessions cimport given_free, session_find, sessions_free
 from l4mesh._native.sources cimport source_give, source_take
 from l4mesh._native.spiffe cimport (
     PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,

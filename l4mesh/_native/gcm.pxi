@@ -317,21 +317,21 @@ cdef int gcm_final(void *context, uint8_t *out, size_t *written, size_t size) no
     return ok
 
 
-cdef bint gcm_open() noexcept nogil:
-    # Whether to use it: from 3.1 on OpenSSL's own is as fast, and without these features of the processor it is faster.
+cdef void gcm_open() noexcept nogil:
+    # No manager: from 3.1 on OpenSSL's own is as fast, and without these features of the processor it is faster.
     global gcm_manager
     cdef uint64_t needed = IMB_CPUFLAGS_AVX512_T2
     if OpenSSL_version_num() >= 0x30100000 or imb_get_feature_flags() & needed != needed:
-        return False
+        return
     gcm_manager = alloc_mb_mgr(0)
     if gcm_manager == NULL:
-        return False
+        return
     init_mb_mgr_auto(gcm_manager, NULL)
     needed |= IMB_FEATURE_SELF_TEST_PASS
     if gcm_manager.features & needed != needed:
         free_mb_mgr(gcm_manager)
         gcm_manager = NULL
-        return False
+        return
     gcm_kinds[0].key_bytes = 16
     gcm_kinds[0].pre = gcm_manager.gcm128_pre
     gcm_kinds[0].begin = gcm_manager.gcm128_init
@@ -346,7 +346,6 @@ cdef bint gcm_open() noexcept nogil:
     gcm_kinds[1].step[1] = gcm_manager.gcm256_enc_update
     gcm_kinds[1].end[0] = gcm_manager.gcm256_dec_finalize
     gcm_kinds[1].end[1] = gcm_manager.gcm256_enc_finalize
-    return True
 
 
 cdef inline OSSL_DISPATCH *dispatch_add(OSSL_DISPATCH *at, int function, cipher_function_t implementation) noexcept nogil:

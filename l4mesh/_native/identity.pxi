@@ -1,56 +1,50 @@
 # Part of _fastpath: an identity as the handshakes need it, and what of OpenSSL they are made with.
 
 
-# OpenSSL 3.0 builds its list of decoders anew for each public key of each certificate that a peer sends, and asks every algorithm it
-# has whether it wants to be on it: twice as much work as all of a handshake's cryptography. So we use a library context of our own,
-# whose one provider is the default one with only those kinds of keys that a certificate of a mesh can have.
+# OpenSSL 3.0 builds its list of decoders anew for each public key of each certificate that a peer sends, and for that walks over all
+# algorithms that it has, of every kind: twice as much work as all of a handshake's cryptography. So we use a library context of our
+# own, whose one provider is the default one with only what a handshake of a mesh can need. Random numbers it has all of.
 cdef OSSL_PROVIDER *default_provider = NULL
 cdef OSSL_LIB_CTX *own_library = NULL
-cdef OSSL_ALGORITHM own_keys[16]
-cdef OSSL_ALGORITHM own_decoders[16]
-cdef OSSL_ALGORITHM own_ciphers[256]
+cdef OSSL_ALGORITHM own_algorithms[OSSL_OP__HIGHEST + 1][16]
 cdef OSSL_DISPATCH own_dispatch[3]
 
+cdef dict NEEDED = {
+    OSSL_OP_DIGEST: (b"SHA1", b"SHA2-224", b"SHA2-256", b"SHA2-384", b"SHA2-512", b"MD5", b"MD5-SHA1", b"NULL"),
+    OSSL_OP_CIPHER: (b"AES-128-GCM", b"AES-256-GCM", b"ChaCha20-Poly1305", b"AES-256-CTR", b"AES-256-ECB", b"NULL"),
+    OSSL_OP_MAC: (b"HMAC",),
+    OSSL_OP_KDF: (b"HKDF", b"TLS13-KDF", b"TLS1-PRF"),
+    OSSL_OP_KEYMGMT: (b"RSA", b"RSA-PSS", b"EC", b"X25519", b"ED25519", b"HMAC"),
+    OSSL_OP_KEYEXCH: (b"ECDH", b"X25519"),
+    OSSL_OP_SIGNATURE: (b"RSA", b"ECDSA", b"ED25519", b"HMAC"),
+    OSSL_OP_DECODER: (b"RSA", b"RSA-PSS", b"EC", b"ED25519", b"DER"),
+}
 
-cdef void choose_algorithms(OSSL_ALGORITHM *chosen, int operation, tuple names, bytes properties):
+
+cdef void choose_algorithms(int operation, tuple names):
     cdef int no_cache = 0
     cdef const OSSL_ALGORITHM *offered = OSSL_PROVIDER_query_operation(default_provider, operation, &no_cache)
-    cdef int n = 0
-    while offered != NULL and offered.algorithm_names != NULL and n < 15:
-        if offered.algorithm_names.split(b":")[0] in names and properties in offered.property_definition:
-            chosen[n] = offered[0]
-            n += 1
-        offered += 1
-    chosen[n].algorithm_names = NULL
-
-
-cdef void choose_ciphers():
-    # All of the default provider's; AES-GCM by our functions.
-    cdef int no_cache = 0
-    cdef const OSSL_ALGORITHM *offered = OSSL_PROVIDER_query_operation(default_provider, OSSL_OP_CIPHER, &no_cache)
     cdef void *provider = OSSL_PROVIDER_get0_provider_ctx(default_provider)
-    cdef int n = 0
-    if not gcm_open():
-        return
-    while offered != NULL and offered.algorithm_names != NULL and n < 255:
-        own_ciphers[n] = offered[0]
-        if offered.algorithm_names.split(b":")[0] == b"AES-128-GCM":
-            gcm_take_over(&own_ciphers[n], &gcm_kinds[0], <cipher_function_t> gcm_new_128, provider)
-        elif offered.algorithm_names.split(b":")[0] == b"AES-256-GCM":
-            gcm_take_over(&own_ciphers[n], &gcm_kinds[1], <cipher_function_t> gcm_new_256, provider)
+    cdef OSSL_ALGORITHM *chosen = own_algorithms[operation]
+    cdef bytes name
+    while offered != NULL and offered.algorithm_names != NULL and chosen < &own_algorithms[operation][15]:
+        name = offered.algorithm_names.split(b":")[0]
+        if name in names and (operation != OSSL_OP_DECODER or b"structure=SubjectPublicKeyInfo" in offered.property_definition):
+            chosen[0] = offered[0]
+            if gcm_manager != NULL and name == b"AES-128-GCM":
+                gcm_take_over(chosen, &gcm_kinds[0], <cipher_function_t> gcm_new_128, provider)
+            elif gcm_manager != NULL and name == b"AES-256-GCM":
+                gcm_take_over(chosen, &gcm_kinds[1], <cipher_function_t> gcm_new_256, provider)
+            chosen += 1
         offered += 1
-        n += 1
+    chosen.algorithm_names = NULL
 
 
 cdef const OSSL_ALGORITHM *provider_query(void *context, int operation, int *no_cache) noexcept nogil:
     no_cache[0] = 0
-    if operation == OSSL_OP_KEYMGMT:
-        return own_keys
-    if operation == OSSL_OP_DECODER:
-        return own_decoders
-    if operation == OSSL_OP_CIPHER and own_ciphers[0].algorithm_names != NULL:
-        return own_ciphers
-    return OSSL_PROVIDER_query_operation(default_provider, operation, no_cache)
+    if operation == OSSL_OP_RAND:
+        return OSSL_PROVIDER_query_operation(default_provider, operation, no_cache)
+    return own_algorithms[operation] if 0 < operation <= OSSL_OP__HIGHEST else NULL
 
 
 cdef int provider_capabilities(
@@ -75,9 +69,9 @@ cdef OSSL_LIB_CTX *tls_library():
     default_provider = OSSL_PROVIDER_load(NULL, b"default")
     if default_provider == NULL:
         return NULL
-    choose_algorithms(own_keys, OSSL_OP_KEYMGMT, (b"RSA", b"RSA-PSS", b"EC", b"X25519", b"ED25519", b"HMAC"), b"")
-    choose_algorithms(own_decoders, OSSL_OP_DECODER, (b"RSA", b"RSA-PSS", b"EC", b"ED25519", b"DER"), b"structure=SubjectPublicKeyInfo")
-    choose_ciphers()
+    gcm_open()
+    for operation, names in NEEDED.items():
+        choose_algorithms(operation, names)
     own_dispatch[0].function_id = OSSL_FUNC_PROVIDER_QUERY_OPERATION
     own_dispatch[0].function = <void (*)() noexcept nogil> provider_query
     own_dispatch[1].function_id = OSSL_FUNC_PROVIDER_GET_CAPABILITIES

@@ -20,8 +20,8 @@ cdef extern from *:
     static inline int l4_min_version(SSL *ssl, int version) { return SSL_set_min_proto_version(ssl, version); }
     static inline int l4_set_groups(SSL_CTX *ctx, const char *list) { return SSL_CTX_set1_groups_list(ctx, list); }
     static inline int l4_set_sni(SSL *ssl, const char *name) { return (int) SSL_set_tlsext_host_name(ssl, name); }
-    static inline void l4_cache_off(SSL_CTX *ctx)
-    { SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL); }
+    static inline void l4_own_cache(SSL_CTX *ctx)
+    { SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_BOTH | SSL_SESS_CACHE_NO_INTERNAL | SSL_SESS_CACHE_NO_AUTO_CLEAR); }
     static inline void l4_read_ahead(SSL_CTX *ctx, long size)
     { SSL_CTX_set_read_ahead(ctx, 1); SSL_CTX_set_default_read_buffer_len(ctx, size); }
     static inline void l4_max_cert_list(SSL_CTX *ctx, long size) { SSL_CTX_set_max_cert_list(ctx, size); }
@@ -120,13 +120,12 @@ cdef extern from *:
         SSL_ERROR_NONE, SSL_ERROR_WANT_READ, SSL_ERROR_ZERO_RETURN
         SSL_VERIFY_PEER, SSL_VERIFY_FAIL_IF_NO_PEER_CERT, SSL_MODE_RELEASE_BUFFERS
         SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, TLS1_2_VERSION, TLS1_3_VERSION
-        SSL_TICKET_SUCCESS, SSL_TICKET_SUCCESS_RENEW
-        SSL_TICKET_RETURN_IGNORE_RENEW, SSL_TICKET_RETURN_USE
         X509_V_ERR_CERT_REVOKED, X509_V_ERR_CERT_REJECTED, X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_OUT_OF_MEM
         X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
         X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN, X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT
         X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE, X509_V_ERR_CERT_SIGNATURE_FAILURE, X509_V_FLAG_PARTIAL_CHAIN
-        OSSL_OP_KEYMGMT, OSSL_OP_DECODER, OSSL_OP_CIPHER, OSSL_PARAM_OCTET_STRING
+        OSSL_OP_DIGEST, OSSL_OP_CIPHER, OSSL_OP_MAC, OSSL_OP_KDF, OSSL_OP_RAND, OSSL_OP_KEYMGMT, OSSL_OP_KEYEXCH, OSSL_OP_SIGNATURE
+        OSSL_OP_DECODER, OSSL_OP__HIGHEST, OSSL_PARAM_OCTET_STRING
         OSSL_FUNC_CIPHER_NEWCTX, OSSL_FUNC_CIPHER_FREECTX, OSSL_FUNC_CIPHER_ENCRYPT_INIT, OSSL_FUNC_CIPHER_DECRYPT_INIT
         OSSL_FUNC_CIPHER_UPDATE, OSSL_FUNC_CIPHER_FINAL, OSSL_FUNC_CIPHER_GET_PARAMS, OSSL_FUNC_CIPHER_GETTABLE_PARAMS
         OSSL_FUNC_CIPHER_GET_CTX_PARAMS, OSSL_FUNC_CIPHER_GETTABLE_CTX_PARAMS, OSSL_FUNC_CIPHER_SET_CTX_PARAMS
@@ -157,7 +156,6 @@ cdef extern from *:
     int SSL_CTX_set_num_tickets(SSL_CTX *ctx, size_t count) noexcept nogil
     int SSL_set_num_tickets(SSL *ssl, size_t count) noexcept nogil
     uint64_t SSL_set_options(SSL *ssl, uint64_t options) noexcept nogil
-    uint64_t SSL_get_options(const SSL *ssl) noexcept nogil
     long SSL_CTX_set_timeout(SSL_CTX *ctx, long seconds) noexcept nogil
     void SSL_CTX_set_verify(SSL_CTX *ctx, int mode, int (*callback)(int, X509_STORE_CTX *) noexcept nogil) noexcept nogil
     void SSL_CTX_set_verify_depth(SSL_CTX *ctx, int depth) noexcept nogil
@@ -167,10 +165,8 @@ cdef extern from *:
     int SSL_CTX_check_private_key(const SSL_CTX *ctx) noexcept nogil
     X509_STORE *SSL_CTX_get_cert_store(const SSL_CTX *ctx) noexcept nogil
     void SSL_CTX_sess_set_new_cb(SSL_CTX *ctx, int (*callback)(SSL *, SSL_SESSION *) noexcept nogil) noexcept nogil
-    int SSL_CTX_set_session_ticket_cb(
-        SSL_CTX *ctx, int (*generate)(SSL *, void *) noexcept nogil,
-        int (*decrypt)(SSL *, SSL_SESSION *, const uint8_t *, size_t, int, void *) noexcept nogil,
-        void *arg,
+    void SSL_CTX_sess_set_get_cb(
+        SSL_CTX *ctx, SSL_SESSION *(*callback)(SSL *, const uint8_t *, int, int *) noexcept nogil
     ) noexcept nogil
     void SSL_CTX_set_msg_callback(
         SSL_CTX *ctx, void (*callback)(int, int, int, const void *, size_t, SSL *, void *) noexcept nogil
@@ -178,7 +174,7 @@ cdef extern from *:
     void SSL_CTX_set_info_callback(SSL_CTX *ctx, void (*callback)(const SSL *, int, int) noexcept nogil) noexcept nogil
     long l4_ssl_ctx_set_mode(SSL_CTX *ctx, long mode) noexcept nogil
     int l4_set_groups(SSL_CTX *ctx, const char *list) noexcept nogil
-    void l4_cache_off(SSL_CTX *ctx) noexcept nogil
+    void l4_own_cache(SSL_CTX *ctx) noexcept nogil
     void l4_read_ahead(SSL_CTX *ctx, long size) noexcept nogil
     void l4_max_cert_list(SSL_CTX *ctx, long size) noexcept nogil
     int l4_add_chain(SSL_CTX *ctx, X509 *cert) noexcept nogil
@@ -207,6 +203,7 @@ cdef extern from *:
     X509 *SSL_get0_peer_certificate(const SSL *ssl) noexcept nogil
     SSL_SESSION *SSL_SESSION_dup(const SSL_SESSION *session) noexcept nogil
     void SSL_SESSION_free(SSL_SESSION *session) noexcept nogil
+    const uint8_t *SSL_SESSION_get_id(const SSL_SESSION *session, unsigned int *length) noexcept nogil
     X509 *SSL_SESSION_get0_peer(SSL_SESSION *session) noexcept nogil
     long SSL_SESSION_get_time(const SSL_SESSION *session) noexcept nogil
     int SSL_SESSION_set1_ticket_appdata(SSL_SESSION *session, const void *data, size_t length) noexcept nogil

@@ -18,12 +18,12 @@ from l4mesh._native.balance cimport cluster_t
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.linux cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, MSG_NOSIGNAL, CLOCK_REALTIME, clock_gettime, errno, recv, send, timespec
 from l4mesh._native.openssl cimport *
-from l4mesh._native.sessions cimport session_forget, session_keep
+from l4mesh._native.sessions cimport given_find, given_keep, session_forget, session_keep
 from l4mesh._native.spiffe cimport fnv_add, fnv_start, pattern_matches, spiffe_parse, spiffe_t, text_equal
 from l4mesh._native.types cimport (
     CHAINS, CHAIN_KEYS, CIPHER_BYTES, FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET,
     PLAIN_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_ABUSED,
-    TLS_ANSWERED, TLS_BAD_CERTIFICATE, TLS_BAD_RECORD, TLS_BROKEN, TLS_EXPIRED, TLS_HEARD, TLS_INTERNAL, TLS_KEY_UPDATES,
+    TLS_ANSWERED, TLS_BAD_CERTIFICATE, TLS_BAD_RECORD, TLS_BROKEN, TLS_EXPIRED, TLS_FULL_ONLY, TLS_HEARD, TLS_INTERNAL, TLS_KEY_UPDATES,
     TLS_LARGE_BYTES, TLS_NOT_TLS, TLS_NOT_YET_VALID, TLS_NO_CERTIFICATE, TLS_NO_COMMON_PARAMETERS, TLS_OK, TLS_PEER_ALERT,
     TLS_PROTOCOL_VERSION, TLS_READY, TLS_READ_BYTES, TLS_RESUMED, TLS_REVOKED, TLS_SERVER, TLS_SHUT, TLS_STEP_BYTES, TLS_TRUNCATED,
     TLS_UNKNOWN_CA, TLS_WRONG_IDENTITY, chain_t, flow_t, plan_t, side_t, tls_context_t, tls_t, trust_t, worker_t,
@@ -248,7 +248,7 @@ cdef inline int tls_verify(int ok, X509_STORE_CTX *store) noexcept nogil:
 
 
 cdef inline bint session_put_chain(const tls_t *tls, SSL_SESSION *session) noexcept nogil:
-    # A session holds the peer's certificate and not what it hangs on; so we put that into it. On a server it travels in the ticket.
+    # A session holds the peer's certificate and not what it hangs on; so we put that into it.
     return SSL_SESSION_set1_ticket_appdata(session, tls.chain, sizeof(tls.chain)) == 1
 
 
@@ -356,39 +356,38 @@ cdef inline int tls_verify_chain(X509_STORE_CTX *store, void *argument) noexcept
 # -- sessions ------------------------------------------------------------------------------------------------------------------
 
 cdef inline int tls_new_session(SSL *ssl, SSL_SESSION *session) noexcept nogil:
-    # A server gave us a ticket. 1: we keep the reference.
+    # A server gave us a session to resume, or we give one to a client. 1: we keep the reference.
     cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
     cdef worker_t *worker = <worker_t *> tls.worker
-    if tls.flags & TLS_SERVER or tls.peer == NULL or SSL_get_options(ssl) & SSL_OP_NO_TICKET or not SSL_SESSION_is_resumable(session):
+    if tls.flags & TLS_FULL_ONLY or tls.peer == NULL or not session_put_chain(tls, session):
         return 0
-    if not session_put_chain(tls, session):
+    if tls.flags & TLS_SERVER:
+        given_keep(worker.engine, session)
         return 0
-    return session_keep(worker, tls.context_id, &tls.endpoint, session, tls.peer_expires_s)
+    return SSL_SESSION_is_resumable(session) and session_keep(worker, tls.context_id, &tls.endpoint, session, tls.peer_expires_s)
 
 
-cdef inline int tls_make_ticket(SSL *ssl, void *argument) noexcept nogil:
-    return session_put_chain(<tls_t *> SSL_get_ex_data(ssl, 0), SSL_get_session(ssl))
-
-
-cdef inline int tls_ticket(
-    SSL *ssl, SSL_SESSION *session, const uint8_t *name, size_t name_length, int status, void *argument
-) noexcept nogil:
-    # A client offers a ticket of ours. Tickets of another context don't decrypt, because every context has keys of its own.
+cdef inline SSL_SESSION *tls_find_session(SSL *ssl, const uint8_t *id, int length, int *copy) noexcept nogil:
+    # A client offers a session of ours. OpenSSL itself refuses that of another context (SSL_CTX_set_session_id_context).
     cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
     cdef worker_t *worker = <worker_t *> tls.worker
+    cdef SSL_SESSION *session = NULL
     cdef X509 *cert
-    cdef int64_t now_s
-    if status != SSL_TICKET_SUCCESS and status != SSL_TICKET_SUCCESS_RENEW:
-        return SSL_TICKET_RETURN_IGNORE_RENEW
+    cdef int64_t now_s = unix_seconds()
+    copy[0] = 0
+    if not tls.flags & TLS_FULL_ONLY:
+        session = given_find(worker.engine, id, <uint32_t> length)
+    if session == NULL:
+        return NULL
     cert = SSL_SESSION_get0_peer(session)
-    now_s = unix_seconds()
     if cert == NULL or l4_expires_s(cert) <= now_s or not session_take_chain(tls, session) or plan_revokes_chain(worker.plan, tls):
         memset(tls.chain, 0, sizeof(tls.chain))
-        return SSL_TICKET_RETURN_IGNORE_RENEW
-    # A ticket in the first half of its life serves again: the client is spared a new one, and we its making.
+        SSL_SESSION_free(session)
+        return NULL
+    # A session in the first half of its life serves again: the client is spared a new one, and we its making.
     if now_s - SSL_SESSION_get_time(session) < TICKET_LIFETIME_S // 2:
         SSL_set_num_tickets(ssl, 0)
-    return SSL_TICKET_RETURN_USE
+    return session
 
 
 cdef inline void tls_message(
@@ -428,20 +427,20 @@ cdef inline bint context_configure(SSL_CTX *ctx, uint64_t id) noexcept nogil:
     SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_CIPHER_SERVER_PREFERENCE)
     l4_ssl_ctx_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER)
     l4_read_ahead(ctx, TLS_READ_BYTES)
-    l4_cache_off(ctx)
+    l4_own_cache(ctx)
     l4_max_cert_list(ctx, CHAIN_BYTES)
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, tls_verify)
     SSL_CTX_set_verify_depth(ctx, CHAIN_DEPTH)
     SSL_CTX_set_cert_verify_callback(ctx, tls_verify_chain, NULL)
     SSL_CTX_set_timeout(ctx, TICKET_LIFETIME_S)
     SSL_CTX_sess_set_new_cb(ctx, tls_new_session)
+    SSL_CTX_sess_set_get_cb(ctx, tls_find_session)
     SSL_CTX_set_msg_callback(ctx, tls_message)
     SSL_CTX_set_info_callback(ctx, tls_info)
     # Any CA of the bundle ends a chain, as for SPIFFE's own validators: a bundle may hold an intermediate without its root.
     X509_STORE_set_flags(SSL_CTX_get_cert_store(ctx), X509_V_FLAG_PARTIAL_CHAIN)
     return (
         SSL_CTX_set_num_tickets(ctx, 1) == 1
-        and SSL_CTX_set_session_ticket_cb(ctx, tls_make_ticket, tls_ticket, NULL) == 1
         and SSL_CTX_set_session_id_context(ctx, <const uint8_t *> &id, sizeof(id)) == 1
         and SSL_CTX_set_ciphersuites(ctx, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256") == 1
         and SSL_CTX_set_cipher_list(ctx, b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"
@@ -474,15 +473,17 @@ cdef inline bint tls_open(
     BIO_up_ref(worker.bio)
     SSL_set_bio(tls.ssl, worker.bio, worker.bio)
     l4_min_version(tls.ssl, TLS1_2_VERSION if v12 else TLS1_3_VERSION)
-    if not resumption:
-        # As a server neither give a ticket nor take one; as a client keep none (tls_new_session).
-        SSL_set_options(tls.ssl, SSL_OP_NO_TICKET)
-        SSL_set_num_tickets(tls.ssl, 0)
     if is_server:
         tls.flags = TLS_SERVER
+        # A ticket is the number of a session that we keep (sessions.pxd), not the session itself: to read a peer's certificate out
+        # of one again takes OpenSSL 3.0 as long as a third of a handshake.
+        SSL_set_options(tls.ssl, SSL_OP_NO_TICKET)
         SSL_set_accept_state(tls.ssl)
     else:
         SSL_set_connect_state(tls.ssl)
+    if not resumption:
+        tls.flags |= TLS_FULL_ONLY
+        SSL_set_num_tickets(tls.ssl, 0)
     side.tls = tls
     return True
 

@@ -29,6 +29,7 @@ cdef enum:
     CHAIN_KEYS = 6            # a leaf, as many intermediates as a chain may have, and what they end in
     CHAINS = 512              # chains of certificates that a worker remembers to have verified
     SESSIONS = 1024           # places for TLS sessions to resume, of a worker
+    GIVEN = 4096              # places for TLS sessions that clients may resume, of the engine
     # Per read where TLS is on either side: four full records, so that a send of as many costs one call. A record that was begun before
     # can complete on top of it.
     TLS_READ_BYTES = 65536
@@ -173,6 +174,7 @@ cdef enum:
     TLS_ABUSED = 32        # more key updates than we put up with
     TLS_HEARD = 64         # the peer has sent something
     TLS_BROKEN = 128       # no read will succeed any more
+    TLS_FULL_ONLY = 256    # no session is given, taken or kept
 
 ctypedef struct trust_t:
     # Whom an identity trusts.
@@ -204,7 +206,7 @@ ctypedef struct tls_t:
     uint16_t key_updates   # since then
     uint8_t cause          # tls_cause_t
     uint8_t alert          # that the peer sent
-    uint8_t flags
+    uint16_t flags
 
 ctypedef struct tls_context_t:
     # One identity, ready to use. Owner: a TlsContext object, which the plan holds on to.
@@ -717,6 +719,7 @@ ctypedef struct engine_t:
     uint32_t n_workers
     sources_t *sources
     sources_t *handshakes            # with downstreams, under way
+    SSL_SESSION **given              # to clients: see sessions.pxd
     uint64_t revocation_seed         # so that nobody can choose a certificate whose key is that of a revoked one
     cluster_stat_t *no_cluster       # for connections that end before a cluster is known
     int *wake_fds                    # one a worker; owner: the worker

@@ -30,7 +30,7 @@ from tests.conftest import Factory
 from tests.flow.test_tls import client_context, handshakes, inbound, outbound, secure, server_context, wait_records
 from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
 from tests.support.mesh import Mesh
-from tests.support.openssl import TLS1_2, TlsEnd, TlsError, make_hello
+from tests.support.openssl import TLS1_2, TLS1_3, TlsEnd, TlsError, make_hello
 from tests.support.peers import DEADLINE_S, RST, Server, connect, echo, is_refused, make_bytes, read_exactly, read_to_end, reset
 from tests.support.waiting import wait_until
 
@@ -550,6 +550,23 @@ def test_early_data_is_ignored_and_the_connection_works(mesh: Factory, web: File
             client.write(b"late")
             assert client.read(4) == b"late"
         assert m.total("l4mesh_bytes_total") == 2 * len(b"firstlate")
+
+
+@pytest.mark.parametrize("version", [TLS1_2, TLS1_3])
+def test_a_session_outlives_connections_that_break_off(mesh: Factory, web: Files, redis: Files, version: int) -> None:
+    """OpenSSL spoils the session of a connection that ends without close_notify, in whatever cache that is."""
+    with Server(echo) as server:
+        m = mesh(inbound(redis, server.address, {"min_version": "1.2"}, workers=1))
+        session, resumed = 0, []
+        for _ in range(4):
+            with TlsEnd(connect(m.port()), web, version, session=session) as client:
+                client.handshake()
+                client.write(b"hello")
+                assert client.read(5) == b"hello"
+                resumed.append(client.resumed)
+                session = session or client.session
+        assert resumed == [False, True, True, True]
+        assert handshakes(m, "downstream") == (1, 3)
 
 
 def test_a_ticket_of_another_listener_is_worth_nothing(mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path) -> None:
