@@ -491,6 +491,8 @@ def _ask(admin: str, *paths: str) -> list[dict[str, Any]]:
     except TimeoutError:
         raise reach("timed out") from None
     except aiohttp.ClientConnectorError as error:
-        raise reach(error.os_error.strerror or "can't connect") from None
+        # asyncio says the address again in the place of the reason; only the resolver's errors, below zero, have a text of their own.
+        number = error.os_error.errno or 0
+        raise reach(os.strerror(number) if number > 0 else error.os_error.strerror or str(error)) from None
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise reach(str(error) or type(error).__name__) from None
