@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +30,6 @@ from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
 from bench.health import run_health, summarize_health
 from bench.machine import describe_commit, describe_machine, describe_versions
-from bench.process import missing_programs
 from bench.proxies import FD_LIMIT
 from bench.reload import run_reload
 from bench.report import render, render_comparison
@@ -54,11 +54,6 @@ FAIRNESS = "fairness"
 CHURN = "churn"
 SCENARIOS = (RELOAD, CHURN, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
 NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
-NEEDED = {
-    "haproxy": "haproxy", "nginx": "nginx libnginx-mod-stream", "wrk": "wrk", "iperf3": "iperf3", "taskset": "util-linux",
-    "redis-benchmark": "redis-tools", "redis-server": "redis-server", "ip": "iproute2", "iptables": "iptables",
-}  # fmt: skip
-
 T = TypeVar("T")
 
 
@@ -241,11 +236,10 @@ def why_not(result: dict[str, Any], only: tuple[str, ...], proxies: tuple[str, .
 
 
 def prepare() -> None:
-    """Raises CommandError with what is missing."""
+    """What is measured is built from the sources as they are. Raises CommandError."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    if missing := missing_programs(NEEDED):
-        packages = " ".join(NEEDED[name] for name in missing)
-        raise CommandError(f"{', '.join(missing)} not found: apt-get install {packages}")
+    if subprocess.run([ROOT / ".ci/bootstrap", "bench"], env=os.environ | {"L4MESH_BUILD": "release"}, check=False).returncode:
+        raise CommandError("l4mesh and its peers could not be installed, see above")
     ensure_privileged()
     hard = max(FD_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     try:

@@ -20,9 +20,9 @@ from typing import Any
 from bench.generator import ROOT, Helper, Target, Void, build, percentile
 from bench.process import Place
 from bench.rows import PLAIN_PEERS
-from bench.stage import Machine, Stage
+from bench.stage import DIRECT, Machine, Stage
 
-ENTRIES = (*PLAIN_PEERS, "l4mesh")
+ENTRIES = (DIRECT, *PLAIN_PEERS, "l4mesh")
 RATE = 200
 AT_ONCE = 400
 SECONDS = 2
@@ -71,7 +71,7 @@ def _measure(stage: Stage, entry: str, turn: int) -> Fairness:
     calm = _open_at_rate(stage.load_place, target)
     # A source for each round: the ports of the one before are still in TIME_WAIT.
     task = {"host": target.host, "port": target.port, "source": f"127.11.{turn}.1"}
-    with Helper(stage.load_place, "bench.fairness", "storm", json.dumps(task), nice=True) as storm:
+    with Helper(stage.load_place, "bench.fairness", "storm", json.dumps(task), idle=True) as storm:
         beside = _open_at_rate(stage.load_place, target)
         rate = storm.finish()
     return Fairness(entry, *calm, *beside, rate)

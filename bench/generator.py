@@ -117,10 +117,11 @@ class Load:
 
 class Helper:
     """A process of a module of ours. It says a line when it is ready; then lines go to and fro until its input ends, and so does it.
-    A context. ``nice``: it gives way to the load, with which it shares a CPU."""
+    A context. ``idle``: it runs when the load, with which it shares a CPU, has nothing to do. (A process that is only nice keeps the CPU
+    for a slice of ms when others wake up.)"""
 
-    def __init__(self, place: Place, module: str, *arguments: str, nice: bool = False) -> None:
-        command = place.command([*(["nice", "-n", "19"] if nice else []), sys.executable, "-m", module, *arguments])
+    def __init__(self, place: Place, module: str, *arguments: str, idle: bool = False) -> None:
+        command = place.command([*(["chrt", "--idle", "0"] if idle else []), sys.executable, "-m", module, *arguments])
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     def __enter__(self) -> Helper:

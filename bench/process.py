@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -145,10 +144,6 @@ def _listening_sockets(pid: int) -> set[tuple[int, str]]:
             if state == LISTEN:
                 found.add((int(local.rpartition(":")[2], 16), inode))
     return found
-
-
-def missing_programs(names: Iterable[str]) -> list[str]:
-    return [name for name in names if shutil.which(name) is None]
 
 
 class Ports:

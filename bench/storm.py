@@ -107,7 +107,7 @@ def _measure(stage: Chain, entry: str, stranger: Credentials, seconds: int) -> S
         calm = _window(load, calm_s)
         calm_cpu = (process.cpu_s() - before) / calm_s
         files = {"port": stage.tls_ports[entry], "certificate": str(stranger.certificate), "key": str(stranger.private_key)}
-        with Helper(stage.load_place, "bench.storm", json.dumps(files), nice=True) as storm:
+        with Helper(stage.load_place, "bench.storm", json.dumps(files), idle=True) as storm:
             before, started = process.cpu_s(), time.monotonic()
             beside = _window(load, seconds)
             ends: dict[str, int] = storm.finish()

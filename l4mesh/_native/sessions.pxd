@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc
 from libc.string cimport memcmp, memcpy
 
 from l4mesh._native.address cimport address_equal, address_hash, address_t
-from l4mesh._native.atomic cimport exchange_pointer
+from l4mesh._native.atomic cimport exchange_pointer, replace_pointer
 from l4mesh._native.openssl cimport SSL_SESSION, SSL_SESSION_dup, SSL_SESSION_free, SSL_SESSION_get_id
 from l4mesh._native.types cimport GIVEN, SESSIONS, engine_t, session_t, worker_t
 
@@ -115,7 +115,9 @@ cdef inline SSL_SESSION *given_find(engine_t *engine, const uint8_t *id, uint32_
     own = SSL_SESSION_get_id(session, &length)
     if length == id_length and memcmp(own, id, length) == 0:
         copy = SSL_SESSION_dup(session)
-    given_put(place, session)
+    # Who has put one there meanwhile has a newer one.
+    if not replace_pointer(<void **> place, NULL, session):
+        SSL_SESSION_free(session)
     return copy
 
 

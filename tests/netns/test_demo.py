@@ -68,10 +68,10 @@ class Demo:
 
     def wait_for(self, step: int) -> None:
         assert self.process.stdout
-        output = ""
-        while not output.startswith(f"{step:>2}. "):
-            output = self.process.stdout.readline()
-            assert output, "the demo ended too early"
+        said = [""]
+        while not said[-1].startswith(f"{step:>2}. "):
+            said.append(self.process.stdout.readline())
+            assert said[-1], f"the demo ended too early: {''.join(said)}"
 
     def logs(self, event: str) -> bool:
         return any(f'"event": "{event}"' in path.read_text() for path in self.folder.glob("*/*/events.log"))
