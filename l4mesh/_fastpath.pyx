@@ -75,8 +75,8 @@ from l4mesh._native.tls cimport (
 )
 from l4mesh._native.types cimport *
 from l4mesh._native.watchdog cimport (
-    DOING_ACCEPT, DOING_ADOPT, DOING_END, DOING_EVENT, DOING_HANDSHAKE, DOING_HELD, DOING_PAGE, DOING_READY, DOING_SWEEP, DOING_TIMER,
-    DOING_TURN, DOING_WAIT, doing, l4_thread_id, watch, watch_allow_stack, watched_t,
+    DOING_ACCEPT, DOING_ADOPT, DOING_END, DOING_EVENT, DOING_HANDSHAKE, DOING_HELD, DOING_LANE, DOING_LINE, DOING_PAGE, DOING_READY,
+    DOING_SWEEP, DOING_TIMER, DOING_TURN, DOING_WAIT, doing, l4_thread_id, watch, watch_allow_stack, watched_t,
 )
 from l4mesh._native.wheel cimport WHEEL_NONE, wheel_expire, wheel_init, wheel_insert, wheel_next_ms, wheel_remove
 
@@ -383,6 +383,7 @@ cdef void lanes_serve(worker_t *worker, uint32_t most) noexcept nogil:
         slot = lanes_pop(worker)
         if slot == WHEEL_NONE:
             return
+        doing(worker, DOING_LANE, slot)
         conn = conn_at(worker, slot)
         if conn.state == CONN_RELAYING:
             conn_relay(worker, conn, slot)
@@ -704,6 +705,7 @@ cdef void line_serve(worker_t *worker, cluster_stat_t *stat) noexcept nogil:
     cdef uint32_t slot
     while row.line != NULL:
         slot = (<waiting_t *> row.line).queue.head
+        doing(worker, DOING_LINE, slot)
         conn = conn_at(worker, slot)
         if conn_take_place(worker, conn):
             conn_book_wait(worker, conn)

@@ -103,8 +103,8 @@ def upgrade(paths: tuple[Path, ...]) -> None:
         raise CommandError("upgrade.socket is off: set it, and restart once")
     done = request_upgrade(path)
     click.echo(
-        f"process {done.new} has replaced process {done.old} in {done.seconds:.3f} s: {done.handed_over} live connections went over, "
-        f"{done.left} stay until they end"
+        f"process {done.new} has replaced process {done.old} in {done.seconds:.3f} s; "
+        f"live connections handed over: {done.handed_over}, left with it until they end: {done.left}"
     )
 
 

@@ -79,6 +79,8 @@ cdef enum doing_t:
     DOING_HELD
     DOING_HANDSHAKE
     DOING_TIMER
+    DOING_LANE             # whose source's turn it is
+    DOING_LINE             # that waited for an endpoint
     DOING_SWEEP            # looks at live connections again
     DOING_PAGE             # answers the control loop
     DOING_END              # ends what is left, about: slot; each of them counts as coming round
@@ -223,6 +225,8 @@ cdef inline const char *doing_name(uint64_t word) noexcept nogil:
     if what == DOING_HELD: return "going on with a held stream"
     if what == DOING_HANDSHAKE: return "going on with a handshake"
     if what == DOING_TIMER: return "serving a timer"
+    if what == DOING_LANE: return "serving a source in its turn"
+    if what == DOING_LINE: return "serving one that waited for an endpoint"
     if what == DOING_SWEEP: return "looking at live connections again"
     if what == DOING_PAGE: return "listing connections"
     if what == DOING_END: return "ending connections"
@@ -250,7 +254,7 @@ cdef inline int watch_connection(const worker_t *worker, uint64_t word, char *ou
     cdef char destination[64]
     cdef char endpoint[64]
     out[0] = 0
-    if what not in (DOING_EVENT, DOING_READY, DOING_HELD, DOING_HANDSHAKE, DOING_TIMER, DOING_END) or slot // CONN_CHUNK >= worker.n_chunks:
+    if what < DOING_EVENT or what in (DOING_SWEEP, DOING_PAGE) or slot // CONN_CHUNK >= worker.n_chunks:
         return 0
     conn = conn_at(worker, slot)
     if conn.listener_stat != NULL:

@@ -21,6 +21,7 @@ class IdentityStatus:
     name: str
     spiffe_id: str
     expires_unix_s: float
+    crl_until_unix_s: float
     loaded: int
     """Times that its files have changed to something good."""
     refused: int
@@ -100,6 +101,7 @@ class IdentityStore:
                 name,
                 entry.material.spiffe_id if entry.material else entry.identity.spiffe_id,
                 entry.material.expires_unix_s if entry.material else 0.0,
+                entry.material.crl_until_unix_s if entry.material else 0.0,
                 entry.loaded, entry.refused, entry.error,
                 entry.material.warnings if entry.material else (),
                 entry.material is not None,
@@ -107,9 +109,9 @@ class IdentityStore:
             for name, entry in list(self._entries.items())
         ]  # fmt: skip
 
-    def expiring(self, now_unix_s: float) -> list[tuple[str, float]]:
-        """Identities that are close to their end, and the seconds that they have left; negative when they are past it."""
-        soon = []
+    def overdue(self, now_unix_s: float) -> list[tuple[str, dict[str, object]]]:
+        """What should have been renewed by now and serves on: an event's name and its fields, to be logged as warnings."""
+        events: list[tuple[str, dict[str, object]]] = []
         for name, entry in list(self._entries.items()):
             material = entry.material
             if material is None:
@@ -117,8 +119,12 @@ class IdentityStore:
             life_s = material.expires_unix_s - material.not_before_unix_s
             left_s = material.expires_unix_s - now_unix_s
             if left_s < life_s * EXPIRY_WARNING_SHARE:
-                soon.append((name, left_s))
-        return soon
+                state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
+                events.append(("identity_expires", {"identity": name, "state": state, "left_s": round(left_s)}))
+            if 0 < material.crl_until_unix_s <= now_unix_s:
+                late_s = round(now_unix_s - material.crl_until_unix_s)
+                events.append(("crl_out_of_date", {"identity": name, "since_s": late_s, "state": "what was revoked since is trusted"}))
+        return events
 
 
 def _sign(path: str) -> tuple[int, ...] | None:

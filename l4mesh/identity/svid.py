@@ -42,6 +42,8 @@ class Material:
     trust_bundle: bytes
     revoked: tuple[tuple[bytes, bytes], ...]
     """Issuer as DER and serial number as big-endian bytes."""
+    crl_until_unix_s: float
+    """When the next revocation list is due; 0.0 where there is none, or none is announced."""
     not_before_unix_s: float
     expires_unix_s: float
     digest: bytes
@@ -94,12 +96,13 @@ def judge_identity(identity: Identity, contents: Mapping[str, bytes], now: float
         raise IdentityError(f"{identity.certificate}: is not valid before {leaf.not_valid_before_utc.isoformat()}")
     bundle = _read_certificates(identity.trust_bundle, contents[identity.trust_bundle])
     revoked: tuple[tuple[bytes, bytes], ...] = ()
+    crl_until = 0.0
     if identity.crl:
-        revoked = _read_revoked(identity.crl, contents[identity.crl], bundle, chain[1:], now, warnings)
+        revoked, crl_until = _read_revoked(identity.crl, contents[identity.crl], bundle, chain[1:], now, warnings)
     digest = hashlib.sha256(b"".join(hashlib.sha256(contents[path]).digest() for path in identity.files)).digest()
     return Material(
         identity.name, spiffe_id, contents[identity.certificate], contents[identity.private_key], contents[identity.trust_bundle],
-        revoked, not_before, expires, digest, tuple(warnings), _chains_to(chain, bundle),
+        revoked, crl_until, not_before, expires, digest, tuple(warnings), _chains_to(chain, bundle),
     )  # fmt: skip
 
 
@@ -188,10 +191,13 @@ def _read_revoked(
     intermediates: Sequence[x509.Certificate],
     now: float,
     warnings: list[str],
-) -> tuple[tuple[bytes, bytes], ...]:
-    """What the lists in a file revoke. A list counts only when a CA that we trust has signed it: one of the bundle, an intermediate of
-    our own chain, or one that stands in the file and is signed by the bundle. A list that is past its date goes on to count, because
-    the alternative is to trust what it revokes or to stop the mesh."""
+) -> tuple[tuple[tuple[bytes, bytes], ...], float]:
+    """What the lists in a file revoke, and when the first of them is due to be replaced (Unix time; 0.0: none says).
+
+    A list counts only when a CA that we trust has signed it: one of the bundle, an intermediate of our own chain, or one that stands in
+    the file and is signed by the bundle. A list that is past its date goes on to count, because the alternative is to trust what it
+    revokes or to stop the mesh.
+    """
     enclosed = x509.load_pem_x509_certificates(content) if b"BEGIN CERTIFICATE" in content else []
     issuers = [*bundle, *intermediates, *(ca for ca in enclosed if any(is_signed_by(ca, root) for root in bundle))]
     end = b"-----END X509 CRL-----"
@@ -201,17 +207,21 @@ def _read_revoked(
     except ValueError:
         raise IdentityError(f"{path}: holds no revocation list that can be read") from None
     revoked: list[tuple[bytes, bytes]] = []
+    due: list[float] = []
     for crl in lists:
         signers = [issuer for issuer in issuers if issuer.subject == crl.issuer and _signed(crl, issuer.public_key())]
         if not signers:
             raise IdentityError(
                 f"{path}: the list of {crl.issuer.rfc4514_string() or 'an unnamed CA'} is signed by no CA that is trusted here"
             )
-        if crl.next_update_utc and crl.next_update_utc.timestamp() <= now:
-            warnings.append(f"{path}: the list of {crl.issuer.rfc4514_string()} is out of date since {crl.next_update_utc.isoformat()}")
+        if crl.next_update_utc:
+            due.append(crl.next_update_utc.timestamp())
+            if due[-1] <= now:
+                since = crl.next_update_utc.isoformat()
+                warnings.append(f"{path}: the list of {crl.issuer.rfc4514_string()} is out of date since {since}")
         issuer_der = crl.issuer.public_bytes()
         revoked += [(issuer_der, number_bytes(entry.serial_number)) for entry in crl]
-    return tuple(revoked)
+    return tuple(revoked), min(due, default=0.0)
 
 
 def _signed(crl: x509.CertificateRevocationList, key: object) -> bool:

@@ -500,12 +500,8 @@ class App:
                 await self._reloader.reload()
             if time.monotonic() >= expiry_at:
                 expiry_at = time.monotonic() + EXPIRY_LOOK_EVERY_S
-                self._warn_of_expiry()
-
-    def _warn_of_expiry(self) -> None:
-        for name, left_s in self._reloader.identities.expiring(time.time()):
-            state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
-            log.warning("identity_expires", identity=name, state=state, left_s=round(left_s))
+                for event, fields in self._reloader.identities.overdue(time.time()):
+                    log.warning(event, **fields)
 
 
 def _say_faults(config: Config) -> None:

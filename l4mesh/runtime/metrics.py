@@ -303,6 +303,9 @@ def _identity_metrics(identities: list[IdentityStatus]) -> Iterator[Metric]:
     expires = GaugeMetricFamily(
         "l4mesh_identity_expiry_timestamp_seconds", "When the certificate in use ends.", labels=["identity", "spiffe_id"]
     )
+    lists = GaugeMetricFamily(
+        "l4mesh_identity_crl_next_update_timestamp_seconds", "When the next revocation list is due.", labels=["identity"]
+    )
     loaded = CounterMetricFamily("l4mesh_identity_loads", "Certificates taken into use.", labels=["identity"])
     refused = CounterMetricFamily("l4mesh_identity_refusals", "Files that could not be used.", labels=["identity"])
     healthy = GaugeMetricFamily(
@@ -311,10 +314,12 @@ def _identity_metrics(identities: list[IdentityStatus]) -> Iterator[Metric]:
     for identity in identities:
         if identity.in_use:
             expires.add_metric([identity.name, identity.spiffe_id], identity.expires_unix_s)
+        if identity.crl_until_unix_s:
+            lists.add_metric([identity.name], identity.crl_until_unix_s)
         loaded.add_metric([identity.name], identity.loaded)
         refused.add_metric([identity.name], identity.refused)
         healthy.add_metric([identity.name], int(not identity.error))
-    yield from (expires, loaded, refused, healthy)
+    yield from (expires, lists, loaded, refused, healthy)
 
 
 def _renewal_metrics(renewals: list[RenewalStatus]) -> Iterator[Metric]:

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.conftest import Factory
 from tests.flow.test_tls import client_context, handshakes, inbound, outbound, ping, secure, server_context, wait_records
 from tests.flow.test_tls_hostile import is_cut, is_turned_away
-from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
+from tests.support.certificates import REDIS, WEB, Authority, Files, hostile, revocation_list
 from tests.support.mesh import Mesh
 from tests.support.openssl import TlsEnd, TlsError
 from tests.support.peers import RST, Server, connect, echo, read_exactly, read_to_end
@@ -180,18 +178,6 @@ def test_a_root_is_rotated_without_an_outage(mesh: Factory, tmp_path: Path) -> N
 
 
 # -- revocation lists ------------------------------------------------------------------------------------------------------
-
-
-def revocation_list(
-    issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, *revoked: x509.Certificate, next_update: datetime.timedelta = HOUR
-) -> bytes:
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateRevocationListBuilder().issuer_name(issuer.subject)
-    builder = builder.last_update(now - 2 * HOUR).next_update(now + next_update)
-    for certificate in revoked:
-        entry = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number).revocation_date(now - HOUR)
-        builder = builder.add_revoked_certificate(entry.build())
-    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def test_a_root_revokes_an_intermediate_and_all_below_it(

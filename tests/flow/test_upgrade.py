@@ -572,7 +572,7 @@ def test_the_command_says_how_it_went(mesh: Factory) -> None:
             done = run("upgrade", "-c", str(m.file.parent))
             assert done.returncode == 0, done.stderr
             assert f"has replaced process {before.pid}" in done.stdout
-            assert "1 live connections went over, 0 stay" in done.stdout
+            assert "live connections handed over: 1, left with it until they end: 0" in done.stdout
             talk(client)
         assert before.wait(15) == 0
         # It is no child of ours: its end shows at its socket.

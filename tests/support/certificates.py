@@ -117,3 +117,16 @@ def hostile(
     pem = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in (leaf, *chain))
     certificate, key_path = write_identity(folder, name, pem, key_pem)
     return Files(certificate, key_path, authority.bundle_path)
+
+
+def revocation_list(
+    issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, *revoked: x509.Certificate, next_update: datetime.timedelta = HOUR
+) -> bytes:
+    """In PEM."""
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(issuer.subject)
+    builder = builder.last_update(now - 2 * HOUR).next_update(now + next_update)
+    for certificate in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number).revocation_date(now - HOUR)
+        builder = builder.add_revoked_certificate(entry.build())
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)

@@ -1,0 +1,51 @@
+"""What the store says of identities as time goes by: of real files, at times that the test chooses."""
+
+import datetime
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from l4mesh.identity.store import IdentityStore
+from l4mesh.model import Identity
+from tests.support.certificates import REDIS, Authority, revocation_list
+
+HOUR_S = 3600.0
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.new(tmp_path_factory.mktemp("ca"))
+
+
+def make_store(authority: Authority, folder: Path, crl: str = "") -> IdentityStore:
+    files = authority.files(folder, "redis", REDIS, datetime.timedelta(hours=10))
+    store = IdentityStore()
+    store.refresh({"redis": Identity("redis", str(files.certificate), str(files.key), str(files.bundle), crl)})
+    return store
+
+
+def test_a_certificate_is_overdue_in_the_last_fifth_of_its_life(authority: Authority, tmp_path: Path) -> None:
+    store = make_store(authority, tmp_path)
+    (identity,) = store.status()
+    assert store.overdue(identity.expires_unix_s - 3 * HOUR_S) == []
+    ((event, fields),) = store.overdue(identity.expires_unix_s - HOUR_S)
+    assert (event, fields) == ("identity_expires", {"identity": "redis", "state": "expires soon", "left_s": 3600})
+    ((event, fields),) = store.overdue(identity.expires_unix_s + 60)
+    assert (event, fields) == ("identity_expires", {"identity": "redis", "state": "has expired: handshakes fail", "left_s": -60})
+
+
+def test_a_revocation_list_that_grows_old_while_it_is_in_use_is_told(authority: Authority, tmp_path: Path) -> None:
+    generation = authority._generations()[-1]
+    crl = tmp_path / "crl.pem"
+    signer = generation.intermediate
+    lists = [
+        revocation_list(signer, generation.intermediate_key, signer, next_update=datetime.timedelta(hours=hours)) for hours in (2, 1)
+    ]
+    crl.write_bytes(signer.public_bytes(Encoding.PEM) + b"".join(lists))
+    store = make_store(authority, tmp_path, str(crl))
+    (identity,) = store.status()
+    assert store.events == []
+    assert store.overdue(identity.crl_until_unix_s - 1) == []
+    ((event, fields),) = store.overdue(identity.crl_until_unix_s + 60)
+    assert (event, fields["identity"], fields["since_s"]) == ("crl_out_of_date", "redis", 60)
