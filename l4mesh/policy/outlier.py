@@ -92,6 +92,20 @@ class Ejection:
     """When it may return; later if a probe fails then."""
 
 
+class Past(NamedTuple):
+    """What is known of an endpoint, for the process after this one; its clock may be another."""
+
+    address: str
+    times: int
+    """Ejections by which the time of the next one is reckoned."""
+    ejections: int
+    detector: str = ""
+    """Of the ejection under way; "" when there is none."""
+    why: str = ""
+    ago_ms: int = 0
+    left_ms: int = 0
+
+
 @dataclass(slots=True)
 class _Endpoint:
     address: str
@@ -194,7 +208,32 @@ class ClusterOutliers:
         """Endpoints whose ejection is over."""
         return [e.address for e in self._ejected.values() if e.ejection and now_ms >= e.ejection.until_ms]
 
+    def past(self, now_ms: int) -> list[Past]:
+        """Of the endpoints that have one."""
+        known = []
+        for e in self._endpoints.values():
+            if e.ejection:
+                out = e.ejection
+                left_ms = max(0, out.until_ms - now_ms)
+                known.append(Past(e.address, e.times, e.ejections, out.detector, out.why, now_ms - out.since_ms, left_ms))
+            elif e.ejections:
+                known.append(Past(e.address, e.times, e.ejections))
+        return known
+
     # -- what happens --------------------------------------------------------------------------------------------------
+
+    def inherit(self, past: Past, now_ms: int) -> Ejection | None:
+        """Another process has had this endpoint before. Gives the ejection that goes on."""
+        endpoint = self._endpoints.get(past.address)
+        if endpoint is None:
+            return None
+        endpoint.times, endpoint.ejections = past.times, past.ejections
+        # Another version may have detectors of its own.
+        if past.detector in list(Detector):
+            until_ms = now_ms + min(past.left_ms, self._in_force.max_ejection_ms)
+            endpoint.ejection = Ejection(Detector(past.detector), past.why, now_ms - past.ago_ms, until_ms)
+            self._ejected[endpoint.address] = endpoint
+        return endpoint.ejection
 
     def failed(self, address: str, counts: Counts, now_ms: int, unhealthy: Set[str]) -> list[Detection]:
         """An endpoint has failed again and again just now. ``unhealthy``: endpoints that take no connections for another reason."""

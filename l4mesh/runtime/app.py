@@ -36,7 +36,7 @@ from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
 from l4mesh.runtime.supervised import Supervised
-from l4mesh.runtime.upgrade import Successor, Takeover, UpgradeServer, is_container, start_again
+from l4mesh.runtime.upgrade import Successor, Takeover, UpgradeServer, Verdicts, is_container, start_again
 from l4mesh.runtime.watchdog import Watchdog
 from l4mesh.snapshot import ConnectionRecord
 
@@ -280,6 +280,9 @@ class App:
             self._outliers = OutlierDetector(self._datapath, self._endpoints, random.random)
             self._datapath.on_told = self._outliers.told
             self._takeover = Takeover.find(config.upgrade_socket) if config.upgrade_socket else None
+            if self._takeover:
+                self._health.inherit(self._takeover.verdicts.health)
+                self._outliers.inherit(self._takeover.verdicts.ejections)
             self._listeners = Listeners(self._n_workers, self._takeover.take_listening() if self._takeover else None)
             self._overload = OverloadMonitor(self._datapath, self._listeners.sockets, usable_cpus())
         else:
@@ -319,7 +322,8 @@ class App:
         if healthy:
             self._endpoints.put_back(cluster, address, OutCause.UNHEALTHY)
         else:
-            self._endpoints.take_out(cluster, address, OutCause.UNHEALTHY, why)
+            verdict = self._health.verdict(cluster, address)
+            self._endpoints.take_out(cluster, address, OutCause.UNHEALTHY, why, verdict.since_unix_s if verdict else None)
 
     async def _published(self) -> None:
         """Waits until the workers, which have just started, have the first plan: then every listener is served."""
@@ -456,6 +460,10 @@ class App:
     def sockets(self) -> list[tuple[Place, list[socket.socket]]]:
         assert self._listeners is not None
         return self._listeners.export()
+
+    async def verdicts(self) -> Verdicts:
+        assert self._outliers is not None
+        return Verdicts(self._health.past(), self._outliers.past())
 
     def admin(self) -> tuple[str, socket.socket | None]:
         assert self._admin is not None

@@ -96,12 +96,12 @@ class EndpointRegistry:
                 self._weighted_out.pop(name, None)
             self._judge(name)
 
-    def take_out(self, cluster: str, address: str, cause: OutCause, why: str) -> bool:
+    def take_out(self, cluster: str, address: str, cause: OutCause, why: str, since_unix_s: float | None = None) -> bool:
         """Workers pick it no more; where its cluster drains unhealthy endpoints, its connections end gradually. False: there is no such
-        endpoint."""
+        endpoint. ``since_unix_s``: None: from now on, or as this cause has said before."""
         outs = self._out.get(cluster, {}).get(address, ())
         kept = tuple(out for out in outs if out.cause is not cause)
-        since = next((out.since_unix_s for out in outs if out.cause is cause), time.time())
+        since = since_unix_s or next((out.since_unix_s for out in outs if out.cause is cause), time.time())
         over_ms = self._clusters[cluster].drain.unhealthy_ms if cluster in self._clusters else 0
         if cause is OutCause.UNHEALTHY and over_ms:
             self._marks.close_endpoint(cluster, address, CloseReason.ENDPOINT_UNHEALTHY, over_ms)

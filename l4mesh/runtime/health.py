@@ -12,9 +12,10 @@ import heapq
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 
@@ -70,6 +71,15 @@ class Health:
         """From the start of a check to the next one's; ``chance``: 0 to 1."""
         interval_ms = check.fast_interval_ms if self.contrary else check.interval_ms
         return interval_ms / 1000 * (1 + check.jitter * (2 * chance - 1))
+
+
+class Past(NamedTuple):
+    """What the checks of an endpoint have come to, for the process after this one."""
+
+    address: str
+    healthy: bool
+    why: str
+    since_unix_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +152,29 @@ class HealthChecker:
         self._contexts: dict[tuple[str, bool], tuple[Material, ssl.SSLContext]] = {}
         self._open = open_context()
         self._said: dict[str, float] = {}
+        self._inherited: dict[tuple[str, str], Health] = {}
         self._late_s = 0.0
 
     # -- what is checked -------------------------------------------------------------------------------------------------
+
+    def inherit(self, pasts: Mapping[str, Sequence[Past]]) -> None:
+        """What another process has found, by cluster: the first configuration begins with it."""
+        self._inherited = {
+            (name, past.address): Health(past.healthy, past.since_unix_s, past.why, decided=True)
+            for name, of_cluster in pasts.items()
+            for past in of_cluster
+        }
+
+    def past(self) -> dict[str, list[Past]]:
+        """For the process after this one."""
+        return {
+            name: [
+                Past(address, target.health.healthy, target.health.why, target.health.since_unix_s)
+                for address, target in checked.targets.items()
+                if target.health.decided
+            ]
+            for name, checked in self._clusters.items()
+        }
 
     def configure(self, config: Config) -> None:
         """Checks what this configuration says. What it leaves as it was keeps its state and its times."""
@@ -159,6 +189,7 @@ class HealthChecker:
             if known is None or known.model is not cluster or known.identity != identity:
                 self._configure_cluster(known, cluster, identity)
         self._served = config.clusters
+        self._inherited = {}
         self._arm()
 
     def _configure_cluster(self, before: _Checked | None, cluster: Cluster, identity: str) -> None:
@@ -168,6 +199,10 @@ class HealthChecker:
         served = {endpoint.address for endpoint in self._served[cluster.name].endpoints} if cluster.name in self._served else set()
         if before:
             checked.counts = before.counts
+        if cluster.health_check is None:
+            self._clusters.pop(cluster.name, None)
+        else:
+            self._clusters[cluster.name] = checked
         for endpoint in cluster.endpoints:
             old = known.get(endpoint.address)
             if cluster.health_check is None:
@@ -175,8 +210,9 @@ class HealthChecker:
                     self._on_verdict(cluster.name, endpoint.address, True, "")
                 continue
             probe = _make_probe(cluster, cluster.health_check, endpoint, identity)
+            health = old.health if old else self._inherited.get((cluster.name, endpoint.address))
             target = self._targets.get(probe) or self._add_target(
-                probe, old.health if old else None, up=cluster.health_check.starts_up or endpoint.address in served
+                probe, health, up=cluster.health_check.starts_up or endpoint.address in served
             )
             target.users[cluster.name, endpoint.address] = checked
             checked.targets[endpoint.address] = target
@@ -186,13 +222,9 @@ class HealthChecker:
             kept = {id(target) for target in checked.targets.values()}
             before.targets = {address: target for address, target in known.items() if id(target) not in kept}
             self._drop_targets(before)
-        if cluster.health_check is None:
-            self._clusters.pop(cluster.name, None)
-        else:
-            self._clusters[cluster.name] = checked
 
     def _add_target(self, probe: Probe, before: Health | None, *, up: bool) -> _Target:
-        """``before``: of the same endpoint under another check; it stands until this one has said something."""
+        """``before``: of the same endpoint under another check, or in another process; it stands until this one has said something."""
         check = probe.check
         if before:
             health = Health(before.healthy, before.since_unix_s, before.why, before.decided)

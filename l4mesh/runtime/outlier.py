@@ -13,14 +13,14 @@ import ipaddress
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
 from l4mesh.model import Cluster, Config, Endpoint
-from l4mesh.policy.outlier import ClusterOutliers, Counts, Detection, Outcome
+from l4mesh.policy.outlier import ClusterOutliers, Counts, Detection, Outcome, Past
 from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 
 log = structlog.get_logger()
@@ -85,10 +85,21 @@ class OutlierDetector:
         self._ids: dict[int, tuple[str, str]] = {}
         self._queue: list[tuple[int, str]] = []
         """When to look at a cluster next: a heap. Entries that are not the cluster's ``due_ms`` are of the past."""
+        self._inherited: dict[str, Sequence[Past]] = {}
         self._totals: Counter[tuple[str, str, str]] = Counter()
         self._mark = 0
         self._woken = asyncio.Event()
         self._probes: set[asyncio.Task[None]] = set()
+
+    def inherit(self, pasts: Mapping[str, Sequence[Past]]) -> None:
+        """What another process knew, by cluster: the first configuration begins with it."""
+        self._inherited = dict(pasts)
+
+    def past(self) -> dict[str, list[Past]]:
+        """For the process after this one."""
+        now_ms = self._now_ms()
+        pasts = {name: watched.outliers.past(now_ms) for name, watched in self._watched.items()}
+        return {name: past for name, past in pasts.items() if past}
 
     def configure(self, config: Config) -> None:
         """The configuration in force is another."""
@@ -107,6 +118,7 @@ class OutlierDetector:
                     del self._ids[number]
                 for address in self._registry.marked(name, OutCause.EJECTED) - set(now.outliers.ejected if now else ()):
                     self._registry.put_back(name, address, OutCause.EJECTED)
+        self._inherited = {}
         for key in [key for key in self._totals if key[0] not in config.clusters]:
             del self._totals[key]
 
@@ -123,6 +135,10 @@ class OutlierDetector:
             now_ms,
             zones_matter=cluster.zone_preference and bool(node_zone),
         )
+        for past in self._inherited.pop(cluster.name, ()):
+            if outliers.inherit(past, now_ms):
+                since_unix_s = time.time() - past.ago_ms / 1000
+                self._registry.take_out(cluster.name, past.address, OutCause.EJECTED, past.why, since_unix_s)
         watched = _Watched(cluster, node_zone, outliers, endpoints, self._counters.endpoint_ids(cluster.name))
         self._ids |= {number: (cluster.name, address) for number, address in watched.ids.items()}
         self._schedule(watched)

@@ -8,7 +8,7 @@ cross over, and the counters; TLS, dials under way and resets end where they are
 
     new                                        running
     takeover (protocol, size of a connection) ─►
-                                             ◄─ offer (listening sockets), sockets … or refused (why)
+                                             ◄─ offer (listening sockets, verdicts on endpoints), sockets … or refused (why)
     ready: it accepts                         ─►  stops accepting
                                              ◄─ connections (a batch), again and again
     taken: they go on here, or not_taken      ─►  forgets them, or goes on with them
@@ -33,9 +33,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 import structlog
 
@@ -43,10 +43,12 @@ from l4mesh import __version__
 from l4mesh.datapath import CARRIED_BYTES, Datapath, Traveller
 from l4mesh.errors import CommandError, L4meshError
 from l4mesh.model import SocketAddress
+from l4mesh.policy import outlier
+from l4mesh.runtime import health
 from l4mesh.runtime.channel import DESCRIPTORS_MAX, Channel, DescriptorsLost, Garbled, Message, PeerGone
 from l4mesh.runtime.listeners import Place
 from l4mesh.runtime.notify import notify
-from l4mesh.totals import Totals
+from l4mesh.totals import Totals, dict_of
 
 PROTOCOL = 1
 """Of the messages, and of ``carried_t``: processes of different numbers don't take over from each other."""
@@ -63,6 +65,8 @@ REPORT_SHARE = 50
 CALLERS = 8
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 
 def start_again() -> Successor:
@@ -109,6 +113,8 @@ class Running(Protocol):
 
     def sockets(self) -> list[tuple[Place, list[socket.socket]]]: ...
 
+    async def verdicts(self) -> Verdicts: ...
+
     def admin(self) -> tuple[str, socket.socket | None]:
         """Address of the admin server, and its listening socket."""
         ...
@@ -124,6 +130,35 @@ class Running(Protocol):
     def replaced(self) -> None:
         """Another process serves: drain and end."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """On endpoints, by cluster: an upgrade sends nobody to one that is known to be bad."""
+
+    health: Mapping[str, Sequence[health.Past]]
+    ejections: Mapping[str, Sequence[outlier.Past]]
+
+    def encode(self) -> dict[str, Any]:
+        return {"health": self.health, "ejections": self.ejections}
+
+    @classmethod
+    def decode(cls, data: object) -> Verdicts:
+        """Of a version that tells none: none. Raises TypeError or ValueError."""
+        told = {} if data is None else dict_of(data)
+        return cls(_decode_pasts(health.Past, told.get("health")), _decode_pasts(outlier.Past, told.get("ejections")))
+
+
+P = TypeVar("P", health.Past, outlier.Past)
+
+
+def _decode_pasts(kind: type[P], data: object) -> dict[str, list[P]]:
+    hints = get_type_hints(kind).values()
+    pasts = {name: [kind(*row) for row in rows] for name, rows in ({} if data is None else dict_of(data)).items()}
+    for past in (past for of_cluster in pasts.values() for past in of_cluster):
+        if any(type(value) is not hint and not (hint is float and type(value) is int) for value, hint in zip(past, hints, strict=True)):
+            raise TypeError(f"{past} is not what is known of an endpoint")
+    return pasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +352,7 @@ class UpgradeServer:
             "admin": address if admin else "",
             "places": places,
             "sockets": len(descriptors),
+            "verdicts": self._on_loop(self._running.verdicts).encode(),
         }
         channel.send("offer", offer, descriptors=descriptors[:DESCRIPTORS_MAX])
         for first in range(DESCRIPTORS_MAX, len(descriptors), DESCRIPTORS_MAX):
@@ -328,11 +364,11 @@ class UpgradeServer:
     def _report(self, channel: Channel, say: str) -> None:
         channel.send(say, {"totals": self._running.datapath.totals().encode()})
 
-    def _on_loop(self, work: Callable[[], Awaitable[None]]) -> None:
-        async def run() -> None:
-            await work()
+    def _on_loop(self, work: Callable[[], Awaitable[T]]) -> T:
+        async def run() -> T:
+            return await work()
 
-        asyncio.run_coroutine_threadsafe(run(), self._loop).result(ANSWER_S)
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(ANSWER_S)
 
     def report(self) -> None:
         """After ``replaced``, until ``report_no_more``: tells the counters, and hands over what can be by now. Blocks."""
@@ -430,6 +466,7 @@ class Takeover:
         self._admin_socket: socket.socket | None = None
         self._upgrade_socket: socket.socket | None = None
         self._listening: dict[Place, list[socket.socket]] = {}
+        self.verdicts = Verdicts({}, {})
         self.is_over = False
         """The process before is gone."""
 
@@ -469,6 +506,7 @@ class Takeover:
             left = iter(sockets)
             self._upgrade_socket = next(left)
             self._admin = str(message.body["admin"])
+            self.verdicts = Verdicts.decode(message.body.get("verdicts"))
             if self._admin:
                 self._admin_socket = next(left)
             for host, port, transparent, owner, count in message.body["places"]:

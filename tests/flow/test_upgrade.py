@@ -29,6 +29,7 @@ from tests.support.peers import (  # fmt: skip
     FIN,
     RST,
     Server,
+    closed_port,
     connect,
     echo,
     is_refused,
@@ -352,6 +353,52 @@ def test_tls_stays_and_ends_where_it_is_and_counts(mesh: Factory, web: Files, re
         m.wait_closed(downstream_closed=2)
         assert m.total("l4mesh_tls_handshakes_total") == 2
         assert m.total("l4mesh_bytes_total") == 16
+
+
+def test_no_upgrade_sends_anybody_to_an_endpoint_that_is_known_to_be_bad(mesh: Factory) -> None:
+    """One that is ejected, and one that its check took out; which serve goes over as well, though new ones do so after a check only."""
+
+    def shown() -> list[Any]:
+        return [
+            [(out["cause"], out["why"], round(out["since_unix_s"], 1)) for out in endpoint["out"]]
+            for name in ("web", "checked")
+            for endpoint in m.cluster(name)["endpoints"]
+        ]
+
+    with Server(echo) as server, Server(echo) as checked:
+        dead, hole = (f"127.0.0.1:{closed_port()}" for _ in range(2))
+        config = simple(
+            dead, server.address, balance="round_robin", outlier_detection={"consecutive_failures": 2}, panic_threshold="off"
+        )
+        config["clusters"].append(
+            {
+                "name": "checked", "endpoints": [hole, checked.address], "panic_threshold": "off",
+                "health_check": {"type": "tcp", "initial": "down", "interval": "1h", "fast_interval": "200ms"},
+            }
+        )  # fmt: skip
+        config["listeners"].append({"name": "checked", "bind": "127.0.0.1:0", "cluster": "checked"})
+        m = mesh(config | {"workers": 2})
+
+        def talk_to(listener: str) -> None:
+            with connect(m.port(listener)) as client:
+                talk(client)
+
+        wait_until(lambda: m.cluster("checked")["endpoints"][1]["health"]["state"] == "healthy", "one is healthy")
+        wait_until(lambda: m.cluster("checked")["endpoints"][0]["health"]["state"] == "unhealthy", "the other is not")
+        while not m.cluster("web")["endpoints"][0]["out"]:
+            talk_to("web")
+        before = shown()
+        assert [[cause for cause, *_ in outs] for outs in before] == [["ejected"], [], ["unhealthy"], []]
+        tried = [m.cluster(name)["endpoints"][0]["connect_failures"] for name in ("web", "checked")]
+        with Loop(lambda: talk_to("web")) as one, Loop(lambda: talk_to("checked")) as two:
+            m.upgrade()
+            done = one.done, two.done
+            wait_until(lambda: one.done > done[0] + 5 and two.done > done[1] + 5, "clients go on")
+            assert shown() == before
+        assert one.failures + two.failures == []
+        m.wait_alone()
+        assert [m.cluster(name)["endpoints"][0]["connect_failures"] for name in ("web", "checked")] == tried
+        assert not [event for event in m.events() if event["event"] == "panic_begins" and event["cluster"] == "web"]
 
 
 @pytest.mark.parametrize("numbers", [(1, 3), (3, 2)])

@@ -10,7 +10,7 @@ import uvloop
 
 from l4mesh.config.load import parse_config
 from l4mesh.model import Cluster, Config
-from l4mesh.runtime.health import STARTS_PER_TURN, Health, HealthChecker
+from l4mesh.runtime.health import STARTS_PER_TURN, UNCHECKED, Health, HealthChecker
 from l4mesh.runtime.probes import Done, Probe, Prober, Terms, Unfit
 from tests.support.peers import closed_port
 
@@ -402,6 +402,34 @@ def test_another_check_begins_with_what_the_one_before_has_found() -> None:
     begun = len(world.wire.begun)
     world.run(0.52)
     assert len(world.wire.begun) == begun + 1
+
+
+@pytest.mark.parametrize("initial", ["up", "down"])
+def test_another_process_begins_with_what_this_one_has_found(initial: str) -> None:
+    check = f"{CHECK}, initial: {initial}"
+    old = World()
+    old.wire.answer = lambda probe: "refused" if probe.host == "10.0.0.1" else ""
+    old.checker.configure(config(check, endpoints=3))
+    old.run(10)
+    found = old.checker.verdict("web", "10.0.0.1:80")
+    assert found
+
+    new = World()
+    new.checker.inherit(old.checker.past())
+    new.checker.configure(config(check, endpoints=4))
+    # The fourth is one that the other process did not have.
+    assert [(address, healthy, why) for _, _, address, healthy, why in new.said] == [
+        ("10.0.0.1:80", False, "refused"),
+        *([("10.0.0.3:80", False, UNCHECKED)] if initial == "down" else []),
+    ]
+    assert new.checker.verdict("web", "10.0.0.1:80") == found
+    # One failure is no longer the first check, which decides by itself.
+    new.wire.answer = lambda probe: "refused"
+    new.said.clear()
+    new.run(0.5)
+    assert {address for _, _, address, _, _ in new.said} <= {"10.0.0.3:80"}
+    new.run(10)
+    assert {address for _, _, address, healthy, _ in new.said if not healthy} >= {"10.0.0.0:80", "10.0.0.2:80"}
 
 
 def test_endpoints_that_are_no_longer_checked_serve() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 
 from l4mesh.config.load import parse_config
 from l4mesh.model import Config, Endpoint
-from l4mesh.policy.outlier import Counts
+from l4mesh.policy.outlier import Counts, Past
 from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.outlier import OutlierDetector, can_connect
 from tests.support.peers import Server, closed_port, echo
@@ -26,7 +27,7 @@ def config_of(clusters: int = 1, outlier: str = "{interval: 10s, base_ejection: 
 class Bench:
     """The data path as the detector sees it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, pasts: Mapping[str, Sequence[Past]] | None = None) -> None:
         self.config = config
         self.now_ms = 1000
         self.counts: dict[tuple[str, str], Counts] = {}
@@ -38,6 +39,7 @@ class Bench:
         self.registry = EndpointRegistry(self)
         draws = iter(range(10**6))
         self.detector = OutlierDetector(self, self.registry, lambda: next(draws) % 10 / 10, self.probe, lambda: self.now_ms)
+        self.detector.inherit(pasts or {})
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -131,6 +133,49 @@ def test_a_probe_decides_about_the_return() -> None:
         assert bench.answers == []
 
     asyncio.run(run())
+
+
+def test_another_process_goes_on_with_what_this_one_knows() -> None:
+    old = Bench(config_of(2))
+    old.fail("10.0.0.1:80")
+    old.fail("10.0.0.2:80")
+    old.now_ms += 40_000
+    old.detector.look()
+    old.fail("10.0.0.1:80")
+    assert old.ejected == {"10.0.0.1:80"}
+    old.now_ms += 7_000
+    told = old.detector.view("c0", "10.0.0.1:80")
+    assert told
+
+    new = Bench(config_of(2), old.detector.past() | {"gone": [Past("10.0.9.9:80", 1, 1)]})
+    assert new.ejected == {"10.0.0.1:80"}
+    (out,) = new.registry.out("c0", "10.0.0.1:80")
+    view = new.detector.view("c0", "10.0.0.1:80")
+    assert view
+    assert (view.times, view.detector, out.why) == (2, "consecutive_failures", "dials that failed in a row: 5")
+    assert out.since_unix_s == pytest.approx(view.since_unix_s, abs=1)
+    left_ms = round((view.until_unix_s - view.since_unix_s) * 1000) - 7_000
+    # What has returned is reckoned with as well.
+    assert Past("10.0.0.2:80", 1, 1) in new.detector.past()["c0"]
+    assert left_ms == round((told.until_unix_s - told.since_unix_s) * 1000) - 7_000
+    new.now_ms += left_ms - 1
+    new.detector.look()
+    assert new.ejected == {"10.0.0.1:80"}
+    new.now_ms += 1
+    new.detector.look()
+    assert new.ejected == frozenset()
+
+
+def test_what_another_process_knew_is_bounded_by_the_configuration_of_this_one() -> None:
+    past = Past("10.0.0.1:80", 1, 1, "consecutive_failures", "", 0, 3_600_000)
+    bench = Bench(
+        config_of(outlier="{max_ejection: 60s}"), {"c0": [past, Past("10.0.0.2:80", 1, 1, "of another version", "", 0, 1000)]}
+    )
+    view = bench.detector.view("c0", "10.0.0.1:80")
+    assert view
+    assert view.until_unix_s - view.since_unix_s == pytest.approx(60)
+    assert bench.ejected == {"10.0.0.1:80"}
+    assert Bench(config_of(outlier="off"), {"c0": [past]}).ejected == frozenset()
 
 
 def test_many_clusters_are_not_looked_at_together() -> None:

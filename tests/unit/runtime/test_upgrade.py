@@ -75,9 +75,25 @@ def test_what_is_no_upgrade_socket_is_told(tmp_path: Path) -> None:
         (lambda channel: offer(channel, [], sockets="many"), "the offer makes no sense"),
         (lambda channel: offer(channel, [["127.0.0.1", 80, False, "", 3]]), "the offer makes no sense"),
         (lambda channel: offer(channel, None), "the offer makes no sense"),
+        (lambda channel: offer(channel, [], verdicts=[]), "the offer makes no sense"),
+        (lambda channel: offer(channel, [], verdicts={"health": {"a": [["x"]]}}), "the offer makes no sense"),
+        (lambda channel: offer(channel, [], verdicts={"health": {"a": 1}}), "the offer makes no sense"),
+        (lambda channel: offer(channel, [], verdicts={"ejections": {"a": [["x", 1, "2"]]}}), "the offer makes no sense"),
         (lambda channel: offer(channel, [], sockets=2), "hands nothing over: the other process is gone"),
     ],
-    ids=["leaves", "refuses", "nonsense", "number", "too few", "no places", "no more"],
+    ids=[
+        "leaves",
+        "refuses",
+        "nonsense",
+        "number",
+        "too few",
+        "no places",
+        "no verdicts",
+        "half a verdict",
+        "one number",
+        "another type",
+        "no more",
+    ],
 )
 def test_an_offer_that_is_none_is_told_and_leaves_nothing(tmp_path: Path, script: Script, error: str) -> None:
     # What tests before have left to the collector is none of ours.
