@@ -287,7 +287,8 @@ def test_idle_connections_own_no_pipe_and_little_memory(mesh: Factory) -> None:
             open_one()
         grown = _anonymous_kb(m.process.pid) - before
         assert m.total("l4mesh_pipes_open") == 0
-        assert grown * 1024 / 1000 < 1024
+        # The sanitizers put something around each allocation.
+        assert grown * 1024 / 1000 < (2048 if os.environ.get("L4MESH_PRELOAD") else 1024)
         for client in clients:
             client.close()
 

@@ -24,7 +24,7 @@ from l4mesh.runtime.channel import Channel
 from l4mesh.runtime.upgrade import PROTOCOL
 from tests.conftest import Factory
 from tests.support.certificates import Files
-from tests.support.mesh import Mesh, simple
+from tests.support.mesh import Mesh, environment_of_ours, simple
 from tests.support.peers import (  # fmt: skip
     FIN,
     RST,
@@ -46,10 +46,8 @@ HOUR = {"time": "1h", "over": "off"}
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    preload = os.environ.get("L4MESH_PRELOAD", "")
-    environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
     command = [sys.executable, "-m", "l4mesh", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment_of_ours())
 
 
 class Loop:

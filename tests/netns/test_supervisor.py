@@ -21,7 +21,7 @@ from l4mesh.config.load import parse_config
 from l4mesh.lab import Cluster, Host, Lab, build_cluster
 from l4mesh.netns import run_in_namespace
 from tests.conftest import Factory
-from tests.support.mesh import Mesh
+from tests.support.mesh import Mesh, environment_of_ours
 from tests.support.tracer import Tracer, worker_thread
 from tests.support.waiting import wait_until
 
@@ -236,7 +236,7 @@ def test_a_bad_configuration_at_start_touches_no_rule(net: Net, tmp_path: Path) 
     file = tmp_path / "bad.yaml"
     file.write_text(yaml.safe_dump(BAD))
     command = net.node.command(sys.executable, "-m", "l4mesh", "run", "--manage-redirect", "-c", str(file))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_of_ours())
     assert done.returncode == 1
     assert "listeners[0].bind[0]: must be" in done.stderr
     assert "Traceback" not in done.stderr
@@ -248,7 +248,7 @@ def test_one_that_may_not_touch_rules_does_not_stay(net: Net, tmp_path: Path) ->
     file.write_text(yaml.safe_dump(config(admin={"bind": "off"})))
     bounded = ("setpriv", "--bounding-set=-all", "--no-new-privs")
     command = net.node.command(*bounded, sys.executable, "-m", "l4mesh", "run", "--manage-redirect", "-c", str(file))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment_of_ours())
     assert done.returncode == 1
     assert "l4mesh: iptables-" in done.stderr
     assert done.stderr.rstrip().endswith("run it as root")
@@ -356,7 +356,7 @@ def test_an_upgrade_touches_no_rule_and_cuts_nothing(net: Net) -> None:
     for turn in (1, 2):
         if turn == 1:
             command = [sys.executable, "-m", "l4mesh", "upgrade", "-c", str(m.file.parent)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment_of_ours())
             assert done.returncode == 0, done.stderr
             assert f"has replaced process {pids[0]}" in done.stdout
         else:

@@ -46,6 +46,12 @@ def whole_lines(file: Path) -> list[str]:
     return file.read_text().split("\n")[:-1]
 
 
+def environment_of_ours() -> dict[str, str]:
+    """For processes of l4mesh: with the sanitizers' runtime before all else, where the extension needs it."""
+    preload = os.environ.get("L4MESH_PRELOAD", "")
+    return os.environ | ({"LD_PRELOAD": preload} if preload else {})
+
+
 class Mesh:
     """``prefix``: put before the command (`ip netns exec …`). ``nofile``: RLIMIT_NOFILE of the process, soft and hard. ``options``: of
     `l4mesh run`."""
@@ -86,9 +92,9 @@ class Mesh:
 
         command = [*self._prefix, sys.executable, "-m", "l4mesh", "run", *self._options, "-c", str(self.file.parent)]
         with self.stderr.open("ab") as stderr, self.stdout.open("ab") as stdout:
-            preload = os.environ.get("L4MESH_PRELOAD", "")
-            inherited = os.environ | ({"LD_PRELOAD": preload} if preload else {}) | dict(environment or {})
-            return subprocess.Popen(command, stderr=stderr, stdout=stdout, preexec_fn=limit, env=inherited)
+            return subprocess.Popen(
+                command, stderr=stderr, stdout=stdout, preexec_fn=limit, env=environment_of_ours() | dict(environment or {})
+            )
 
     def upgrade(self, **how: Any) -> "subprocess.Popen[bytes]":
         """Lets a new process take over; gives the one before, which may still drain."""
