@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mesh import environment_of_ours
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.netns
 
 ROOT = Path(__file__).parents[2]
 NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-ENVIRONMENT = environment_of_ours() | {"PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"}
 
 
 def nobodys_python() -> str | None:
@@ -63,7 +62,7 @@ class Demo:
         self.folder = folder
         command = [sys.executable, "-m", "l4mesh", "demo"]
         self.process = subprocess.Popen(
-            command, env=ENVIRONMENT | {"TMPDIR": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip
 
