@@ -166,14 +166,17 @@ def stalled(port: int, count: int) -> Iterator[list[socket.socket]]:
 @pytest.mark.skipif(bool(SANITIZERS), reason="a sanitizer keeps what is freed for a while")
 def test_memory_that_grows_past_its_limit_is_given_back(mesh: Factory) -> None:
     with Server(send_much) as server:
-        config = simple(server.address, timeouts={"idle": "2s"}) | {"workers": 1, "splice": "off", "access_log": {"when": "never"}}
+        config = simple(server.address, timeouts={"idle": "20s"}) | {"workers": 1, "splice": "off", "access_log": {"when": "never"}}
         m = mesh(config | {"overload": OFF})
         for _ in range(5):
             m.fetch("/metrics")
         most = resident_kib(m) * 110 // 100
         m.reload(config | {"overload": OFF | {"memory": "96%", "memory_limit": f"{most}KiB", "idle": "100ms"}})
         with stalled(m.port(), 600):
-            wait_until(lambda: m.closed().get("overload", 0) > 50, "those who do not read lose their place")
+            try:
+                wait_until(lambda: m.closed().get("overload", 0) > 50, "those who do not read lose their place")
+            finally:
+                print(resident_kib(m), most, m.closed(), m.status()["overload"])
             wait_over(m, "memory")
             assert max(levels_said(m, "memory")) >= 1
 
