@@ -28,7 +28,7 @@ check: ## style, types, layers, stubs, and the generated C
 	$(PY) -m mypy.stubtest l4mesh._fastpath --allowlist tests/guard/stubtest-allowlist.txt
 	$(PYTEST) tests/guard
 
-bench: ## the comparison with HAProxy, nginx and Envoy (45 minutes)
+bench: ## the comparison with HAProxy, nginx and Envoy (40 minutes)
 	@.ci/bootstrap bench
 	@$(PY) -m bench
 
