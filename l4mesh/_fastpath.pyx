@@ -36,7 +36,7 @@ from l4mesh._native.bandwidth cimport (
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.handover cimport passage_pack, passage_unpack
 from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
-from l4mesh._native.lanes cimport LANE_DIRECT, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
+from l4mesh._native.lanes cimport LANE_DIRECT, LANE_EVENTS, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
 from l4mesh._native.outlier cimport (
@@ -2077,7 +2077,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             # No read will come across this error any more.
             conn.errno_seen = socket_error(one_side.fd)
             conn_reset(worker, conn, slot, side)
-        elif conn.queued != QUEUED_HELD and lane_is_in_use(worker, conn):
+        elif conn.queued != QUEUED_HELD and (worker.crowded or lane_is_in_use(worker, conn)):
             lanes_push(worker, conn, slot)
         else:
             conn_relay(worker, conn, slot)
@@ -2359,6 +2359,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     if load_acquire(&worker.engine.sweep) != worker.sweep:
         worker.sweep = load_acquire(&worker.engine.sweep)
         worker_begin_sweep(worker)
+    worker.crowded = n > LANE_EVENTS
     for i in range(n):
         tag = worker.events[i].data.u64
         if tag >> 32 == TAG_LISTENER:

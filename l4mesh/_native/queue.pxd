@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from l4mesh._native.address cimport address_hash_ip
 from l4mesh._native.slab cimport conn_at
 from l4mesh._native.types cimport (
-    LANES, QUEUED_HEAVY, QUEUED_HELD, QUEUED_LANE, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
+    LANES, QUEUED_ASIDE, QUEUED_EVENT, QUEUED_HEAVY, QUEUED_HELD, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
 )
 from l4mesh._native.wheel cimport WHEEL_NONE
 
@@ -22,8 +22,10 @@ cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t whic
         return &worker.held
     if which == QUEUED_HEAVY:
         return &worker.heavy
-    if which == QUEUED_LANE:
-        return &worker.lanes.lanes[source_lane(worker, conn)]
+    if which == QUEUED_ASIDE:
+        return &worker.lanes.accepted[source_lane(worker, conn)]
+    if which == QUEUED_EVENT:
+        return &worker.lanes.events[source_lane(worker, conn)]
     return &(<waiting_t *> conn.cluster_stat.rows[worker.index].line).queue
 
 
@@ -49,7 +51,7 @@ cdef inline void queue_remove(worker_t *worker, conn_t *conn) noexcept nogil:
     if not conn.queued:
         return
     queue = queue_of(worker, conn, conn.queued)
-    if conn.queued == QUEUED_LANE:
+    if conn.queued == QUEUED_ASIDE or conn.queued == QUEUED_EVENT:
         worker.lanes.n -= 1
     conn.queued = 0
     if conn.queue_prev == WHEEL_NONE:

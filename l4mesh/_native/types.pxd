@@ -150,7 +150,8 @@ cdef enum:
     QUEUED_HELD = 2        # waits for more of a stream, until its time
     QUEUED_HEAVY = 3       # has a step of a handshake to do, which costs as much as dozens of a relay
     QUEUED_LINE = 4        # in the line for a place in its cluster
-    QUEUED_LANE = 5        # among the accepted of its source
+    QUEUED_ASIDE = 5       # among the accepted of its source
+    QUEUED_EVENT = 6       # among those of its source that something happened to
 
 cdef enum flow_t:
     FLOW_BLOCKED           # waits for an event
@@ -704,8 +705,10 @@ cdef enum:
     LANES = 1024
 
 ctypedef struct lanes_t:
-    # Accepted connections that wait for the turn of their source. Owner: the worker.
-    queue_t lanes[LANES]
+    # Connections that wait for the turn of their source. Owner: the worker.
+    queue_t accepted[LANES]
+    queue_t events[LANES]            # of those that are relayed
+    uint8_t in_a_row[LANES]          # events that were served since an accepted one was
     uint32_t following[LANES]        # lane that has its turn after this one
     uint32_t first, last             # of those that have a connection
     uint32_t n
@@ -803,4 +806,5 @@ ctypedef struct worker_t:
     uint8_t serving                  # places may be free for them
     uint64_t put_aside               # connections that waited for the turn of their source
     lanes_t lanes
+    uint8_t crowded                  # more happened at once than a short turn can serve
     epoll_event events[MAX_EVENTS]

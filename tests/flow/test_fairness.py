@@ -1,16 +1,20 @@
-"""Whose turn it is when one source opens more connections than can be served."""
+"""Whose turn it is when one source wants more than can be served at once."""
 
 import signal
 import socket
+import struct
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from tests.conftest import Factory
 from tests.support.mesh import Config, Mesh, simple
-from tests.support.peers import Server, connect, read_to_end
+from tests.support.peers import DEADLINE_S, Server, connect, read_exactly, read_to_end
 from tests.support.waiting import wait_until
 
 STORM = 400
+SO_TIMESTAMPNS = 35
 
 
 class Order:
@@ -21,32 +25,80 @@ class Order:
         self._lock = threading.Lock()
 
     def note(self, peer: socket.socket) -> None:
-        header = b""
-        while not header.endswith(b"\r\n"):
-            header += peer.recv(1)
+        source = read_line(peer).split()[2]
         with self._lock:
-            self.sources.append(header.split()[2].decode())
+            self.sources.append(source)
         read_to_end(peer)
+
+
+def read_line(peer: socket.socket) -> str:
+    """The PROXY header: nothing but it is sent as soon as a connection is made."""
+    line = b""
+    while not line.endswith(b"\r\n"):
+        line += read_exactly(peer, 1)
+    return line.decode()
 
 
 def storm(m: Mesh, port: int, stack: ExitStack, *others: str) -> None:
     """Everything is in the kernel's queue before the first is accepted: the storm, then one of each other source."""
-    m.process.send_signal(signal.SIGSTOP)
-    try:
+    with at_once(m):
         for source in (*["127.0.0.2"] * STORM, *others):
             stack.enter_context(connect(port, source=source))
+
+
+@contextmanager
+def at_once(m: Mesh) -> Iterator[None]:
+    """What is done in it, l4mesh finds all together."""
+    m.process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{m.process.pid}/task")
+    wait_until(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in tasks.glob("*/stat")), "it stands still")
+    try:
+        yield
     finally:
         m.process.send_signal(signal.SIGCONT)
 
 
-def recorder(server: Server) -> Config:
-    return simple(server.address, proxy_protocol="v1", listener={"limits": {"connections": 10_000}}) | {"workers": 1}
+def arrival_ns(peer: socket.socket) -> int:
+    """When the kernel got what ``peer`` reads first (SO_TIMESTAMPNS, socket(7))."""
+    _, ancillary, _, _ = peer.recvmsg(1 << 16, socket.CMSG_SPACE(16))
+    [(_, _, stamp)] = ancillary
+    seconds, ns = struct.unpack("qq", stamp)
+    return int(seconds * 10**9 + ns)
+
+
+@contextmanager
+def listening() -> Iterator[socket.socket]:
+    """A server whose connections tell when something arrived."""
+    with socket.create_server(("127.0.0.1", 0), backlog=2 * STORM) as server:
+        server.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        server.settimeout(DEADLINE_S)
+        yield server
+
+
+def accepted(server: socket.socket, stack: ExitStack) -> socket.socket:
+    peer = stack.enter_context(server.accept()[0])
+    peer.settimeout(DEADLINE_S)
+    return peer
+
+
+def opened(port: int, server: socket.socket, source: str, stack: ExitStack) -> tuple[socket.socket, socket.socket]:
+    """A connection that has said something: its client, and its end at the server."""
+    client = stack.enter_context(connect(port, source=source))
+    client.sendall(b"hello")
+    peer = accepted(server, stack)
+    read_line(peer)
+    assert read_exactly(peer, 5) == b"hello"
+    return client, peer
+
+
+def recorder(address: str) -> Config:
+    return simple(address, proxy_protocol="v1", listener={"limits": {"connections": 10_000}}) | {"workers": 1}
 
 
 def test_a_source_does_not_wait_for_the_storm_of_another(mesh: Factory) -> None:
     order = Order()
     with Server(order.note) as server, ExitStack() as stack:
-        m = mesh(recorder(server))
+        m = mesh(recorder(server.address))
         storm(m, m.port(), stack, "127.0.0.3", "127.0.0.4")
         wait_until(lambda: len(order.sources) == STORM + 2, "everything is served")
         # In the order of the queue they would be the last two.
@@ -58,7 +110,7 @@ def test_a_source_does_not_wait_for_the_storm_of_another(mesh: Factory) -> None:
 def test_few_connections_are_served_in_the_order_of_the_queue(mesh: Factory) -> None:
     order = Order()
     with Server(order.note) as server, ExitStack() as stack:
-        m = mesh(recorder(server))
+        m = mesh(recorder(server.address))
         for index in range(30):
             stack.enter_context(connect(m.port(), source=f"127.0.0.{index % 5 + 2}"))
             wait_until(lambda index=index: len(order.sources) == index + 1, "it is served")  # type: ignore[misc]
@@ -68,7 +120,7 @@ def test_few_connections_are_served_in_the_order_of_the_queue(mesh: Factory) -> 
 def test_a_storm_that_waits_survives_a_reload_that_removes_its_listener(mesh: Factory) -> None:
     order = Order()
     with Server(order.note) as server, ExitStack() as stack:
-        config = recorder(server)
+        config = recorder(server.address)
         m = mesh(config | {"listeners": [*config["listeners"], config["listeners"][0] | {"name": "second"}]})
         storm(m, m.port("second"), stack)
         m.reload(config)
@@ -78,8 +130,39 @@ def test_a_storm_that_waits_survives_a_reload_that_removes_its_listener(mesh: Fa
 def test_a_storm_that_waits_may_leave(mesh: Factory) -> None:
     order = Order()
     with Server(order.note) as server, ExitStack() as stack:
-        m = mesh(recorder(server))
+        m = mesh(recorder(server.address))
         storm(m, m.port(), stack, "127.0.0.3")
         stack.close()
         wait_until(lambda: m.total("l4mesh_listener_connections_opened_total") == STORM + 1, "all have been accepted")
         wait_until(lambda: m.active() == 0, "all have ended")
+
+
+def test_what_a_connection_says_does_not_wait_for_hundreds_of_another_source(mesh: Factory) -> None:
+    with listening() as server, ExitStack() as stack:
+        m = mesh(recorder("{}:{}".format(*server.getsockname())))
+        port = m.port()
+        pairs = [opened(port, server, "127.0.0.2", stack) for _ in range(STORM)]
+        client, peer = opened(port, server, "127.0.0.3", stack)
+        with at_once(m):
+            for one in (*[crowd for crowd, _ in pairs], client):
+                one.sendall(b"x")
+        order = sorted([arrival_ns(one) for _, one in pairs] + [at := arrival_ns(peer)])
+        # In the order in which they were sent it would be the last.
+        assert order.index(at) < STORM // 4
+
+
+def test_what_is_begun_goes_before_new_connections_of_the_same_source_but_not_for_ever(mesh: Factory) -> None:
+    with listening() as server, ExitStack() as stack:
+        m = mesh(recorder("{}:{}".format(*server.getsockname())))
+        port = m.port()
+        pairs = [opened(port, server, "127.0.0.2", stack) for _ in range(STORM // 2)]
+        with at_once(m):
+            for _ in range(STORM // 2):
+                stack.enter_context(connect(port, source="127.0.0.2"))
+            for client, _ in pairs:
+                client.sendall(b"x")
+        new = sorted(arrival_ns(accepted(server, stack)) for _ in range(STORM // 2))
+        begun = sorted(arrival_ns(peer) for _, peer in pairs)
+        # In the order in which they were sent all of them would be later than the last new one.
+        assert begun[-1] < new[STORM // 4]  # of STORM // 2
+        assert new[STORM // 20] < begun[-1]
