@@ -171,7 +171,7 @@ class MemoryGauge:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        self._groups = _control_groups(root)
+        self._groups = [(group, names) for group in _control_groups(root) for names in self._NAMES if (group / names[1]).exists()]
         self._total = _read_fields(root / "proc/meminfo").get("MemTotal", 0) * 1024
 
     def read(self, limit: int, unused: int) -> Reading:
@@ -179,24 +179,23 @@ class MemoryGauge:
         resident = max(0, self._resident() - unused)
         if limit:
             return Reading(resident, limit)
-        readings = [reading for group in self._groups for reading in self._read_group(group)]
-        return max(readings, key=lambda reading: reading.pressure, default=Reading(resident, self._total))
+        readings = [self._read_group(group, *names) for group, names in self._groups]
+        limited = [reading for reading in readings if reading]
+        return max(limited, key=lambda reading: reading.pressure, default=Reading(resident, self._total))
 
     def _resident(self) -> int:
         return int((self._root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def _read_group(self, group: Path) -> list[Reading]:
-        for current, most, inactive in self._NAMES:
-            try:
-                limit = (group / most).read_text().strip()
-                used = int((group / current).read_text())
-                # Version 1 has a very large number where version 2 has "max".
-                if limit == "max" or int(limit) >= self._total > 0:
-                    return []
-                return [Reading(max(0, used - _read_fields(group / "memory.stat").get(inactive, 0)), int(limit))]
-            except (OSError, ValueError):
-                continue
-        return []
+    def _read_group(self, group: Path, current: str, most: str, inactive: str) -> Reading | None:
+        """None: it has no limit, for which version 1 has a very large number, or is gone."""
+        try:
+            limit = (group / most).read_text().strip()
+            if limit == "max" or int(limit) >= self._total > 0:
+                return None
+            used = int((group / current).read_text())
+            return Reading(max(0, used - _read_fields(group / "memory.stat").get(inactive, 0)), int(limit))
+        except (OSError, ValueError):
+            return None
 
 
 def _control_groups(root: Path) -> list[Path]:
