@@ -25,6 +25,7 @@ from bench.churn import SECONDS as CHURN_SECONDS
 from bench.churn import run_churn
 from bench.ejection import REPEATS as EJECTION_REPEATS
 from bench.ejection import run_ejection, summarize_ejection
+from bench.fairness import REPEATS as FAIRNESS_REPEATS
 from bench.fairness import run_fairness, summarize_fairness
 from bench.generator import ROOT, Void, build
 from bench.growth import GROWTHS
@@ -206,7 +207,7 @@ def measure_all(
     attempt(
         FAIRNESS,
         "few connections beside those of a source that opens hundreds at once",
-        partial(run_fairness, machine, proxies, REPEATS if effort.discard_first else 1, seed),
+        partial(run_fairness, machine, proxies, FAIRNESS_REPEATS if effort.discard_first else 1, seed),
         lambda measured: result.update(fairness=summarize_fairness(measured)),
     )
     attempt(

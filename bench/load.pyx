@@ -227,8 +227,11 @@ def serve_echo(int listener):
                 if fd != listener:
                     echo(epoll, fd, unsent, scratch)
                     continue
-                accepted = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
-                if accepted >= 0:
+                while True:
+                    # All that wait: with one a turn the queue would be this server's, whatever the proxy does.
+                    accepted = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+                    if accepted < 0:
+                        break
                     watch(epoll, EPOLL_CTL_ADD, accepted, EPOLLIN, accepted)
 
 

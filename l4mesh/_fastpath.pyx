@@ -358,7 +358,7 @@ cdef bint conn_accept(
     elif aside:
         conn.state = CONN_ASIDE
         worker.put_aside += 1
-        lanes_push(worker, conn, slot)
+        lanes_push(worker, conn, slot, QUEUED_ASIDE)
     else:
         conn_begin(worker, conn, slot, listener)
     return True
@@ -380,7 +380,7 @@ cdef void lanes_serve(worker_t *worker, uint32_t most) noexcept nogil:
     cdef conn_t *conn
     cdef uint32_t slot, _i
     for _i in range(most):
-        slot = lanes_pop(worker)
+        slot = lanes_pop(worker, &worker.lanes)
         if slot == WHEEL_NONE:
             return
         doing(worker, DOING_LANE, slot)
@@ -988,7 +988,7 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
         conn.side[DOWNSTREAM].flags |= SIDE_READABLE
-        queue_push(worker, conn, slot, QUEUED_HEAVY)
+        lanes_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -1363,7 +1363,7 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
     # An event while we dial.
     if side == UPSTREAM:
         if conn.phase.dial.handshaking:
-            queue_push(worker, conn, slot, QUEUED_HEAVY)
+            lanes_push(worker, conn, slot, QUEUED_HEAVY)
         elif events & (EPOLLERR | EPOLLHUP):
             dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
             conn_dial(worker, conn, slot)
@@ -1420,7 +1420,7 @@ cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
         return
     conn.phase.dial.handshaking = 1
     conn.phase.dial.attempt_at_ms = worker.now_ms + cluster.settings.handshake_ms
-    queue_push(worker, conn, slot, QUEUED_HEAVY)
+    lanes_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void dial_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -2078,7 +2078,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             conn.errno_seen = socket_error(one_side.fd)
             conn_reset(worker, conn, slot, side)
         elif conn.queued != QUEUED_HELD and (worker.crowded or lane_is_in_use(worker, conn)):
-            lanes_push(worker, conn, slot)
+            lanes_push(worker, conn, slot, QUEUED_EVENT)
         else:
             conn_relay(worker, conn, slot)
     elif conn.state == CONN_DIALLING:
@@ -2089,7 +2089,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
         else:
             conn_drain(worker, conn, slot)
     elif conn.state == CONN_HANDSHAKE:
-        queue_push(worker, conn, slot, QUEUED_HEAVY)
+        lanes_push(worker, conn, slot, QUEUED_HEAVY)
     elif conn.state == CONN_HELLO:
         conn_hello(worker, conn, slot, False)
     elif conn.state == CONN_QUEUED:
@@ -2256,7 +2256,7 @@ cdef void worker_show_page(worker_t *worker) noexcept nogil:
 
 cdef inline int worker_wait_ms(const worker_t *worker) noexcept nogil:
     cdef uint64_t at = wheel_next_ms(&worker.wheel)
-    if worker.ready.head != WHEEL_NONE or worker.heavy.head != WHEEL_NONE or worker.sweep_end or worker.lanes.n or worker.serving:
+    if worker.ready.head != WHEEL_NONE or worker.heavy.n or worker.sweep_end or worker.lanes.n or worker.serving:
         return 0
     if worker.accept_paused_until_ms and (at == 0 or worker.accept_paused_until_ms < at):
         at = worker.accept_paused_until_ms
@@ -2294,21 +2294,22 @@ cdef void worker_serve_heavy(worker_t *worker) noexcept nogil:
     cdef uint64_t began_ns, took_ns
     cdef conn_t *conn
     cdef uint32_t slot
-    if worker.heavy.head == WHEEL_NONE:
+    if worker.heavy.n == 0:
         return
     began_ns = clock_ns(CLOCK_MONOTONIC)
     took_ns = began_ns - worker.now_ns
-    while worker.heavy.head != WHEEL_NONE:
-        slot = worker.heavy.head
+    while True:
+        slot = lanes_pop(worker, &worker.heavy)
+        if slot == WHEEL_NONE:
+            return
         conn = conn_at(worker, slot)
         doing(worker, DOING_HANDSHAKE, slot)
-        queue_remove(worker, conn)
         if conn.state == CONN_HANDSHAKE:
             conn_handshake(worker, conn, slot)
         elif conn.state == CONN_DIALLING and conn.phase.dial.handshaking:
             dial_handshake(worker, conn, slot)
         if clock_ns(CLOCK_MONOTONIC) - began_ns >= took_ns:
-            break
+            return
 
 
 cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
@@ -2325,7 +2326,7 @@ cdef bint worker_is_behind(worker_t *worker, int n) noexcept nogil:
     # may have got its events before it stood still.
     cdef uint64_t due = wheel_next_ms(&worker.wheel)
     if due and worker.now_ms >= due + LATE_MS and (
-        worker.late_turns == 0 or n < 0 or n == MAX_EVENTS or worker.heavy.head != WHEEL_NONE
+        worker.late_turns == 0 or n < 0 or n == MAX_EVENTS or worker.heavy.n
     ):
         worker.late_turns += 1
         return worker.late_turns < LATE_TURNS

@@ -89,7 +89,7 @@ cdef class Engine:
         worker.ready.head = worker.ready.tail = WHEEL_NONE
         worker.held.head = worker.held.tail = WHEEL_NONE
         lanes_init(&worker.lanes)
-        worker.heavy.head = worker.heavy.tail = WHEEL_NONE
+        lanes_init(&worker.heavy)
         worker.max_chunks = (self.max_connections + CONN_CHUNK - 1) // CONN_CHUNK
         worker.chunks = <conn_t **> memory(worker.max_chunks * sizeof(void *))
         worker.ring.records = <record_t *> memory(ring_records * sizeof(record_t))

@@ -6,21 +6,22 @@
 # worker (stochastic fairness queueing, McKenney, INFOCOM 1990; one connection is the quantum, so that no deficit need be kept), and
 # those that have none are served at once. While queues are shallow nothing is put aside.
 #
-# Within a lane those that are relayed go before those that wait to be: what is begun is finished first, so that a source never has more
-# under way than answers come for, and its endpoints, which know nothing of turns, have no long queues either.
+# Within a lane those under way go before those that have only been accepted: what is begun is finished first, so that a source never
+# has more under way than answers come for, and its endpoints, which know nothing of turns, have no long queues either. Steps of
+# handshakes have lanes of their own, since one of them takes as long as a whole turn otherwise does.
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint8_t, uint32_t
 
 from l4mesh._native.queue cimport queue_push, queue_remove, source_lane
 from l4mesh._native.slab cimport conn_at
-from l4mesh._native.types cimport CONN_ASIDE, LANES, QUEUED_ASIDE, QUEUED_EVENT, conn_t, lanes_t, worker_t
+from l4mesh._native.types cimport LANES, QUEUED_HEAVY, conn_t, lanes_t, worker_t
 from l4mesh._native.wheel cimport WHEEL_NONE
 
 cdef enum:
     LANE_DIRECT = 4              # accepted at one event that are served at once
     LANE_EVENTS = 16             # at once that are served at once
     LANE_TURN = 4                # served from lanes in a turn of the worker
-    LANE_IN_A_ROW = 8            # events of a lane before one that was accepted: those of its source wait, but not for ever
+    LANE_IN_A_ROW = 8            # begun ones of a lane before one that was accepted: those of its source wait, but not for ever
     LANES_FULL = 4096            # in lanes; the rest stays with the kernel
     LANE_IDLE = 0xfffffffe       # in the place of the lane that follows: has no turn
 
@@ -30,7 +31,7 @@ cdef inline void lanes_init(lanes_t *lanes) noexcept nogil:
     lanes.first = lanes.last = WHEEL_NONE
     for i in range(LANES):
         lanes.accepted[i].head = lanes.accepted[i].tail = WHEEL_NONE
-        lanes.events[i].head = lanes.events[i].tail = WHEEL_NONE
+        lanes.begun[i].head = lanes.begun[i].tail = WHEEL_NONE
         lanes.following[i] = LANE_IDLE
 
 
@@ -44,7 +45,7 @@ cdef inline void lanes_append(lanes_t *lanes, uint32_t lane) noexcept nogil:
 
 
 cdef inline bint lane_is_empty(const lanes_t *lanes, uint32_t lane) noexcept nogil:
-    return lanes.accepted[lane].head == WHEEL_NONE and lanes.events[lane].head == WHEEL_NONE
+    return lanes.accepted[lane].head == WHEEL_NONE and lanes.begun[lane].head == WHEEL_NONE
 
 
 cdef inline bint lane_is_in_use(const worker_t *worker, const conn_t *conn) noexcept nogil:
@@ -52,21 +53,21 @@ cdef inline bint lane_is_in_use(const worker_t *worker, const conn_t *conn) noex
     return worker.lanes.n and not lane_is_empty(&worker.lanes, source_lane(worker, conn))
 
 
-cdef inline void lanes_push(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
-    # To the end of its source's lane, unless it is in a list already.
+cdef inline void lanes_push(worker_t *worker, conn_t *conn, uint32_t slot, uint8_t which) noexcept nogil:
+    # To the end of the list QUEUED_`which` in its source's lane, unless it is in a list already.
+    cdef lanes_t *lanes = &worker.heavy if which == QUEUED_HEAVY else &worker.lanes
     cdef uint32_t lane
     if conn.queued:
         return
     lane = source_lane(worker, conn)
-    if worker.lanes.following[lane] == LANE_IDLE:
-        lanes_append(&worker.lanes, lane)
-    queue_push(worker, conn, slot, QUEUED_ASIDE if conn.state == CONN_ASIDE else QUEUED_EVENT)
-    worker.lanes.n += 1
+    if lanes.following[lane] == LANE_IDLE:
+        lanes_append(lanes, lane)
+    queue_push(worker, conn, slot, which)
+    lanes.n += 1
 
 
-cdef inline uint32_t lanes_pop(worker_t *worker) noexcept nogil:
+cdef inline uint32_t lanes_pop(worker_t *worker, lanes_t *lanes) noexcept nogil:
     # The next connection, out of its lane; WHEEL_NONE: there is none.
-    cdef lanes_t *lanes = &worker.lanes
     cdef uint32_t lane, slot
     while lanes.first != WHEEL_NONE:
         lane = lanes.first
@@ -75,8 +76,8 @@ cdef inline uint32_t lanes_pop(worker_t *worker) noexcept nogil:
             lanes.last = WHEEL_NONE
         lanes.following[lane] = LANE_IDLE
         slot = lanes.accepted[lane].head
-        if lanes.events[lane].head != WHEEL_NONE and (slot == WHEEL_NONE or lanes.in_a_row[lane] < LANE_IN_A_ROW):
-            slot = lanes.events[lane].head
+        if lanes.begun[lane].head != WHEEL_NONE and (slot == WHEEL_NONE or lanes.in_a_row[lane] < LANE_IN_A_ROW):
+            slot = lanes.begun[lane].head
             lanes.in_a_row[lane] = min(lanes.in_a_row[lane] + 1, LANE_IN_A_ROW)
         else:
             lanes.in_a_row[lane] = 0

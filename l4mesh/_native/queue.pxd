@@ -20,12 +20,12 @@ cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t whic
         return &worker.ready
     if which == QUEUED_HELD:
         return &worker.held
-    if which == QUEUED_HEAVY:
-        return &worker.heavy
     if which == QUEUED_ASIDE:
         return &worker.lanes.accepted[source_lane(worker, conn)]
     if which == QUEUED_EVENT:
-        return &worker.lanes.events[source_lane(worker, conn)]
+        return &worker.lanes.begun[source_lane(worker, conn)]
+    if which == QUEUED_HEAVY:
+        return &worker.heavy.begun[source_lane(worker, conn)]
     return &(<waiting_t *> conn.cluster_stat.rows[worker.index].line).queue
 
 
@@ -53,6 +53,8 @@ cdef inline void queue_remove(worker_t *worker, conn_t *conn) noexcept nogil:
     queue = queue_of(worker, conn, conn.queued)
     if conn.queued == QUEUED_ASIDE or conn.queued == QUEUED_EVENT:
         worker.lanes.n -= 1
+    elif conn.queued == QUEUED_HEAVY:
+        worker.heavy.n -= 1
     conn.queued = 0
     if conn.queue_prev == WHEEL_NONE:
         queue.head = conn.queue_next

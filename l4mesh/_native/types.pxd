@@ -707,8 +707,8 @@ cdef enum:
 ctypedef struct lanes_t:
     # Connections that wait for the turn of their source. Owner: the worker.
     queue_t accepted[LANES]
-    queue_t events[LANES]            # of those that are relayed
-    uint8_t in_a_row[LANES]          # events that were served since an accepted one was
+    queue_t begun[LANES]             # to these something has happened since
+    uint8_t in_a_row[LANES]          # of those begun that were served since an accepted one was
     uint32_t following[LANES]        # lane that has its turn after this one
     uint32_t first, last             # of those that have a connection
     uint32_t n
@@ -753,7 +753,6 @@ ctypedef struct worker_t:
     uint32_t n_chunks, max_chunks
     uint32_t free_slot               # head of the list of free slots
     queue_t ready                    # connections that used up their budget
-    queue_t heavy                    # connections with a step of a handshake to do
     queue_t held                     # connections whose streams are read in large steps, by the time until which they may be left
     wheel_t wheel
     uint64_t now_ns
@@ -806,5 +805,6 @@ ctypedef struct worker_t:
     uint8_t serving                  # places may be free for them
     uint64_t put_aside               # connections that waited for the turn of their source
     lanes_t lanes
+    lanes_t heavy                    # those with a step of a handshake to do: all of them begun
     uint8_t crowded                  # more happened at once than a short turn can serve
     epoll_event events[MAX_EVENTS]

@@ -2,13 +2,16 @@
 
 import signal
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tests.conftest import Factory
+from tests.flow.test_tls import outbound, server_context
+from tests.support.certificates import Files
 from tests.support.mesh import Config, Mesh, simple
 from tests.support.peers import DEADLINE_S, Server, connect, read_exactly, read_to_end
 from tests.support.waiting import wait_until
@@ -166,3 +169,29 @@ def test_what_is_begun_goes_before_new_connections_of_the_same_source_but_not_fo
         # In the order in which they were sent all of them would be later than the last new one.
         assert begun[-1] < new[STORM // 4]  # of STORM // 2
         assert new[STORM // 20] < begun[-1]
+
+
+def test_a_handshake_does_not_wait_for_a_hundred_of_another_source(mesh: Factory, web: Files, redis: Files) -> None:
+    def begin(source: str) -> tuple[socket.socket, bytes]:
+        """A handshake with the endpoint, and what the endpoint would say next."""
+        stack.enter_context(connect(port, source=source))
+        peer = accepted(server, stack)
+        heard, says = ssl.MemoryBIO(), ssl.MemoryBIO()
+        end = context.wrap_bio(heard, says, server_side=True)
+        while not says.pending:
+            heard.write(peer.recv(1 << 16))
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        return peer, says.read()
+
+    context = server_context(redis)
+    with listening() as server, ExitStack() as stack:
+        m = mesh(outbound(web, "{}:{}".format(*server.getsockname()), workers=1))
+        port = m.port()
+        begun = [begin("127.0.0.2") for _ in range(100)] + [begin("127.0.0.3")]
+        with at_once(m):
+            for peer, flight in begun:
+                peer.sendall(flight)
+        order = [arrival_ns(peer) for peer, _ in begun]
+        # In the order in which they were answered it would be the last.
+        assert sorted(order).index(order[-1]) < 25
