@@ -2078,6 +2078,9 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             conn.errno_seen = socket_error(one_side.fd)
             conn_reset(worker, conn, slot, side)
         elif conn.queued != QUEUED_HELD and (worker.crowded or lane_is_in_use(worker, conn)):
+            if events & EPOLLIN:
+                # Whoever waits for its turn is not idle.
+                conn.active_ms = worker.now_ms
             lanes_push(worker, conn, slot, QUEUED_EVENT)
         else:
             conn_relay(worker, conn, slot)

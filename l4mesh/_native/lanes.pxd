@@ -19,7 +19,7 @@ from l4mesh._native.wheel cimport WHEEL_NONE
 
 cdef enum:
     LANE_DIRECT = 4              # accepted at one event that are served at once
-    LANE_EVENTS = 16             # at once that are served at once
+    LANE_EVENTS = 32             # at once that are served at once
     LANE_TURN = 4                # served from lanes in a turn of the worker
     LANE_IN_A_ROW = 8            # begun ones of a lane before one that was accepted: those of its source wait, but not for ever
     LANES_FULL = 4096            # in lanes; the rest stays with the kernel

@@ -86,6 +86,7 @@ class CaServer:
         self._executor = ThreadPoolExecutor(1, "l4mesh-ca")
         self._buckets: dict[str, Bucket] = {}
         self._stop = asyncio.Event()
+        self._stopped = False
         self._handlers: web.Server
         self._listening: socket.socket
         self._server: asyncio.Server | None = None
@@ -127,11 +128,17 @@ class CaServer:
                 if self._server:
                     self._server.close()
                 await runner.cleanup()
+                self._stopped = True
                 self._executor.shutdown(cancel_futures=True)
                 log.info("stopped")
 
     async def _off_loop(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(call, *args))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(call, *args))
+        except RuntimeError:
+            if self._stopped:
+                raise Refused(503, "the CA stops") from None
+            raise
 
     # -- by the clock ------------------------------------------------------------------------------------------------------
 
