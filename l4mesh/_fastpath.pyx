@@ -2078,9 +2078,6 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             conn.errno_seen = socket_error(one_side.fd)
             conn_reset(worker, conn, slot, side)
         elif conn.queued != QUEUED_HELD and (worker.crowded or lane_is_in_use(worker, conn)):
-            if events & EPOLLIN:
-                # Whoever waits for its turn is not idle.
-                conn.active_ms = worker.now_ms
             lanes_push(worker, conn, slot, QUEUED_EVENT)
         else:
             conn_relay(worker, conn, slot)
@@ -2151,6 +2148,10 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
                 return
             conn.leaves_at_ms = 0
         at = conn_deadline(worker, conn)
+        if at and at <= worker.now_ms and (conn.queued == QUEUED_EVENT or conn.active_ms == worker.stale_ms):
+            # Not idle: it waits for its turn, or had it in a turn that stood still, which counts by the time of its beginning.
+            conn.active_ms = worker.now_ms
+            at = conn_deadline(worker, conn)
         if at and at <= worker.now_ms:
             if (conn.phase.half[0].flags | conn.phase.half[1].flags) & HALF_ENDED:
                 conn_finish(worker, conn, slot, CLOSE_HALF_CLOSED_TIMEOUT, True)
@@ -2323,14 +2324,16 @@ cdef void worker_forget_listeners(worker_t *worker, int n) noexcept nogil:
             worker.events[i].data.u64 = <uint64_t> TAG_WAKE << 32
 
 
-cdef bint worker_is_behind(worker_t *worker, int n) noexcept nogil:
+cdef bint worker_is_behind(worker_t *worker, int n, uint64_t before_ms) noexcept nogil:
     # Whether it stood still (a stopped process, a machine that was paused) and has not heard yet all who have said something since:
-    # nobody's time is up before that. `n`: events of this turn, -1 when a signal ended the wait. The first late turn proves nothing: it
-    # may have got its events before it stood still.
+    # nobody's time is up before that. `n`: events of this turn, -1 when a signal ended the wait. `before_ms`: when the turn before it
+    # began. The first late turn proves nothing: it may have got its events before it stood still.
     cdef uint64_t due = wheel_next_ms(&worker.wheel)
     if due and worker.now_ms >= due + LATE_MS and (
         worker.late_turns == 0 or n < 0 or n == MAX_EVENTS or worker.heavy.n
     ):
+        if worker.late_turns == 0:
+            worker.stale_ms = before_ms
         worker.late_turns += 1
         return worker.late_turns < LATE_TURNS
     worker.late_turns = 0
@@ -2342,6 +2345,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     # then handshakes, then timers.
     cdef int n = worker_wait(worker)
     cdef plan_t *plan = <plan_t *> load_pointer(<void **> &worker.engine.plan)
+    cdef uint64_t before_ms = worker.now_ms
     cdef uint64_t tag, count
     cdef uint32_t slot, last
     cdef int i
@@ -2391,7 +2395,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         doing(worker, DOING_HELD, worker.held.head)
         conn_relay(worker, conn_at(worker, worker.held.head), worker.held.head)
     worker_serve_heavy(worker)
-    if not worker_is_behind(worker, n):
+    if not worker_is_behind(worker, n, before_ms):
         slot = wheel_expire(&worker.wheel, worker.now_ms)
         while slot != WHEEL_NONE:
             doing(worker, DOING_TIMER, slot)

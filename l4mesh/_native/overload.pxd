@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from l4mesh._native.atomic cimport load
 from l4mesh._native.sources cimport source_lock, source_take, source_unlock
-from l4mesh._native.types cimport SHED_ACCEPTS, SHED_IDLE, conn_t, source_t, sources_t, worker_t
+from l4mesh._native.types cimport QUEUED_EVENT, SHED_ACCEPTS, SHED_IDLE, conn_t, source_t, sources_t, worker_t
 from l4mesh._native.wheel cimport l4_clz64
 
 cdef enum:
@@ -28,7 +28,7 @@ cdef inline bint overload_ends(worker_t *worker, conn_t *conn) noexcept nogil:
     cdef int64_t share = load(&worker.engine.source_share)
     if share and conn.source_count == NULL:
         source_take(worker.engine.sources, &conn.source, <int64_t> 1 << 62, &conn.source_count)
-    if cap_ms == 0 or conn.idle_ms == 0 or worker.now_ms - conn.active_ms < <uint64_t> cap_ms:
+    if cap_ms == 0 or conn.idle_ms == 0 or conn.queued == QUEUED_EVENT or worker.now_ms - conn.active_ms < <uint64_t> cap_ms:
         return False
     worker.shed[<int> SHED_IDLE] += 1
     return True

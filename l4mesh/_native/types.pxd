@@ -800,6 +800,7 @@ ctypedef struct worker_t:
     int64_t tid                      # while it runs
     uint64_t accept_spent            # accepted since the last pause
     uint64_t late_turns              # in a row, in which timers waited for events
+    uint64_t stale_ms                # when the turn before them began
     uint64_t shed[SHED_ACTIONS]
     waiting_t *lines                 # those that somebody is in
     uint8_t serving                  # places may be free for them
