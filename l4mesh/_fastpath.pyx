@@ -2052,7 +2052,8 @@ cdef void worker_handover(worker_t *worker) noexcept nogil:
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------
 
-cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept nogil:
+cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events, bint crowded) noexcept nogil:
+    # `crowded`: more happened at once than a short turn can serve.
     cdef uint32_t slot = <uint32_t> (tag >> 32)
     cdef int side = <int> (tag & 1)
     cdef conn_t *conn = conn_at(worker, slot)
@@ -2077,7 +2078,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events) noexcept n
             # No read will come across this error any more.
             conn.errno_seen = socket_error(one_side.fd)
             conn_reset(worker, conn, slot, side)
-        elif conn.queued != QUEUED_HELD and (worker.crowded or lane_is_in_use(worker, conn)):
+        elif conn.queued != QUEUED_HELD and (crowded or lane_is_in_use(worker, conn)):
             lanes_push(worker, conn, slot, QUEUED_EVENT)
         else:
             conn_relay(worker, conn, slot)
@@ -2367,7 +2368,6 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
     if load_acquire(&worker.engine.sweep) != worker.sweep:
         worker.sweep = load_acquire(&worker.engine.sweep)
         worker_begin_sweep(worker)
-    worker.crowded = n > LANE_EVENTS
     for i in range(n):
         tag = worker.events[i].data.u64
         if tag >> 32 == TAG_LISTENER:
@@ -2379,7 +2379,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
             worker.serving = worker.lines != NULL
         else:
             doing(worker, DOING_EVENT, tag >> 32)
-            conn_event(worker, tag, worker.events[i].events)
+            conn_event(worker, tag, worker.events[i].events, n > LANE_EVENTS)
     last = worker.ready.tail
     while worker.ready.head != WHEEL_NONE:
         slot = worker.ready.head

@@ -807,5 +807,4 @@ ctypedef struct worker_t:
     uint64_t put_aside               # connections that waited for the turn of their source
     lanes_t lanes
     lanes_t heavy                    # those with a step of a handshake to do: all of them begun
-    uint8_t crowded                  # more happened at once than a short turn can serve
     epoll_event events[MAX_EVENTS]

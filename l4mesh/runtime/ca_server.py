@@ -86,7 +86,6 @@ class CaServer:
         self._executor = ThreadPoolExecutor(1, "l4mesh-ca")
         self._buckets: dict[str, Bucket] = {}
         self._stop = asyncio.Event()
-        self._stopped = False
         self._handlers: web.Server
         self._listening: socket.socket
         self._server: asyncio.Server | None = None
@@ -128,7 +127,6 @@ class CaServer:
                 if self._server:
                     self._server.close()
                 await runner.cleanup()
-                self._stopped = True
                 self._executor.shutdown(cancel_futures=True)
                 log.info("stopped")
 
@@ -136,7 +134,7 @@ class CaServer:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(call, *args))
         except RuntimeError:
-            if self._stopped:
+            if self._stop.is_set():
                 raise Refused(503, "the CA stops") from None
             raise
 

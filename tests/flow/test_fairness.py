@@ -54,8 +54,10 @@ def at_once(m: Mesh) -> Iterator[None]:
     """What is done in it, l4mesh finds all together."""
     m.process.send_signal(signal.SIGSTOP)
     tasks = Path(f"/proc/{m.process.pid}/task")
-    wait_until(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in tasks.glob("*/stat")), "it stands still")
     try:
+        wait_until(
+            lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in tasks.glob("*/stat")), "it stands still"
+        )
         yield
     finally:
         m.process.send_signal(signal.SIGCONT)
