@@ -52,8 +52,9 @@ BANDWIDTH = "bandwidth"
 UPGRADE = "upgrade"
 EJECTION = "ejection"
 FAIRNESS = "fairness"
+FAIRNESS_MTLS = "fairness-mtls"
 CHURN = "churn"
-SCENARIOS = (RELOAD, CHURN, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS)
+SCENARIOS = (RELOAD, CHURN, UPGRADE, STORM, HEALTH, BANDWIDTH, EJECTION, FAIRNESS, FAIRNESS_MTLS)
 NAMES = (*(row.name for row in ROWS), *(growth.name for growth in GROWTHS), *SCENARIOS)
 T = TypeVar("T")
 
@@ -208,7 +209,13 @@ def measure_all(
         FAIRNESS,
         "few connections beside those of a source that opens hundreds at once",
         partial(run_fairness, machine, proxies, FAIRNESS_REPEATS if effort.discard_first else 1, seed),
-        lambda measured: result.update(fairness=summarize_fairness(measured)),
+        lambda measured: result.update({FAIRNESS: summarize_fairness(measured)}),
+    )
+    attempt(
+        FAIRNESS_MTLS,
+        "the same with mutual TLS between two proxies",
+        partial(run_fairness, machine, proxies, FAIRNESS_REPEATS if effort.discard_first else 1, seed, mtls=True),
+        lambda measured: result.update({FAIRNESS_MTLS: summarize_fairness(measured)}),
     )
     attempt(
         HEALTH,

@@ -1,10 +1,12 @@
 """One source opens connections as fast as it can, hundreds at a time: what another notices that opens few at a fixed rate.
 
 A connection of the other counts from when it was due until its first byte has come back. The storm gives way to it on the load's CPU.
+Both come through one proxy; with mutual TLS a second one, which has the first one's address for all, is behind it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import select
@@ -14,16 +16,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.generator import ROOT, Helper, Target, Void, build, percentile
+from bench.mtls import Chain
 from bench.process import Place
 from bench.rows import PLAIN_PEERS
 from bench.stage import DIRECT, Machine, Stage
 
 ENTRIES = (DIRECT, *PLAIN_PEERS, "l4mesh")
 RATE = 200
+MTLS_RATE = 20
+TOGETHER = 20
+"""Of the other's connections with mutual TLS, for none to wait for the one before it."""
 AT_ONCE = 400
 SECONDS = 2
 REPEATS = 5
@@ -44,15 +51,15 @@ class Fairness:
     storm_rate: float
 
 
-def run_fairness(machine: Machine, proxies: Sequence[str], repeats: int, seed: int) -> list[Fairness]:
+def run_fairness(machine: Machine, proxies: Sequence[str], repeats: int, seed: int, *, mtls: bool = False) -> list[Fairness]:
     """Raises Void when a connection fails."""
     entries = [entry for entry in ENTRIES if entry in proxies]
     shuffle = random.Random(seed).shuffle
     measured = []
-    with Stage(machine, entries) as stage:
+    with Chain(machine, entries, resumption=True) if mtls else Stage(machine, entries) as stage:
         for turn in range(repeats):
             shuffle(entries)
-            measured += [_measure(stage, entry, turn) for entry in entries]
+            measured += [_measure(stage, entry, turn, mtls=mtls) for entry in entries]
     return measured
 
 
@@ -66,20 +73,21 @@ def summarize_fairness(measured: Sequence[Fairness]) -> dict[str, Any]:
     return {"entries": entries, "rounds": rounds}
 
 
-def _measure(stage: Stage, entry: str, turn: int) -> Fairness:
+def _measure(stage: Stage, entry: str, turn: int, *, mtls: bool) -> Fairness:
     target = stage.target(entry)
-    calm = _open_at_rate(stage.load_place, target)
+    calm = _open_at_rate(stage.load_place, target, mtls=mtls)
     # A source for each round: the ports of the one before are still in TIME_WAIT.
     task = {"host": target.host, "port": target.port, "source": f"127.11.{turn}.1"}
     with Helper(stage.load_place, "bench.fairness", "storm", json.dumps(task), idle=True) as storm:
-        beside = _open_at_rate(stage.load_place, target)
+        beside = _open_at_rate(stage.load_place, target, mtls=mtls)
         rate = storm.finish()
     return Fairness(entry, *calm, *beside, rate)
 
 
-def _open_at_rate(place: Place, target: Target) -> tuple[float, float]:
+def _open_at_rate(place: Place, target: Target, *, mtls: bool) -> tuple[float, float]:
     """p50 and p99 in µs."""
-    task = json.dumps({"host": target.host, "port": target.port})
+    how = {"rate": MTLS_RATE, "together": TOGETHER} if mtls else {"rate": RATE, "together": 1}
+    task = json.dumps({"host": target.host, "port": target.port} | how)
     command = place.command([sys.executable, "-m", "bench.fairness", "rate", task])
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     if done.returncode:
@@ -91,17 +99,24 @@ def _open_at_rate(place: Place, target: Target) -> tuple[float, float]:
 # ---------------------------------------------------------------- the processes that make it
 
 
-def _run_rate(host: str, port: int) -> tuple[float, float]:
+def _run_rate(host: str, port: int, rate: int, together: int) -> tuple[float, float]:
     took = []
+    numbers = itertools.count()
     start = time.monotonic()
-    for number in range(RATE * SECONDS):
-        due = start + number / RATE
-        time.sleep(max(0.0, due - time.monotonic()))
-        with socket.create_connection((host, port), ANSWER_S, (OTHER, 0)) as client:
-            client.sendall(b"x")
-            if client.recv(1) != b"x":
-                raise ConnectionError("closed before it answered")
-        took.append(round((time.monotonic() - due) * 1e9))
+
+    def open_each() -> None:
+        while (number := next(numbers)) < rate * SECONDS:
+            due = start + number / rate
+            time.sleep(max(0.0, due - time.monotonic()))
+            with socket.create_connection((host, port), ANSWER_S, (OTHER, 0)) as client:
+                client.sendall(b"x")
+                if client.recv(1) != b"x":
+                    raise ConnectionError("closed before it answered")
+            took.append(round((time.monotonic() - due) * 1e9))
+
+    with ThreadPoolExecutor(together) as pool:
+        for one in [pool.submit(open_each) for _ in range(together)]:
+            one.result()
     took.sort()
     return percentile(took, 0.5) / 1e3, percentile(took, 0.99) / 1e3
 

@@ -8,6 +8,7 @@ from typing import Any
 from bench.churn import CHANGES_A_SECOND
 from bench.ejection import RATE as EJECTION_RATE
 from bench.fairness import AT_ONCE
+from bench.fairness import MTLS_RATE as OTHERS_MTLS_RATE
 from bench.fairness import RATE as OTHERS_RATE
 from bench.health import ENDPOINTS, INTERVAL_S
 from bench.proxies import KINDS
@@ -34,7 +35,9 @@ def render(result: dict[str, Any]) -> str:
     if result.get("storm"):
         parts.append(_storm_table(result["storm"]["entries"]))
     if result.get("fairness"):
-        parts.append(_fairness_table(result["fairness"]["entries"]))
+        parts.append(_fairness_table(result["fairness"]["entries"], OTHERS_RATE, ""))
+    if result.get("fairness-mtls"):
+        parts.append(_fairness_table(result["fairness-mtls"]["entries"], OTHERS_MTLS_RATE, ", with mutual TLS between two proxies"))
     if result.get("health"):
         parts.append(_health_table(result["health"]["entries"]))
     if result.get("bandwidth"):
@@ -203,14 +206,14 @@ def _storm_table(entries: dict[str, dict[str, float]]) -> str:
     return text
 
 
-def _fairness_table(entries: dict[str, dict[str, float]]) -> str:
+def _fairness_table(entries: dict[str, dict[str, float]], rate: int, how: str) -> str:
     keys = ("calm_p50", "storm_p50", "calm_p99", "storm_p99")
     header = ["µs", *(f"{key}, {when}" for key in ("p50", "p99") for when in ("calm", "storm")), "p99 grows by", "storm/s"]
     lines = [
         [_name(name), *(_number(own[key]) for key in keys), f"{own['storm_p99'] / own['calm_p99']:.1f} ×", _number(own["storm_rate"])]
         for name, own in entries.items()
     ]
-    text = f"{OTHERS_RATE} new connections/s, each until its first byte, without and beside a source that opens {AT_ONCE} at once:\n\n"
+    text = f"{rate} new connections/s{how}, each until its first byte, without and beside a source that opens {AT_ONCE} at once:\n\n"
     return text + _table(header, lines)
 
 

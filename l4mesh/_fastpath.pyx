@@ -35,7 +35,7 @@ from l4mesh._native.bandwidth cimport (
 )
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.handover cimport passage_pack, passage_unpack
-from l4mesh._native.hello cimport HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
+from l4mesh._native.hello cimport HELLO_FOUND, HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
 from l4mesh._native.lanes cimport LANE_DIRECT, LANE_EVENTS, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *
@@ -48,7 +48,7 @@ from l4mesh._native.overload cimport (
 )
 from l4mesh._native.places cimport line_join, line_leave, place_take, places_offer
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
-from l4mesh._native.queue cimport queue_push, queue_remove
+from l4mesh._native.queue cimport lane_hint, queue_push, queue_remove
 from l4mesh._native.rates cimport arrival_take, rate_take
 from l4mesh._native.relay cimport (
     PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_set_pace, half_step, pipe_close,
@@ -567,6 +567,7 @@ cdef void conn_hello(worker_t *worker, conn_t *conn, uint32_t slot, bint late) n
     found = HELLO_PARTIAL
     if n > 0:
         found = hello_parse(worker.scratch, <uint32_t> n, &hello)
+        conn.lane_hint = hello.lane_hint if found == HELLO_FOUND else 0
     elif n == 0:
         # A FIN without a byte: half of a close, or the end of one that the route alone can tell.
         found = HELLO_NOT_TLS
@@ -988,7 +989,18 @@ cdef void conn_secure(worker_t *worker, conn_t *conn, uint32_t slot, const liste
             conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
     else:
         conn.side[DOWNSTREAM].flags |= SIDE_READABLE
-        lanes_push(worker, conn, slot, QUEUED_HEAVY)
+        conn_push_handshake(worker, conn, slot)
+
+
+cdef void conn_push_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # HANDSHAKE: there is something for the next step of it. Where others wait for theirs, it is worth a look whose first one it is.
+    cdef hello_t hello
+    cdef ssize_t n
+    if worker.heavy.n >= LANE_DIRECT and not conn.queued and not conn.side[DOWNSTREAM].tls.flags & TLS_HEARD:
+        n = recv(conn.side[DOWNSTREAM].fd, worker.scratch, SCRATCH_BYTES, MSG_PEEK)
+        if n > 0 and hello_parse(worker.scratch, <uint32_t> n, &hello) == HELLO_FOUND:
+            conn.lane_hint = hello.lane_hint
+    lanes_push(worker, conn, slot, QUEUED_HEAVY)
 
 
 cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
@@ -996,6 +1008,7 @@ cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     cdef side_t *side = &conn.side[DOWNSTREAM]
     cdef int done = tls_handshake(worker, side, &conn.errno_seen)
     if done == HANDSHAKE_DONE:
+        conn.lane_hint = side.tls.lane_hint
         conn_secured(worker, conn, DOWNSTREAM)
         if worker.plan.rates_identities and not conn_peer_is_in_time(worker, conn):
             conn_refuse(worker, conn, slot, CLOSE_LIMIT_RATE)
@@ -1407,6 +1420,7 @@ cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
         return
     side.tls.cluster = cluster
     side.tls.endpoint = conn.endpoint
+    side.tls.lane_hint = lane_hint(worker, conn)
     if cluster.settings.resumption:
         session = session_find(worker, context.id, &conn.endpoint, unix_seconds())
     if session != NULL:
@@ -2090,7 +2104,7 @@ cdef void conn_event(worker_t *worker, uint64_t tag, uint32_t events, bint crowd
         else:
             conn_drain(worker, conn, slot)
     elif conn.state == CONN_HANDSHAKE:
-        lanes_push(worker, conn, slot, QUEUED_HEAVY)
+        conn_push_handshake(worker, conn, slot)
     elif conn.state == CONN_HELLO:
         conn_hello(worker, conn, slot, False)
     elif conn.state == CONN_QUEUED:

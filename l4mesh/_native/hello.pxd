@@ -1,4 +1,4 @@
-# Implementation, inlined into _fastpath: what a ClientHello says before anybody is authenticated: SNI and ALPN.
+# Implementation, inlined into _fastpath: what a ClientHello says before anybody is authenticated: SNI, ALPN, and an l4mesh's hint.
 #
 # Source: RFC 8446, sections 4.1.2 and 5.1; RFC 6066, section 3; RFC 7301, section 3.1. The parser sees a stranger's bytes: every
 # length is checked against what encloses it, and what does not add up is not a ClientHello. A hello may be spread over records;
@@ -7,8 +7,11 @@
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memmove
 
+from l4mesh._native.types cimport LANE_HINTS
+
 cdef enum:
     HELLO_MAX = 16384                # more than any client sends; browsers with post-quantum shares need 2 KiB
+    HINT_EXTENSION = 0xff4c          # our own, of those for private use (RFC 8446, section 11): one byte, see lanes.pxd
 
 cdef enum hello_parse_t:
     HELLO_PARTIAL = -1
@@ -22,6 +25,7 @@ ctypedef struct hello_t:
     uint32_t sni_length
     const uint8_t *alpn              # the list of names, each with one byte of length before it; well-formed
     uint32_t alpn_length
+    uint8_t lane_hint                # 1 to LANE_HINTS; 0: not sent
 
 
 cdef inline uint32_t get_u16(const uint8_t *at) noexcept nogil:
@@ -65,11 +69,17 @@ cdef inline bint hello_read_alpn(const uint8_t *data, uint32_t length, hello_t *
     return True
 
 
+cdef inline uint8_t hint_read(const uint8_t *data, size_t length) noexcept nogil:
+    # 0: no such hint.
+    return data[0] if length == 1 and data[0] <= LANE_HINTS else 0
+
+
 cdef inline int hello_parse(uint8_t *data, uint32_t length, hello_t *hello) noexcept nogil:
     # A hello_parse_t. Moves bytes within `data` when the hello is spread over several records.
     cdef uint32_t at = 0, joined = 0, body, size, end, kind
     hello.sni_length = 0
     hello.alpn_length = 0
+    hello.lane_hint = 0
     if length and data[0] != 22:
         return HELLO_NOT_TLS
     if length > 1 and data[1] != 3:
@@ -121,5 +131,7 @@ cdef inline int hello_parse(uint8_t *data, uint32_t length, hello_t *hello) noex
             return HELLO_INVALID
         if kind == 16 and (hello.alpn_length or not hello_read_alpn(data + at, size, hello)):
             return HELLO_INVALID
+        if kind == HINT_EXTENSION:
+            hello.lane_hint = hint_read(data + at, size)
         at += size
     return HELLO_FOUND

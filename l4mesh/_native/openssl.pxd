@@ -173,6 +173,19 @@ cdef extern from *:
     ) noexcept nogil
     void SSL_CTX_set_info_callback(SSL_CTX *ctx, void (*callback)(const SSL *, int, int) noexcept nogil) noexcept nogil
     long l4_ssl_ctx_set_mode(SSL_CTX *ctx, long mode) noexcept nogil
+    ctypedef int (*add_extension_t)(
+        SSL *ssl, unsigned int kind, unsigned int where, const uint8_t **data, size_t *length, X509 *cert, size_t index, int *alert,
+        void *argument
+    ) noexcept nogil
+    ctypedef int (*parse_extension_t)(
+        SSL *ssl, unsigned int kind, unsigned int where, const uint8_t *data, size_t length, X509 *cert, size_t index, int *alert,
+        void *argument
+    ) noexcept nogil
+    unsigned int SSL_EXT_CLIENT_HELLO
+    int SSL_CTX_add_custom_ext(
+        SSL_CTX *ctx, unsigned int kind, unsigned int where, add_extension_t add, void *free, void *add_argument,
+        parse_extension_t parse, void *parse_argument
+    ) noexcept nogil
     int l4_set_groups(SSL_CTX *ctx, const char *list) noexcept nogil
     void l4_own_cache(SSL_CTX *ctx) noexcept nogil
     void l4_read_ahead(SSL_CTX *ctx, long size) noexcept nogil

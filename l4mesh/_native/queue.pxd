@@ -2,17 +2,26 @@
 
 from libc.stdint cimport uint8_t, uint32_t
 
-from l4mesh._native.address cimport address_hash_ip
+from l4mesh._native.address cimport address_hash_ip, mix64
 from l4mesh._native.slab cimport conn_at
 from l4mesh._native.types cimport (
-    LANES, QUEUED_ASIDE, QUEUED_EVENT, QUEUED_HEAVY, QUEUED_HELD, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
+    LANES, LANE_HINTS, QUEUED_ASIDE, QUEUED_EVENT, QUEUED_HEAVY, QUEUED_HELD, QUEUED_READY, conn_t, queue_t, waiting_t, worker_t,
 )
 from l4mesh._native.wheel cimport WHEEL_NONE
 
 
-cdef inline uint32_t source_lane(const worker_t *worker, const conn_t *conn) noexcept nogil:
-    # Of a secret, so that nobody can choose an address that shares another's lane.
+cdef inline uint32_t conn_source(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # By a secret, so that nobody can choose an address that shares another's turns.
     return <uint32_t> address_hash_ip(&conn.source, worker.engine.seed) % LANES
+
+
+cdef inline uint32_t conn_lane(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    return <uint32_t> address_hash_ip(&conn.source, worker.engine.seed + conn.lane_hint) % LANES
+
+
+cdef inline uint8_t lane_hint(const worker_t *worker, const conn_t *conn) noexcept nogil:
+    # For who takes the connection next; by a secret of its own, since it is sent.
+    return <uint8_t> (1 + address_hash_ip(&conn.source, mix64(worker.engine.seed)) % LANE_HINTS)
 
 
 cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t which) noexcept nogil:
@@ -21,11 +30,11 @@ cdef inline queue_t *queue_of(worker_t *worker, const conn_t *conn, uint8_t whic
     if which == QUEUED_HELD:
         return &worker.held
     if which == QUEUED_ASIDE:
-        return &worker.lanes.accepted[source_lane(worker, conn)]
+        return &worker.lanes.accepted[conn_lane(worker, conn)]
     if which == QUEUED_EVENT:
-        return &worker.lanes.begun[source_lane(worker, conn)]
+        return &worker.lanes.begun[conn_lane(worker, conn)]
     if which == QUEUED_HEAVY:
-        return &worker.heavy.begun[source_lane(worker, conn)]
+        return &worker.heavy.begun[conn_lane(worker, conn)]
     return &(<waiting_t *> conn.cluster_stat.rows[worker.index].line).queue
 
 

@@ -16,6 +16,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 from l4mesh._native.address cimport mix64
 from l4mesh._native.balance cimport cluster_t
 from l4mesh._native.debug cimport L4_BUG
+from l4mesh._native.hello cimport HINT_EXTENSION, hint_read
 from l4mesh._native.linux cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, MSG_NOSIGNAL, CLOCK_REALTIME, clock_gettime, errno, recv, send, timespec
 from l4mesh._native.openssl cimport *
 from l4mesh._native.sessions cimport given_find, given_keep, session_forget, session_keep
@@ -420,6 +421,25 @@ cdef inline void tls_info(const SSL *ssl, int what, int value) noexcept nogil:
             tls.cause = TLS_INTERNAL
 
 
+cdef inline int tls_add_hint(
+    SSL *ssl, unsigned int kind, unsigned int where, const uint8_t **data, size_t *length, X509 *cert, size_t index, int *alert,
+    void *argument
+) noexcept nogil:
+    # Into our ClientHello. A number among few says no more to who listens on the wire than the ports do, and it is believed for
+    # nothing but the order of work of the one who sends it.
+    data[0] = &(<tls_t *> SSL_get_ex_data(ssl, 0)).lane_hint
+    length[0] = 1
+    return 1
+
+
+cdef inline int tls_parse_hint(
+    SSL *ssl, unsigned int kind, unsigned int where, const uint8_t *data, size_t length, X509 *cert, size_t index, int *alert,
+    void *argument
+) noexcept nogil:
+    (<tls_t *> SSL_get_ex_data(ssl, 0)).lane_hint = hint_read(data, length)
+    return 1
+
+
 # -- contexts ------------------------------------------------------------------------------------------------------------------
 
 cdef inline bint context_configure(SSL_CTX *ctx, uint64_t id) noexcept nogil:
@@ -446,6 +466,9 @@ cdef inline bint context_configure(SSL_CTX *ctx, uint64_t id) noexcept nogil:
         and SSL_CTX_set_cipher_list(ctx, b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"
                                          b"ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384") == 1
         and l4_set_groups(ctx, b"X25519:P-256") == 1
+        and SSL_CTX_add_custom_ext(
+            ctx, HINT_EXTENSION, SSL_EXT_CLIENT_HELLO, tls_add_hint, NULL, NULL, tls_parse_hint, NULL
+        ) == 1
     )
 
 

@@ -207,6 +207,7 @@ ctypedef struct tls_t:
     uint16_t key_updates   # since then
     uint8_t cause          # tls_cause_t
     uint8_t alert          # that the peer sent
+    uint8_t lane_hint      # sent or received, as in conn_t
     uint16_t flags
 
 ctypedef struct tls_context_t:
@@ -339,6 +340,7 @@ ctypedef struct conn_t:
     uint8_t alert
     uint8_t routed                   # owns a reference to the dial's cluster: from the route to the relay
     uint8_t close_expired
+    uint8_t lane_hint                # whose of the source's it is, as the source tells: 1 to LANE_HINTS; 0: not said
     uint8_t local                    # the endpoint is a workload of this node: its policies apply, and no TLS
 
 cdef enum:
@@ -703,14 +705,21 @@ ctypedef struct waiting_t:
 
 cdef enum:
     LANES = 1024
+    LANE_HINTS = 32                  # that a peer may tell its own clients apart by
+
+ctypedef struct turns_t:
+    uint32_t first, last
 
 ctypedef struct lanes_t:
     # Connections that wait for the turn of their source. Owner: the worker.
+    # Sources take turns, and within a source its lanes; both are linked by number, WHEEL_NONE at the end.
     queue_t accepted[LANES]
     queue_t begun[LANES]             # to these something has happened since
     uint8_t in_a_row[LANES]          # of those begun that were served since an accepted one was
-    uint32_t following[LANES]        # lane that has its turn after this one
-    uint32_t first, last             # of those that have a connection
+    uint32_t following[LANES]        # lane of the same source that has its turn after this one
+    turns_t of[LANES]                # a source's lanes that have a connection
+    uint32_t following_source[LANES]
+    turns_t sources                  # that have such a lane
     uint32_t n
 
 ctypedef struct engine_t:

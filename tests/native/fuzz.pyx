@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 from l4mesh._native.address cimport address_equal, address_t
-from l4mesh._native.hello cimport HELLO_FOUND, HELLO_PARTIAL, hello_parse, hello_t
+from l4mesh._native.hello cimport HELLO_FOUND, HELLO_PARTIAL, hello_parse, hello_t, hint_read
 from l4mesh._native.proxy_protocol cimport (
     PROXY_INVALID, PROXY_MAX, PROXY_PARTIAL, PROXY_V1_MAX, proxy_parse, proxy_write_v1, proxy_write_v2,
 )
@@ -42,20 +42,23 @@ cdef extern from *:
         return start;
     }
     static void l4_unmap_guarded(uint8_t *start, size_t size) { munmap(start, size + 4096); }
-    /* What OpenSSL finds in a hello: the raw server_name and ALPN extensions. False: it refuses or wants more. */
-    struct l4_names { const uint8_t *sni, *alpn; size_t sni_length, alpn_length; int found; };
+    /* What OpenSSL finds in a hello: the raw server_name, ALPN and hint extensions. False: it refuses or wants more. */
+    struct l4_names { const uint8_t *sni, *alpn, *hint; size_t sni_length, alpn_length, hint_length; int found; };
     static int l4_hello_callback(SSL *ssl, int *alert, void *argument)
     {
         struct l4_names *names = SSL_get_ex_data(ssl, 0);
         names->found = 1;
         if (!SSL_client_hello_get0_ext(ssl, 0, &names->sni, &names->sni_length)) names->sni_length = 0;
         if (!SSL_client_hello_get0_ext(ssl, 16, &names->alpn, &names->alpn_length)) names->alpn_length = 0;
+        if (!SSL_client_hello_get0_ext(ssl, 0xff4c, &names->hint, &names->hint_length)) names->hint_length = 0;
         return SSL_CLIENT_HELLO_RETRY;
     }
     static SSL_CTX *l4_reader_new(void)
     {
         SSL_CTX *ctx = SSL_CTX_new(TLS_server_method());
         if (ctx) SSL_CTX_set_client_hello_cb(ctx, l4_hello_callback, NULL);
+        /* It tells only of extensions that it knows. */
+        if (ctx) SSL_CTX_add_custom_ext(ctx, 0xff4c, SSL_EXT_CLIENT_HELLO, NULL, NULL, NULL, NULL, NULL);
         return ctx;
     }
     """
@@ -67,7 +70,8 @@ cdef extern from *:
     ctypedef struct names_t "struct l4_names":
         const uint8_t *sni
         const uint8_t *alpn
-        size_t sni_length, alpn_length
+        const uint8_t *hint
+        size_t sni_length, alpn_length, hint_length
         int found
     ctypedef struct SSL:
         pass
@@ -232,7 +236,10 @@ cdef inline bint same(const uint8_t *a, uint32_t a_length, const uint8_t *b, uin
 
 
 cdef inline bint hello_same(const hello_t *a, const hello_t *b) noexcept nogil:
-    return same(a.sni, a.sni_length, b.sni, b.sni_length) and same(a.alpn, a.alpn_length, b.alpn, b.alpn_length)
+    return (
+        same(a.sni, a.sni_length, b.sni, b.sni_length) and same(a.alpn, a.alpn_length, b.alpn, b.alpn_length)
+        and a.lane_hint == b.lane_hint
+    )
 
 
 cdef int hello_as_openssl(fuzz_t *f, const hello_t *hello) noexcept nogil:
@@ -254,6 +261,8 @@ cdef int hello_as_openssl(fuzz_t *f, const hello_t *hello) noexcept nogil:
         elif names.alpn_length != (hello.alpn_length + 2 if hello.alpn_length else 0):
             fault = FAULT_OPENSSL
         elif hello.alpn_length and memcmp(names.alpn + 2, hello.alpn, hello.alpn_length) != 0:
+            fault = FAULT_OPENSSL
+        elif hello.lane_hint != (hint_read(names.hint, names.hint_length) if names.hint_length else 0):
             fault = FAULT_OPENSSL
     SSL_free(ssl)
     ERR_clear_error()

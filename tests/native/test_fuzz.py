@@ -17,7 +17,7 @@ import pytest
 
 from tests.native.fuzz import Fuzzer
 from tests.native.probe import write_proxy
-from tests.support.openssl import make_hello, name_extension
+from tests.support.openssl import HINT, make_hello, name_extension
 
 SECONDS = float(os.environ.get("L4MESH_FUZZ_SECONDS", "0"))
 ROUNDS = 500_000
@@ -89,6 +89,13 @@ def test_real_hellos_are_found(name: str) -> None:
     assert fuzzer.judge(HELLOS[name]) == ""
     found, by_openssl = fuzzer.outcomes[0], fuzzer.outcomes[4]
     assert found == by_openssl > 0
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\1", b"\x20", b"\x21", b"\xff", b"\1\1"])
+def test_a_hint_is_one_small_number(data: bytes) -> None:
+    fuzzer = Fuzzer("hello", CORPUS["hello"], 1)
+    assert fuzzer.judge(make_hello((HINT, data), name_extension(b"one.example.org"))) == ""
+    assert fuzzer.outcomes[0] == fuzzer.outcomes[4] > 0
 
 
 def test_a_name_said_twice_is_no_hello() -> None:

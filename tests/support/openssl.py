@@ -119,6 +119,10 @@ class TlsEnd:
         self.socket.close()
 
 
+HINT = 0xFF4C
+"""The extension by which an l4mesh tells whose of its connections one is."""
+
+
 def make_hello(
     *extensions: tuple[int, bytes], version: int = 0x0303, ciphers: Sequence[int] = (0x1301, 0xC02B), compression: bytes = b"\0"
 ) -> bytes:
