@@ -9,7 +9,7 @@ from pathlib import Path
 
 from l4mesh.errors import CommandError
 from l4mesh.identity.ca import CertificateAuthority, write_file
-from l4mesh.identity.svid import IdentityError, Material, judge_identity
+from l4mesh.identity.svid import UNREADABLE, IdentityError, Material, judge_identity
 from l4mesh.model import Identity
 
 RENEW_AT = 0.5
@@ -151,7 +151,7 @@ def check_answer(identity: Identity, private_key: bytes, certificates: bytes, bu
     contents |= {"the answer's bundle": bundle, "the answer's CRL": crl}
     try:
         material = judge_identity(labels, contents, now)
-    except (ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise IdentityError(f"the answer can't be read: {error}") from None
     if not material.chained:
         raise IdentityError("the answer's certificate: is signed by no CA of the answer's bundle")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -25,6 +25,11 @@ from l4mesh.errors import L4meshError
 from l4mesh.model import Identity
 
 MAX_FILE_BYTES = 1 << 20
+UNREADABLE = (
+    ValueError, TypeError, OverflowError, UnsupportedAlgorithm,
+    x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType,
+)  # fmt: skip
+"""What cryptography raises at what is broken or what it does not know, wherever it comes upon it; it has no base for them."""
 
 
 class IdentityError(L4meshError):
@@ -68,7 +73,10 @@ def read_file(path: str) -> bytes:
 def load_identity(identity: Identity, now_unix_s: float | None = None) -> Material:
     """Reads and judges the files of an identity. Raises IdentityError."""
     contents = {path: read_file(path) for path in identity.files}
-    material = judge_identity(identity, contents, time.time() if now_unix_s is None else now_unix_s)
+    try:
+        material = judge_identity(identity, contents, time.time() if now_unix_s is None else now_unix_s)
+    except UNREADABLE as error:
+        raise IdentityError(f"{identity.certificate}: can't be judged together with {', '.join(identity.files[1:])}: {error}") from None
     warnings = list(material.warnings)
     if not material.chained:
         warnings.append(
@@ -118,7 +126,7 @@ def read_spiffe_id(path: str, leaf: x509.Certificate) -> str:
     try:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         uris = []
     if len(uris) != 1:
         raise IdentityError(f"{path}: must have exactly one URI name, its SPIFFE ID; it has {len(uris)}")
@@ -179,7 +187,7 @@ def _chains_to(chain: Sequence[x509.Certificate], bundle: Sequence[x509.Certific
 def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (InvalidSignature, *UNREADABLE):
         return False
     return True
 
@@ -198,14 +206,14 @@ def _read_revoked(
     the file and is signed by the bundle. A list that is past its date goes on to count, because the alternative is to trust what it
     revokes or to stop the mesh.
     """
-    enclosed = x509.load_pem_x509_certificates(content) if b"BEGIN CERTIFICATE" in content else []
-    issuers = [*bundle, *intermediates, *(ca for ca in enclosed if any(is_signed_by(ca, root) for root in bundle))]
     end = b"-----END X509 CRL-----"
     parts = [part + end for part in content.split(end) if b"BEGIN X509 CRL" in part]
     try:
+        enclosed = x509.load_pem_x509_certificates(content) if b"BEGIN CERTIFICATE" in content else []
         lists = [x509.load_pem_x509_crl(part) for part in parts] or [x509.load_der_x509_crl(content)]
-    except ValueError:
+    except UNREADABLE:
         raise IdentityError(f"{path}: holds no revocation list that can be read") from None
+    issuers = [*bundle, *intermediates, *(ca for ca in enclosed if any(is_signed_by(ca, root) for root in bundle))]
     revoked: list[tuple[bytes, bytes]] = []
     due: list[float] = []
     for crl in lists:

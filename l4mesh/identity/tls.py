@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from cryptography import x509
 
-from l4mesh.identity.svid import IdentityError, Material, check_leaf, number_bytes, read_spiffe_id
+from l4mesh.identity.svid import UNREADABLE, IdentityError, Material, check_leaf, number_bytes, read_spiffe_id
 
 
 def server_context(credential: bytes, bundle: bytes, on_failure: Callable[[ssl.SSLError], None]) -> ssl.SSLContext:
@@ -111,7 +111,7 @@ def _read_peer(der: bytes, whose: str) -> tuple[str, x509.Certificate]:
         certificate = x509.load_der_x509_certificate(der)
         check_leaf(whose, certificate)
         return read_spiffe_id(whose, certificate), certificate
-    except (ValueError, IdentityError) as error:
+    except (IdentityError, *UNREADABLE) as error:
         raise ssl.SSLCertVerificationError(1, str(error)) from None
 
 

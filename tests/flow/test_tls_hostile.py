@@ -280,6 +280,17 @@ def test_an_unusable_rotation_keeps_the_old_certificate(
         wait_until(lambda: m.metrics()['l4mesh_identity_healthy{identity="redis"}'] == 1, "the new certificate is in use")
 
 
+def test_a_revocation_list_that_is_half_written_changes_nothing(mesh: Factory, ca: Authority, redis: Files, tmp_path: Path) -> None:
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(ca.crl_path.read_bytes())
+    with Server(echo) as server:
+        m = mesh(inbound(redis, server.address) | {"identities": [redis.identity("redis", crl=str(crl))]})
+        crl.write_bytes(ca.crl_path.read_bytes()[:200])
+        wait_until(lambda: any(event["event"] == "identity_refused" for event in m.events()), "the refusal is said")
+        crl.write_bytes(ca.crl_path.read_bytes())
+        wait_until(lambda: m.metrics()['l4mesh_identity_healthy{identity="redis"}'] == 1, "the whole list is in use")
+
+
 def test_tls_to_a_plaintext_endpoint_and_back(mesh: Factory, web: Files) -> None:
     def chat(peer: object) -> None:
         peer.sendall(b"220 plaintext\r\n")  # type: ignore[attr-defined]

@@ -1,12 +1,15 @@
 """The CA, judged by somebody else: openssl verifies what it makes; and what our own loader says of bad files."""
 
 import datetime
+import ssl
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from l4mesh.cli import cli
 from l4mesh.errors import CommandError
@@ -92,6 +95,31 @@ def test_bad_files_are_told_apart(tmp_path: Path) -> None:
     ):
         with pytest.raises(IdentityError, match=message):
             load_identity(identity(certificate, key, web.bundle))
+
+
+def altered(certificate: x509.Certificate, before: str, after: str) -> bytes:
+    """In PEM, with one object identifier in the place of another, both as hexadecimal DER. The signature is not made anew."""
+    der = certificate.public_bytes(Encoding.DER)
+    assert bytes.fromhex(before) in der
+    return ssl.DER_cert_to_PEM_cert(der.replace(bytes.fromhex(before), bytes.fromhex(after))).encode()
+
+
+def test_what_the_library_can_not_read_is_a_bad_file_and_no_crash(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    web = ca.files(tmp_path, "web", WEB)
+    cut, twice, unknown = tmp_path / "cut.pem", tmp_path / "twice.pem", tmp_path / "unknown.pem"
+    cut.write_bytes(ca.crl_path.read_bytes()[:200])
+    with pytest.raises(IdentityError, match=f"{cut}: holds no revocation list"):
+        load_identity(identity(web.certificate, web.key, web.bundle, str(cut)))
+    # Its extended key usage becomes a second list of names.
+    leaf = x509.load_pem_x509_certificates(web.certificate.read_bytes())[0]
+    twice.write_bytes(altered(leaf, "0603551d25", "0603551d11"))
+    with pytest.raises(IdentityError, match="exactly one URI name"):
+        load_identity(identity(twice, web.key, web.bundle))
+    # A root of the same name, with a key on a curve that nobody knows, beside the one that counts.
+    other = Authority.new(tmp_path / "other")._generations()[-1].root
+    unknown.write_bytes(altered(other, "06082a8648ce3d030107", "06082a8648ce3d030179") + web.bundle.read_bytes())
+    assert load_identity(identity(web.certificate, web.key, unknown)).chained
 
 
 def test_the_commands_and_the_explanation(tmp_path: Path) -> None:
