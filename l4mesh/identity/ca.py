@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -30,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from l4mesh.config.quantities import parse_spiffe_id
 from l4mesh.errors import CommandError
-from l4mesh.identity.svid import IdentityError, check_leaf, is_signed_by, read_spiffe_id
+from l4mesh.identity.svid import UNREADABLE, IdentityError, check_leaf, is_signed_by, read_spiffe_id
 
 ROOT_LIFE = datetime.timedelta(days=3650)
 INTERMEDIATE_LIFE = datetime.timedelta(days=365)
@@ -291,7 +290,7 @@ def read_request(request: bytes) -> tuple[str, ec.EllipticCurvePublicKey]:
         csr = x509.load_pem_x509_csr(request)
         is_signed = csr.is_signature_valid
         key = csr.public_key()
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise CommandError("the request can't be read as a CSR in PEM") from None
     if not is_signed:
         raise CommandError("the request is not signed by its own key")
@@ -307,7 +306,7 @@ def _request_spiffe_id(csr: x509.CertificateSigningRequest) -> str:
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
         if len(uris) == 1 and len(list(names)) == 1:
             return parse_spiffe_id(uris[0])
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         pass
     raise CommandError("the request must ask for exactly one name, a SPIFFE ID")
 

@@ -203,11 +203,15 @@ def test_requests_that_no_node_would_make(authority: Authority, tmp_path: Path) 
     der[-1] ^= 1
     forged = ssl.DER_cert_to_PEM_cert(bytes(der)).replace("CERTIFICATE", "CERTIFICATE REQUEST").encode()
     one_name = "the request must ask for exactly one name, a SPIFFE ID"
+    # A name of a kind that the library does not know: ediPartyName.
+    names = x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.17"), bytes.fromhex("3004a5020400"))
+    strange = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).add_extension(names, critical=False)
     cases = [
         (b"", 400, "the request can't be read as a CSR in PEM"),
         (b"\0" * 1000, 400, "the request can't be read as a CSR in PEM"),
         (forged, 400, "the request is not signed by its own key"),
         (request(key), 400, one_name),
+        (strange.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM), 400, one_name),
         (request(key, WEB, REDIS), 400, one_name),
         (request(key, WEB, dns="shop.example"), 400, one_name),
         (request(key, "https://example.org/"), 400, one_name),
