@@ -277,7 +277,7 @@ def parse_weight(value: object) -> int:
 
 
 def parse_network(value: object) -> Network:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "%" in value:
         raise ValueError(f"must be an address or a CIDR such as 10.0.0.0/8; got {shown(value)}")
     try:
         return ipaddress.ip_network(value)
@@ -371,10 +371,12 @@ def parse_alpn(value: object) -> str:
 
 
 def parse_ip(value: object) -> str:
+    """Canonical text, an IPv4-mapped address as IPv4. A zone is refused, here as in a network: nothing could be compared with it."""
     try:
-        return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
+        address = ipaddress.ip_address(value if isinstance(value, str) and "%" not in value else "")
     except ValueError:
         raise ValueError(f"must be an IP address; got {shown(value)}") from None
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def parse_payload(value: object) -> bytes:
