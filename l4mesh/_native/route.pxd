@@ -13,8 +13,11 @@ from l4mesh._native.types cimport exact_route_t, listener_t, plan_t, prefix_t, r
 
 
 cdef inline bint prefix_holds(const prefix_t *prefix, const uint8_t *ip) noexcept nogil:
+    # An IPv4 address is in IPv4 networks only: ::/0 and its like are about IPv6, as they are in ip6tables.
     cdef int whole = prefix.bits >> 3
     cdef int rest = prefix.bits & 7
+    if prefix.bits < 96 and memcmp(ip, b"\0\0\0\0\0\0\0\0\0\0\xff\xff", 12) == 0:
+        return False
     if memcmp(prefix.ip, ip, whole) != 0:
         return False
     return rest == 0 or ((prefix.ip[whole] ^ ip[whole]) >> (8 - rest)) == 0

@@ -15,7 +15,7 @@ NAMESPACES = ("shop", "bank", "shop-test")
 ACCOUNTS = ("web", "redis")
 IDENTITIES = (*tuple(f"spiffe://example.org/ns/{n}/sa/{a}" for n in NAMESPACES for a in ACCOUNTS), "spiffe://example.org/node/a")
 SOURCES = ("10.0.0.1", "10.0.1.7", "192.168.1.1", "fd00::1")
-NETWORKS = ("10.0.0.0/24", "10.0.0.0/8", "192.168.0.0/17", "fd00::/16", "10.0.0.1/32", "0.0.0.0/0")
+NETWORKS = ("10.0.0.0/24", "10.0.0.0/8", "192.168.0.0/17", "fd00::/16", "10.0.0.1/32", "0.0.0.0/0", "::/0")
 PATTERNS = (*IDENTITIES, "spiffe://example.org/ns/shop*", "*/sa/web", "*", "spiffe://example.org/*", "*b")
 PORTS = ((80, 80), (443, 443), (1, 100), (6379, 6379), (1, 65535))
 
