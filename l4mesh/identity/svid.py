@@ -227,8 +227,9 @@ def _read_revoked(
             if due[-1] <= now:
                 since = crl.next_update_utc.isoformat()
                 warnings.append(f"{path}: the list of {crl.issuer.rfc4514_string()} is out of date since {since}")
-        issuer_der = crl.issuer.public_bytes()
-        revoked += [(issuer_der, number_bytes(entry.serial_number)) for entry in crl]
+        # The CA's name as its certificates have it: the list may write the same letters as strings of another kind.
+        names = {name.public_bytes() for name in (crl.issuer, *(signer.subject for signer in signers))}
+        revoked += [(name, number_bytes(entry.serial_number)) for entry in crl for name in sorted(names)]
     return tuple(revoked), min(due, default=0.0)
 
 

@@ -120,11 +120,15 @@ def hostile(
 
 
 def revocation_list(
-    issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, *revoked: x509.Certificate, next_update: datetime.timedelta = HOUR
+    issuer: x509.Certificate,
+    key: ec.EllipticCurvePrivateKey,
+    *revoked: x509.Certificate,
+    next_update: datetime.timedelta = HOUR,
+    issuer_name: x509.Name | None = None,
 ) -> bytes:
     """In PEM."""
     now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateRevocationListBuilder().issuer_name(issuer.subject)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(issuer_name or issuer.subject)
     builder = builder.last_update(now - 2 * HOUR).next_update(now + next_update)
     for certificate in revoked:
         entry = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number).revocation_date(now - HOUR)

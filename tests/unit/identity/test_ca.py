@@ -10,13 +10,14 @@ import pytest
 from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.name import _ASN1Type
 
 from l4mesh.cli import cli
 from l4mesh.errors import CommandError
 from l4mesh.identity.ca import CertificateAuthority, make_request, write_identity
-from l4mesh.identity.svid import IdentityError, load_identity
+from l4mesh.identity.svid import IdentityError, load_identity, number_bytes
 from l4mesh.model import Identity
-from tests.support.certificates import WEB, Authority, hostile
+from tests.support.certificates import WEB, Authority, hostile, revocation_list
 
 
 def openssl_accepts(certificate: Path, bundle: Path) -> bool:
@@ -77,6 +78,20 @@ def test_a_list_counts_only_when_a_trusted_ca_signed_it(tmp_path: Path) -> None:
         load_identity(identity(files.certificate, files.key, files.bundle, str(stranger.crl_path)))
     with pytest.raises(CommandError, match="not issued by this CA"):
         stranger.revoke(files.certificate.read_bytes())
+
+
+def test_a_list_counts_whatever_kind_of_string_its_issuer_s_name_is(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    files = ca.files(tmp_path, "web", WEB)
+    leaf, signer, *_ = x509.load_pem_x509_certificates(files.certificate.read_bytes())
+    # The CA's own is of UTF8Strings; by RFC 5280 (7.1) this is the same name.
+    name = x509.Name([x509.NameAttribute(part.oid, part.value, _ASN1Type.PrintableString) for part in signer.subject])
+    assert name.public_bytes() != signer.subject.public_bytes()
+    crl = tmp_path / "crl.pem"
+    listed = revocation_list(signer, ca._generations()[-1].intermediate_key, leaf, issuer_name=name)
+    crl.write_bytes(signer.public_bytes(Encoding.PEM) + listed)
+    revoked = load_identity(identity(files.certificate, files.key, files.bundle, str(crl))).revoked
+    assert (leaf.issuer.public_bytes(), number_bytes(leaf.serial_number)) in revoked
 
 
 def test_bad_files_are_told_apart(tmp_path: Path) -> None:
