@@ -118,10 +118,11 @@ def upgrade(paths: tuple[Path, ...]) -> None:
 def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None:
     """Check a configuration and its certificates: every mistake with file, line and what is allowed. Exit code 1 when there is one."""
     from l4mesh.config.load import load_config
+    from l4mesh.datapath import try_material
     from l4mesh.identity.store import IdentityStore
 
     config = load_config(_paths(paths))
-    materials = IdentityStore().refresh(config.identities)
+    materials = IdentityStore(try_material).refresh(config.identities)
     for material in materials.values():
         for warning in material.warnings:
             click.echo(f"l4mesh: warning: {warning}", err=True)

@@ -942,6 +942,11 @@ class Judgement:
     """The dry-run policy that would refuse it, or ""."""
 
 
+def try_material(material: Material) -> None:
+    """Raises ValueError when no handshake could be made with it."""
+    _fastpath.TlsContext(0, material.spiffe_id, material.certificates, material.private_key, material.trust_bundle)
+
+
 def judge(config: Config, workload: Workload | None, spiffe_id: str, source: str, port: int) -> Judgement:
     """Asks the compiled policies, as a worker would, about a peer (``spiffe_id`` is "" for plaintext) that connects to a workload of
     this node, or to what is none."""

@@ -161,7 +161,7 @@ cdef class TlsContext:
         if n == 0 or not ok:
             if l4_out_of_memory():
                 raise MemoryError
-            raise ValueError("the certificate can't be read as PEM")
+            raise ValueError("OpenSSL can't read the certificate, or refuses its key or signature as weak or unknown")
         return 0
 
     cdef int add_key(self, bytes pem) except -1:

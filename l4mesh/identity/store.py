@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from l4mesh.errors import ConfigError, Problem
@@ -43,9 +43,13 @@ class _Entry:
 
 
 class IdentityStore:
-    """Not thread-safe: belongs to the thread that loads configurations."""
+    """Not thread-safe: belongs to the thread that loads configurations.
 
-    def __init__(self) -> None:
+    ``try_out`` raises ValueError for what the data path can't shake hands with.
+    """
+
+    def __init__(self, try_out: Callable[[Material], None] = lambda material: None) -> None:
+        self._try_out = try_out
         self._entries: dict[str, _Entry] = {}
         self.events: list[tuple[str, dict[str, str]]] = []
         """What the last refresh wants to be logged: an event's name and its fields."""
@@ -77,7 +81,7 @@ class IdentityStore:
         if before and before.signature == signature and not before.error:
             return before
         try:
-            material = load_identity(identity, now_unix_s)
+            material = self._load(identity, now_unix_s)
         except IdentityError as error:
             if before is None:
                 return _Entry(identity, signature, None, str(error))
@@ -94,6 +98,16 @@ class IdentityStore:
         if before and before.material:
             self.events.append(("identity_rotated", {"identity": identity.name, "spiffe_id": material.spiffe_id}))
         return _Entry(identity, signature, material, "", (before.loaded if before else 0) + 1, before.refused if before else 0)
+
+    def _load(self, identity: Identity, now_unix_s: float | None) -> Material:
+        """Raises IdentityError."""
+        material = load_identity(identity, now_unix_s)
+        try:
+            # Here, where it concerns one identity, and not in a plan, which needs all of them.
+            self._try_out(material)
+        except ValueError as error:
+            raise IdentityError(f"{identity.certificate}: {error}") from None
+        return material
 
     def status(self) -> list[IdentityStatus]:
         return [

@@ -15,6 +15,7 @@ import structlog
 import watchfiles
 
 from l4mesh.config.load import ConfigCache, load_config
+from l4mesh.datapath import try_material
 from l4mesh.errors import CommandError, ConfigError
 from l4mesh.identity.store import IdentityStore
 from l4mesh.identity.svid import Material
@@ -65,7 +66,7 @@ class Reloader:
         self._resolve = resolve
         self._cache = ConfigCache()
         self._materials: dict[str, Material] = {}
-        self.identities = IdentityStore()
+        self.identities = IdentityStore(try_material)
         self._executor = ThreadPoolExecutor(1, "l4mesh-config", initializer=_be_nice)
         self._lock = asyncio.Lock()
         self._frozen = False

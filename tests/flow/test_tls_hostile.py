@@ -24,6 +24,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.conftest import Factory
@@ -278,6 +279,23 @@ def test_an_unusable_rotation_keeps_the_old_certificate(
         assert m.metrics()['l4mesh_identity_healthy{identity="redis"}'] == 0
         ca.files(tmp_path, "redis", REDIS)
         wait_until(lambda: m.metrics()['l4mesh_identity_healthy{identity="redis"}'] == 1, "the new certificate is in use")
+
+
+def test_a_key_that_openssl_refuses_holds_up_no_other_identity(
+    mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path
+) -> None:
+    with Server(echo) as server:
+        m = mesh(inbound(redis, server.address) | {"identities": [redis.identity("redis"), web.identity("web")]})
+        hostile(ca, tmp_path, "redis", uris=[REDIS], key=rsa.generate_private_key(65537, 1024))
+        refused = lambda: any("OpenSSL" in event.get("error", "") for event in m.events() if event["event"] == "identity_refused")  # noqa: E731
+        wait_until(refused, "the refusal is said")
+        before = m.status()["generation"]
+        ca.files(tmp_path, "web", WEB)
+        wait_until(lambda: m.status()["generation"] > before, "the other identity's new certificate is in use")
+        with connect(m.port()) as plain, client_context(web, web.bundle).wrap_socket(plain) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            client.unwrap()
 
 
 def test_a_revocation_list_that_is_half_written_changes_nothing(mesh: Factory, ca: Authority, redis: Files, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -62,8 +63,10 @@ def hostile(
     raw_uri: bytes = b"",
     links: int = 0,
     link_is_ca: bool = True,
+    key: CertificateIssuerPrivateKeyTypes | None = None,
 ) -> Files:
-    """A leaf signed by the CA's intermediate with whatever is asked for; ``links``: that many more intermediates between them."""
+    """A leaf signed by the CA's intermediate with whatever is asked for; ``links``: that many more intermediates between them.
+    ``key``: the leaf's; without one it gets a good one."""
     generation = authority._generations()[-1]
     signer, signer_key = generation.intermediate, generation.intermediate_key
     chain = [signer]
@@ -86,7 +89,7 @@ def hostile(
         )
         chain.insert(0, link)
         signer, signer_key = link, link_key
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = key or ec.generate_private_key(ec.SECP256R1())
     builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
