@@ -1088,6 +1088,8 @@ cdef bint conn_authorize(worker_t *worker, conn_t *conn) noexcept nogil:
 cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexcept nogil:
     # After a change of policies or revocations: may a live connection go on? Policies are asked of one that waits when it dials.
     cdef int side
+    cdef bint local = conn.local
+    cdef bint allowed
     for side in range(2):
         if conn.side[side].tls != NULL and conn.side[side].tls.peer != NULL:
             if plan_revokes_chain(worker.plan, conn.side[side].tls):
@@ -1095,7 +1097,10 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
                 reason[0] = CLOSE_PEER_CERTIFICATE
                 return False
     reason[0] = CLOSE_DENIED
-    return conn.state == CONN_QUEUED or conn_authorize(worker, conn)
+    allowed = conn.state == CONN_QUEUED or conn_authorize(worker, conn)
+    # A dial under way ends as it began: only there was it asked who a local endpoint is, which spares it the handshake.
+    conn.local = local
+    return allowed
 
 
 cdef inline uint32_t clamp_ms(uint64_t ms) noexcept nogil:

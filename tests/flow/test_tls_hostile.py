@@ -228,6 +228,34 @@ def test_a_server_that_is_somebody_else_gets_no_byte(mesh: Factory, web: Files) 
         assert "got" not in errors[0]
 
 
+def test_an_endpoint_that_becomes_local_while_it_is_dialled_still_has_to_show_who_it_is(mesh: Factory, web: Files) -> None:
+    with contextlib.ExitStack() as stack:
+        # Nobody takes from its queue, which is full: our SYN is dropped, and sent again.
+        listening = stack.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        fillers = [stack.enter_context(socket.socket()) for _ in range(8)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listening.getsockname())
+        config = outbound(web, f"127.0.0.1:{listening.getsockname()[1]}")
+        config["clusters"][0]["connect"] = {"timeout": "60s", "attempts": 1}
+        m = mesh(config)
+        client = stack.enter_context(connect(m.port()))
+        client.sendall(b"a secret for redis alone")
+        wait_until(lambda: m.cluster("far")["connect_attempts"] == 1, "the dial is under way")
+        m.reload(config | {"workloads": [{"name": "web-1", "addresses": ["127.0.0.1"], "identity": "web"}]})
+        for filler in fillers:
+            filler.close()
+        listening.settimeout(DEADLINE_S)
+        first = b""
+        while not first:
+            peer = stack.enter_context(listening.accept()[0])
+            peer.settimeout(DEADLINE_S)
+            first = peer.recv(1)
+        assert first == b"\x16"
+
+
 def test_without_an_identity_to_show_nothing_is_dialled(mesh: Factory, web: Files) -> None:
     with Server(echo) as server:
         m = mesh(outbound(web, server.address, node={"name": "nobody"}))
