@@ -200,6 +200,8 @@ class CertificateAuthority:
             cross = signer.cross
         now = datetime.datetime.now(datetime.UTC)
         end = min(now + life, signer.intermediate.not_valid_after_utc)
+        if end <= now:
+            raise CommandError(f"the certificate that signs ended at {end.isoformat()}: run l4mesh ca rotate {self._folder}")
         leaf = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "l4mesh")]))

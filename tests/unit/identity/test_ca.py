@@ -112,6 +112,17 @@ def test_bad_files_are_told_apart(tmp_path: Path) -> None:
             load_identity(identity(certificate, key, web.bundle))
 
 
+def test_a_signer_that_has_ended_signs_nothing_and_says_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l4mesh.identity.ca.INTERMEDIATE_LIFE", -datetime.timedelta(seconds=30))
+    ca = Authority.new(tmp_path / "ca")
+    with pytest.raises(CommandError, match=f"run l4mesh ca rotate {tmp_path / 'ca'}"):
+        ca.issue(WEB)
+    monkeypatch.undo()
+    ca.rotate()
+    files = ca.files(tmp_path, "web", WEB)
+    assert openssl_accepts(files.certificate, files.bundle)
+
+
 def altered(certificate: x509.Certificate, before: str, after: str) -> bytes:
     """In PEM, with one object identifier in the place of another, both as hexadecimal DER. The signature is not made anew."""
     der = certificate.public_bytes(Encoding.DER)
