@@ -416,6 +416,7 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 def write_file(path: Path, content: bytes, mode: int) -> None:
     """By a rename, so that nobody ever sees half of it; the mode is right before there is anything to read. Raises CommandError."""
+    temporary = ""
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(fd, "wb") as stream:
@@ -425,4 +426,7 @@ def write_file(path: Path, content: bytes, mode: int) -> None:
             os.fsync(fd)
         os.replace(temporary, path)
     except OSError as error:
+        if temporary:
+            # Else every attempt on a full disk would leave one more, with a key in it.
+            os.unlink(temporary)
         raise CommandError(f"{path}: can't be written: {error.strerror}") from None

@@ -14,7 +14,7 @@ from cryptography.x509.name import _ASN1Type
 
 from l4mesh.cli import cli
 from l4mesh.errors import CommandError
-from l4mesh.identity.ca import CertificateAuthority, make_request, write_identity
+from l4mesh.identity.ca import CertificateAuthority, make_request, write_file, write_identity
 from l4mesh.identity.svid import IdentityError, load_identity, number_bytes
 from l4mesh.model import Identity
 from tests.support.certificates import WEB, Authority, hostile, revocation_list
@@ -121,6 +121,14 @@ def test_a_signer_that_has_ended_signs_nothing_and_says_what_helps(tmp_path: Pat
     ca.rotate()
     files = ca.files(tmp_path, "web", WEB)
     assert openssl_accepts(files.certificate, files.bundle)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "web.key"
+    in_the_way.mkdir()
+    with pytest.raises(CommandError, match="can't be written: Is a directory"):
+        write_file(in_the_way, b"secret", 0o600)
+    assert list(tmp_path.iterdir()) == [in_the_way]
 
 
 def altered(certificate: x509.Certificate, before: str, after: str) -> bytes:
