@@ -335,6 +335,8 @@ cdef inline int tls_verify_chain(X509_STORE_CTX *store, void *argument) noexcept
     cdef chain_t *place = NULL
     cdef int64_t now_s = unix_seconds()
     cdef int answer, cause = TLS_OK
+    # A session that was offered and not resumed has left the chain that it was made under.
+    memset(tls.chain, 0, sizeof(tls.chain))
     if chain_digest(worker, tls, store, key):
         place = chain_place(worker, key)
     if place == NULL or place.expires_s <= now_s or place.begins_s > now_s or memcmp(place.key, key, 32) != 0:

@@ -224,6 +224,39 @@ def test_a_root_revokes_an_intermediate_and_all_below_it(
         assert not open_(beside, full.session).resumed
 
 
+def test_a_session_that_is_not_resumed_leaves_nothing_of_its_chain(
+    mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path
+) -> None:
+    """Neither with the connection nor with what is remembered of another's chain, which its sender need not have the key of."""
+    generation = ca._generations()[-1]
+    deep = hostile(ca, tmp_path, "deep", links=3)
+    link = certificates(deep)[3]
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(revocation_list(generation.root, generation.root_key))
+    with Server(echo) as server, contextlib.ExitStack() as stack:
+        identities = [redis.identity("redis", crl=str(crl)), ca.files(tmp_path, "other", REDIS).identity("other")]
+        config = inbound(redis, server.address, workers=1) | {"identities": identities}
+        config["listeners"].append({"name": "two", "bind": "127.0.0.1:0", "cluster": "app", "tls": {"identity": "other"}})
+        m = mesh(config)
+
+        def open_(files: Files, listener: str, session: int = 0) -> TlsEnd:
+            client = stack.enter_context(TlsEnd(connect(m.port(listener)), files, session=session))
+            client.handshake()
+            client.write(b"hello")
+            assert client.read(5) == b"hello"
+            return client
+
+        client = open_(web, "two", open_(deep, "web").session)
+        assert not client.resumed
+        before = m.status()["generation"]
+        crl.write_bytes(revocation_list(generation.root, generation.root_key, link))
+        wait_generation(m, before)
+        m.wait_closed(peer_certificate=1)
+        client.write(b"hello")
+        assert client.read(5) == b"hello"
+        open_(web, "two")
+
+
 def test_an_endpoint_below_a_revoked_intermediate_is_left(mesh: Factory, ca: Authority, web: Files, tmp_path: Path) -> None:
     """The same where we are the client."""
     generation = ca._generations()[-1]
