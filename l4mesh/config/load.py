@@ -197,11 +197,15 @@ def _read_clusters(
                     clusters.append(_placeholder(name))
                 continue
             cluster = schema.make_cluster(section)
+            problems: list[tuple[KeyPath, str]] = []
             if section.health_check:
-                checks = _check_health(cluster, section.health_check)
-                findings += [(file, ("clusters", index, "health_check", *path), message) for path, message in checks]
-            problems = (*_check_cluster(cluster), *_check_faults(section.faults), *_check_bandwidth(section.bandwidth_per_connection))
+                problems += [(("health_check", *path), said) for path, said in _check_health(cluster, section.health_check)]
+            problems += (*_check_cluster(cluster), *_check_faults(section.faults), *_check_bandwidth(section.bandwidth_per_connection))
             findings += [(file, ("clusters", index, *path), message) for path, message in problems]
+            if problems:
+                # Not known: else it would pass unchecked when something else in the file changes.
+                clusters.append(cluster)
+                continue
         clusters.append(cluster)
         known[cluster.name] = (item, cluster)
     return clusters, known

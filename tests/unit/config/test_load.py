@@ -278,6 +278,15 @@ def test_a_file_that_was_refused_does_not_stay_in_the_cache(tmp_path: Path) -> N
     assert load_config([tmp_path], cache) == good
 
 
+def test_a_cluster_that_was_refused_is_refused_again_when_something_else_changes(tmp_path: Path) -> None:
+    cache = ConfigCache()
+    for bad in ("bounded_load: 200%, balance: random", "tls: {}", "health_check: {type: tcp, host: a}", "faults: [{share: 1%}]"):
+        for comment in ("", "# another day\n"):
+            write(tmp_path, a=LISTENER + f"clusters: [{{name: a, {bad}}}]\n{comment}")
+            with pytest.raises(ConfigError):
+                load_config([tmp_path], cache)
+
+
 ATOMS: Any = st.one_of(
     st.none(),
     st.booleans(),
