@@ -184,9 +184,10 @@ class Reloader:
 
 def _folders(paths: Sequence[Path]) -> list[Path]:
     """What to watch: folders, because editors and Kubernetes replace files instead of writing them."""
-    folders = {path if path.is_dir() else path.parent for path in paths}
-    folders |= {path.resolve().parent for path in paths if path.is_symlink()}
-    return sorted(folder for folder in folders if folder.exists())
+    # Not Path's own questions: those raise where we may not look.
+    folders = {path if os.path.isdir(path) else path.parent for path in paths}
+    folders |= {path.resolve().parent for path in paths if os.path.islink(path)}
+    return sorted(folder for folder in folders if os.path.exists(folder))
 
 
 def _be_nice() -> None:

@@ -1,5 +1,7 @@
 """Files and folders, merging, caching, and the examples in conf/."""
 
+import os
+import tempfile
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from l4mesh.config import schema
 from l4mesh.config.load import ConfigCache, load_config, parse_config
 from l4mesh.errors import ConfigError, Fault
 from l4mesh.model import Balance, Bandwidth, Cluster, Expect, FaultRule, HealthCheck, Rate, Rates, WorkloadBandwidth
+from l4mesh.runtime.reload import _folders
 
 CONF = Path(__file__).parents[3] / "conf"
 LISTENER = 'listeners: [{name: web, bind: "127.0.0.1:8080", cluster: a}]\n'
@@ -238,6 +241,29 @@ def test_what_can_not_be_read_says_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is a folder without a .yaml file"):
         load_config([tmp_path / "empty"])
+
+
+def test_a_folder_that_may_not_be_read_is_a_mistake_like_any_other() -> None:
+    """As root others' rights are tried; pytest's own folders are closed to them."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as outer:
+        folder = Path(outer) / "conf"
+        folder.mkdir()
+        write(folder, a=LISTENER)
+        try:
+            for closed in (folder, Path(outer)):
+                Path(outer).chmod(0o755)
+                closed.chmod(0)
+                os.seteuid(65534 if user == 0 else user)
+                for place in (folder, folder / "a.yaml"):
+                    with pytest.raises(ConfigError, match=f"{place}: can't be read: Permission denied"):
+                        load_config([place])
+                    assert isinstance(_folders([place]), list)
+                os.seteuid(user)
+        finally:
+            os.seteuid(user)
+            Path(outer).chmod(0o700)
+            folder.chmod(0o700)
 
 
 def test_bombs_are_refused() -> None:
