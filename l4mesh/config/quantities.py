@@ -9,6 +9,7 @@ import functools
 import ipaddress
 import re
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import re2
@@ -35,6 +36,8 @@ _ARRIVALS_S = {"s": 1, "m": 60, "h": 3600}
 _HOST_NAME = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 _MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|\d{1,10})/(0x[0-9a-fA-F]{1,8}|\d{1,10})")
 MAX_DURATION_MS = 366 * 86_400_000
+MAX_SHORT_MS = 7 * 86_400_000
+"""Of what workers count in 32 bits, and the kernel in 31."""
 MAX_WEIGHT = 256
 MAX_PAYLOAD_BYTES = 4096
 MAX_SIZE = 1 << 40
@@ -81,14 +84,25 @@ def parse_duration_ms(value: object) -> int:
     return ms
 
 
-def parse_optional_duration_ms(value: object) -> int:
+def parse_optional_duration_ms(value: object, parse: Callable[[object], int] = parse_duration_ms) -> int:
     """Milliseconds; 0 for off."""
     if is_off(value):
         return 0
     try:
-        return parse_duration_ms(value)
+        return parse(value)
     except ValueError as error:
         raise ValueError(str(error).replace("1h or 1d", "1h, 1d, or off")) from None
+
+
+def parse_short_duration_ms(value: object) -> int:
+    ms = parse_duration_ms(value)
+    if ms > MAX_SHORT_MS:
+        raise ValueError(f"must be between 1ms and 7d; got {shown(value)}")
+    return ms
+
+
+def parse_optional_short_duration_ms(value: object) -> int:
+    return parse_optional_duration_ms(value, parse_short_duration_ms)
 
 
 def parse_duration_range_ms(value: object) -> tuple[int, int]:

@@ -109,6 +109,8 @@ Text = Annotated[str, PlainValidator(parse_text)]
 Switch = Annotated[bool, PlainValidator(q.parse_switch)]
 Duration = Annotated[int, PlainValidator(q.parse_duration_ms)]
 OptionalDuration = Annotated[int, PlainValidator(q.parse_optional_duration_ms)]
+ShortDuration = Annotated[int, PlainValidator(q.parse_short_duration_ms)]
+OptionalShortDuration = Annotated[int, PlainValidator(q.parse_optional_short_duration_ms)]
 Seconds = Annotated[int, PlainValidator(q.parse_whole_seconds)]
 OptionalShare = Annotated[float, PlainValidator(q.parse_optional_share)]
 Limit = Annotated[int, PlainValidator(q.parse_limit)]
@@ -169,7 +171,12 @@ def _read_rate(value: object, section: Callable[[object], RateSection]) -> model
     if not isinstance(value, dict):
         return q.parse_arrivals(value)
     long_form = section(value)
-    return dataclasses.replace(long_form.rate, burst=long_form.burst or long_form.rate.burst) if long_form.rate else None
+    if not long_form.rate:
+        return None
+    rate = dataclasses.replace(long_form.rate, burst=long_form.burst or long_form.rate.burst)
+    if rate.burst * rate.interval_ns > q.MAX_DURATION_MS * 1_000_000:
+        raise ValueError(f"must have a burst of at most 366d of its rate; got {rate.burst}")
+    return rate
 
 
 RateField = Annotated[RateSection | None, WrapValidator(_read_rate)]
@@ -194,7 +201,7 @@ class ProcessLimitsSection(RatesSection):
 
 class DrainSection(Section):
     time: OptionalDuration = 20_000
-    over: OptionalDuration = 5_000
+    over: OptionalShortDuration = 5_000
 
 
 class OverloadSection(Section):
@@ -375,7 +382,7 @@ class FilterSection(Section):
 
 class ProxySourcesSection(Section):
     from_: list[Cidr] = Field(alias="from")
-    timeout: Duration = 5000
+    timeout: ShortDuration = 5000
 
 
 class ListenerLimitsSection(RatesSection):
@@ -397,7 +404,7 @@ class ListenerTlsSection(Section):
     identity: Name | None = None
     min_version: Version = "1.3"
     resumption: Switch = True
-    handshake_timeout: Duration = 10_000
+    handshake_timeout: ShortDuration = 10_000
     close_expired: Switch = False
 
 
@@ -408,7 +415,7 @@ class ClusterTlsSection(Section):
     sni: Annotated[str | None, PlainValidator(q.parse_server_name)] = None
     min_version: Version = "1.3"
     resumption: Switch = True
-    handshake_timeout: Duration = 10_000
+    handshake_timeout: ShortDuration = 10_000
     close_expired: Switch = False
 
 
@@ -487,7 +494,7 @@ class ListenerSection(Section):
     proxy_protocol: ProxySourcesSection | None = None
     limits: ListenerLimitsSection = ListenerLimitsSection()
     keepalive: KeepaliveField = KeepaliveSection()
-    user_timeout: OptionalDuration = 0
+    user_timeout: OptionalShortDuration = 0
     backlog: Annotated[int, PlainValidator(_whole(1, 65535))] = 4096
     tls: ListenerTlsSection | None = None
     bandwidth_per_connection: BandwidthSection = BandwidthSection()
@@ -507,17 +514,17 @@ RetryBudgetField = Annotated[RetryBudgetSection, BeforeValidator(_retry_budget_o
 
 
 class ConnectSection(Section):
-    timeout: Duration = 1000
+    timeout: ShortDuration = 1000
     attempts: Annotated[int, PlainValidator(_whole(1, 8))] = 3
-    budget: Duration | None = None
-    backoff: OptionalDuration = 0
+    budget: ShortDuration | None = None
+    backoff: OptionalShortDuration = 0
     retry_budget: RetryBudgetField = RetryBudgetSection()
 
     @property
     def budget_ms(self) -> int:
         """Time for every attempt and the longest pauses between them, unless told."""
         pauses = sum(min(2**pause, 10) for pause in range(self.attempts - 1))
-        return self.budget or self.timeout * self.attempts + self.backoff * pauses
+        return self.budget or min(self.timeout * self.attempts + self.backoff * pauses, q.MAX_SHORT_MS)
 
 
 class TimeoutsSection(Section):
@@ -542,9 +549,9 @@ class ClusterLimitsSection(Section):
 
 
 class ClusterDrainSection(Section):
-    removed: OptionalDuration = 0
-    unhealthy: OptionalDuration = 0
-    rebalance: OptionalDuration = 0
+    removed: OptionalShortDuration = 0
+    unhealthy: OptionalShortDuration = 0
+    rebalance: OptionalShortDuration = 0
 
 
 class EndpointSection(Section):
@@ -656,7 +663,7 @@ class ClusterSection(Section):
     timeouts: TimeoutsSection = TimeoutsSection()
     limits: ClusterLimitsSection = ClusterLimitsSection()
     keepalive: KeepaliveField = KeepaliveSection()
-    user_timeout: OptionalDuration = 0
+    user_timeout: OptionalShortDuration = 0
     proxy_protocol: Annotated[str, PlainValidator(_one_of(*ProxyProtocol))] = "off"
     zone_preference: Switch = True
     slow_start: OptionalDuration = 0

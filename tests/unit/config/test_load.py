@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from l4mesh.config import schema
 from l4mesh.config.load import ConfigCache, load_config, parse_config
-from l4mesh.errors import ConfigError, Fault
+from l4mesh.datapath import Datapath
+from l4mesh.errors import CloseReason, ConfigError, Fault
 from l4mesh.model import Balance, Bandwidth, Cluster, Expect, FaultRule, HealthCheck, Rate, Rates, WorkloadBandwidth
+from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.reload import _folders
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -150,6 +152,37 @@ def test_the_implicit_cluster_of_original_destinations_can_be_tuned() -> None:
     assert tuned.clusters["original_destination"].connect_timeout_ms == 7000
     with pytest.raises(ConfigError, match="must be left out"):
         parse_config(text + 'clusters: [{name: original_destination, endpoints: ["a:1"]}]')
+
+
+def test_what_the_language_allows_at_most_fits_the_workers_and_the_kernel() -> None:
+    files = {"certificate": "a", "private_key": "b", "trust_bundle": "c"}
+    data = {
+        "node": {"identity": "web"},
+        "identities": [{"name": "web"} | files],
+        "limits": {"rate": {"rate": "1/h", "burst": 8784}, "rate_per_source": {"rate": "1000000/s", "burst": 100_000_000}},
+        "listeners": [
+            {
+                "name": "web", "bind": "127.0.0.1:0", "cluster": "a", "user_timeout": "7d",
+                "tls": {"handshake_timeout": "7d"}, "proxy_protocol": {"from": ["10.0.0.1"], "timeout": "7d"},
+            }
+        ],
+        "clusters": [
+            {
+                "name": "a", "endpoints": ["10.0.0.1:1"], "user_timeout": "7d", "tls": {"peers": ["*"], "handshake_timeout": "7d"},
+                "connect": {"timeout": "7d", "attempts": 8, "backoff": "7d"}, "slow_start": "366d",
+                "timeouts": {"idle": "366d", "half_closed": "366d", "lifetime": "366d"},
+                "drain": {"removed": "7d", "unhealthy": "7d", "rebalance": "7d"},
+            }
+        ],
+    }  # fmt: skip
+    config = parse_config(yaml.safe_dump(data))
+    listeners = Listeners(1)
+    datapath = Datapath(1, 64, lambda records: None)
+    try:
+        assert datapath.apply(config, listeners.open(config), [], 1) == 1
+        datapath.close_endpoint("a", "10.0.0.1:1", CloseReason.ENDPOINT_REMOVED, config.clusters["a"].drain.removed_ms)
+    finally:
+        listeners.close()
 
 
 def test_a_rate_has_a_burst_of_a_second_unless_told() -> None:
