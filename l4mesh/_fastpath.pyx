@@ -1097,7 +1097,7 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
                 reason[0] = CLOSE_PEER_CERTIFICATE
                 return False
     reason[0] = CLOSE_DENIED
-    allowed = conn.state == CONN_QUEUED or conn_authorize(worker, conn)
+    allowed = conn.state == CONN_QUEUED or (conn.state == CONN_DIALLING and conn.attempts == 0) or conn_authorize(worker, conn)
     # A dial under way ends as it began: only there was it asked who a local endpoint is, which spares it the handshake.
     conn.local = local
     return allowed
@@ -1775,12 +1775,12 @@ cdef void worker_sweep(worker_t *worker) noexcept nogil:
         end = worker.sweep_end
     while worker.sweep_slot < end:
         conn = conn_at(worker, worker.sweep_slot)
-        if conn.state == CONN_RELAYING or conn.state == CONN_QUEUED or (conn.state == CONN_DIALLING and conn.attempts):
+        if conn.state == CONN_RELAYING or conn.state == CONN_QUEUED or conn.state == CONN_DIALLING:
             if worker.sweep_trust and not conn_still_trusted(worker, conn, &reason):
                 conn_finish(worker, conn, worker.sweep_slot, reason, True)
             elif conn.state == CONN_RELAYING and overload_ends(worker, conn):
                 conn_finish(worker, conn, worker.sweep_slot, CLOSE_OVERLOAD, True)
-            elif conn.state != CONN_QUEUED:
+            elif conn.state == CONN_RELAYING or conn.attempts:
                 conn_ask_to_leave(worker, conn, worker.sweep_slot, True)
         worker.sweep_slot += 1
     if worker.sweep_slot >= worker.sweep_end:

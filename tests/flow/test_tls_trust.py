@@ -224,6 +224,24 @@ def test_a_root_revokes_an_intermediate_and_all_below_it(
         assert not open_(beside, full.session).resumed
 
 
+def test_a_revoked_peer_is_not_waited_for_while_a_fault_delays_it(mesh: Factory, ca: Authority, redis: Files, tmp_path: Path) -> None:
+    bad = hostile(ca, tmp_path, "bad")
+    generation = ca._generations()[-1]
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(ca.crl_path.read_bytes())
+    with Server(echo) as server:
+        config = inbound(redis, server.address) | {"identities": [redis.identity("redis", crl=str(crl))], "faults": {"enabled": True}}
+        config["clusters"][0]["faults"] = [{"share": "100%", "delay": "60s"}]
+        m = mesh(config)
+        with connect(m.port()) as plain, client_context(bad, redis.bundle).wrap_socket(plain):
+            wait_until(lambda: handshakes(m, "downstream") == (1, 0), "the peer is known")
+            signer = generation.intermediate
+            listed = revocation_list(signer, generation.intermediate_key, certificates(bad)[0])
+            crl.write_bytes(signer.public_bytes(Encoding.PEM) + listed)
+            m.wait_closed(peer_certificate=1)
+        assert server.accepted == 0
+
+
 def test_a_session_that_is_not_resumed_leaves_nothing_of_its_chain(
     mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path
 ) -> None:
