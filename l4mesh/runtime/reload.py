@@ -103,13 +103,13 @@ class Reloader:
 
     def _load(self, first: bool) -> None:
         try:
-            config = load_config(self._paths, self._cache)
-        except ConfigError:
-            # Files that are wrong must not keep the certificates of what goes on from being renewed.
+            changed = self._use(self._resolve(load_config(self._paths, self._cache)), first)
+        except (ConfigError, CommandError):
+            # What can't be taken into use must not keep the certificates of what goes on from being renewed.
             if self.config:
                 self._use(self.config, first)
             raise
-        if self._use(self._resolve(config), first):
+        if changed:
             self.status = replace(self.status, succeeded=self.status.succeeded + 1, last_error=None)
         else:
             # A file that was broken and is back to what is in force is no failure any more.

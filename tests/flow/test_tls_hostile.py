@@ -309,6 +309,26 @@ def test_an_unusable_rotation_keeps_the_old_certificate(
         wait_until(lambda: m.metrics()['l4mesh_identity_healthy{identity="redis"}'] == 1, "the new certificate is in use")
 
 
+@pytest.mark.parametrize("what", ["an identity without files", "a port that is taken"])
+def test_a_configuration_that_can_not_be_taken_into_use_stops_no_rotation(
+    mesh: Factory, ca: Authority, redis: Files, tmp_path: Path, what: str
+) -> None:
+    with Server(echo) as server:
+        config = inbound(redis, server.address)
+        m = mesh(config)
+        if what == "a port that is taken":
+            extra = {"listeners": [*config["listeners"], {"name": "two", "bind": server.address, "cluster": "app"}]}
+        else:
+            ghost = {key: str(tmp_path / "ghost") for key in ("certificate", "private_key", "trust_bundle")}
+            extra = {"identities": [*config["identities"], {"name": "ghost"} | ghost]}
+        m.write(config | extra)
+        wait_until(lambda: m.status()["config"]["last_error"], "the refusal is said")
+        before = m.status()["generation"]
+        ca.files(tmp_path, "redis", REDIS)
+        wait_until(lambda: m.status()["generation"] > before, "the new certificate is in use")
+        assert m.status()["config"]["last_error"]
+
+
 def test_a_key_that_openssl_refuses_holds_up_no_other_identity(
     mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path
 ) -> None:
