@@ -234,7 +234,7 @@ WATCHDOG_LEAST_MS = 500
 
 
 def _parse_watchdog(value: object) -> int:
-    limit_ms = q.parse_optional_duration_ms(value)
+    limit_ms = q.parse_optional_short_duration_ms(value)
     if limit_ms and limit_ms < WATCHDOG_LEAST_MS:
         raise ValueError(f"must be off or at least {WATCHDOG_LEAST_MS}ms; got {q.shown(value)}")
     return limit_ms

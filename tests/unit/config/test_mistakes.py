@@ -165,6 +165,7 @@ CASES = [
     (listener("direction: inbound"), "2: listeners[0].direction: goes with capture: redirect or capture: tproxy only"),
     (GOOD.replace("127.0.0.1:8080", "localhost:8080"), "2: listeners[0].bind[0]: must be an IP address with a port to listen on, not a name; got 'localhost:8080'"),
     (GOOD.replace('"127.0.0.1:8080"', "[]"), "2: listeners[0].bind: must not be empty"),
+    (top("watchdog: 50d\n"), "5: watchdog: must be between 1ms and 7d; got '50d'"),
     (listener("user_timeout: 25d"), "2: listeners[0].user_timeout: must be between 1ms and 7d; got '25d'"),
     (listener("tls: {handshake_timeout: 50d}"), "2: listeners[0].tls.handshake_timeout: must be between 1ms and 7d; got '50d'"),
     (listener("proxy_protocol: {from: [10.0.0.1], timeout: 50d}"), "2: listeners[0].proxy_protocol.timeout: must be between 1ms and 7d; got '50d'"),
