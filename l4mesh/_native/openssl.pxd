@@ -218,6 +218,7 @@ cdef extern from *:
     void SSL_SESSION_free(SSL_SESSION *session) noexcept nogil
     const uint8_t *SSL_SESSION_get_id(const SSL_SESSION *session, unsigned int *length) noexcept nogil
     X509 *SSL_SESSION_get0_peer(SSL_SESSION *session) noexcept nogil
+    const uint8_t *SSL_SESSION_get0_id_context(const SSL_SESSION *session, unsigned int *length) noexcept nogil
     long SSL_SESSION_get_time(const SSL_SESSION *session) noexcept nogil
     int SSL_SESSION_set1_ticket_appdata(SSL_SESSION *session, const void *data, size_t length) noexcept nogil
     int SSL_SESSION_get0_ticket_appdata(SSL_SESSION *session, void **data, size_t *length) noexcept nogil

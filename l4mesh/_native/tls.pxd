@@ -371,10 +371,13 @@ cdef inline int tls_new_session(SSL *ssl, SSL_SESSION *session) noexcept nogil:
 
 
 cdef inline SSL_SESSION *tls_find_session(SSL *ssl, const uint8_t *id, int length, int *copy) noexcept nogil:
-    # A client offers a session of ours. OpenSSL itself refuses that of another context (SSL_CTX_set_session_id_context).
+    # A client offers a session of ours. OpenSSL itself refuses that of another context (SSL_CTX_set_session_id_context), but only after
+    # us, when the client would have been told that it needs no new one.
     cdef tls_t *tls = <tls_t *> SSL_get_ex_data(ssl, 0)
     cdef worker_t *worker = <worker_t *> tls.worker
     cdef SSL_SESSION *session = NULL
+    cdef const uint8_t *context
+    cdef unsigned int context_length = 0
     cdef X509 *cert
     cdef int64_t now_s = unix_seconds()
     copy[0] = 0
@@ -383,7 +386,11 @@ cdef inline SSL_SESSION *tls_find_session(SSL *ssl, const uint8_t *id, int lengt
     if session == NULL:
         return NULL
     cert = SSL_SESSION_get0_peer(session)
-    if cert == NULL or l4_expires_s(cert) <= now_s or not session_take_chain(tls, session) or plan_revokes_chain(worker.plan, tls):
+    context = SSL_SESSION_get0_id_context(session, &context_length)
+    if (
+        context_length != sizeof(tls.context_id) or memcmp(context, &tls.context_id, sizeof(tls.context_id)) != 0
+        or cert == NULL or l4_expires_s(cert) <= now_s or not session_take_chain(tls, session) or plan_revokes_chain(worker.plan, tls)
+    ):
         memset(tls.chain, 0, sizeof(tls.chain))
         SSL_SESSION_free(session)
         return NULL
