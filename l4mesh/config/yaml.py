@@ -67,6 +67,9 @@ def parse_yaml(text: str, file: str) -> dict[str, Any]:
         raise ConfigError([Problem(file, mark.line + 1 if mark else 0, "", f"{_reword(error)}")]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError([Problem(file, 0, "", f"is not YAML: {str(error).splitlines()[0]}")]) from None
+    except (LookupError, AttributeError):
+        # PyYAML takes a value that is tagged by hand for what its tag says: `!!bool abc` and `!!int` end in these.
+        raise ConfigError([Problem(file, 0, "", "is not YAML: a value is not what its tag (!!…) says: leave the tag out")]) from None
     finally:
         loader.dispose()
     if not isinstance(data, dict):

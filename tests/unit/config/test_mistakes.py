@@ -256,6 +256,8 @@ CASES = [
     (top("node: [\n"), "6: is not YAML: did not find expected node content"),
     (top("\tnode: {}\n"), "5: is not YAML: found character that cannot start any token"),
     (GOOD + "---\n" + GOOD, "5: must be one document: remove the ---"),
+    *((top(f"workers: {tagged}\n"), " is not YAML: a value is not what its tag (!!…) says: leave the tag out")
+      for tagged in ("!!bool abc", "!!int", "!!float", "!!timestamp abc")),
     ("- 1\n", "1: must be a mapping with keys such as listeners and clusters"),
     ("listeners: many\n", "1: listeners: must be a list; got 'many'"),
 ]  # fmt: skip
