@@ -106,18 +106,18 @@ def parse_config(text: str, file: str = "-") -> Config:
 def _find_files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
-        if os.path.isdir(path):
-            try:
-                entries = list(path.iterdir())
-            except OSError as error:
-                problems.append(Problem(str(path), 0, "", f"can't be read: {error.strerror}"))
-                continue
-            inside = sorted(entry for entry in entries if entry.suffix in (".yaml", ".yml") and not entry.name.startswith("."))
-            if not inside:
-                problems.append(Problem(str(path), 0, "", "is a folder without a .yaml file"))
-            files += inside
-        else:
+        try:
+            entries = list(path.iterdir()) if path.is_dir() else None
+        except OSError as error:
+            problems.append(Problem(str(path), 0, "", f"can't be read: {error.strerror}"))
+            continue
+        if entries is None:
             files.append(path)
+            continue
+        inside = sorted(entry for entry in entries if entry.suffix in (".yaml", ".yml") and not entry.name.startswith("."))
+        if not inside:
+            problems.append(Problem(str(path), 0, "", "is a folder without a .yaml file"))
+        files += inside
     return list(dict.fromkeys(files))
 
 

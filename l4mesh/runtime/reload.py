@@ -184,9 +184,9 @@ class Reloader:
 
 def _folders(paths: Sequence[Path]) -> list[Path]:
     """What to watch: folders, because editors and Kubernetes replace files instead of writing them."""
-    # Not Path's own questions: those raise where we may not look.
+    # Those of os.path, which raise nothing where a path may not be looked at: what is wrong with it the next look says.
     folders = {path if os.path.isdir(path) else path.parent for path in paths}
-    folders |= {path.resolve().parent for path in paths if os.path.islink(path)}
+    folders |= {Path(os.path.realpath(path)).parent for path in paths if os.path.islink(path)}
     return sorted(folder for folder in folders if os.path.exists(folder))
 
 

@@ -1,6 +1,7 @@
 """Reload: a bad file changes nothing, a good one moves no connection. Invariants 6, 7 and 9 of the design."""
 
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -58,6 +59,21 @@ def test_a_bad_file_changes_nothing_and_is_shown(mesh: Factory) -> None:
         m.write(good)
         wait_until(lambda: m.status()["config"]["last_error"] is None, "all is well again")
         assert m.status()["generation"] == 1
+
+
+def test_a_folder_that_can_t_be_read_changes_nothing(mesh: Factory) -> None:
+    # Root reads everything, unless it may not.
+    bounded = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    with named(b"good") as server:
+        m = mesh(simple(server.address), prefix=bounded)
+        m.file.parent.chmod(0)
+        m.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: m.status()["config"]["failed"] >= 1, "it is seen")
+        assert m.status()["config"]["last_error"] == [f"{m.file.parent}: can't be read: Permission denied"]
+        m.file.parent.chmod(0o755)
+        m.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: m.status()["config"]["last_error"] is None, "all is well again")
+        assert ask(m.port()) == b"good"
 
 
 def test_a_port_that_is_taken_refuses_the_whole_change(mesh: Factory) -> None:

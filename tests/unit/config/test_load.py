@@ -268,6 +268,7 @@ def test_what_can_not_be_read_says_so(tmp_path: Path) -> None:
     for path, message in [
         (tmp_path / "none.yaml", "can't be read: No such file or directory"),
         (tmp_path / "latin.yaml", "latin.yaml:2: is not UTF-8: byte 17 is not text"),
+        (tmp_path / ("long" * 100), "can't be read: File name too long"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load_config([path])
