@@ -149,6 +149,8 @@ class Reloader:
                 async for _ in watchfiles.awatch(
                     *folders,
                     watch_filter=None,
+                    # What lies deeper is none of ours: a home, or all of /tmp, with what may not be looked at.
+                    recursive=False,
                     debounce=DEBOUNCE_MS,
                     step=STEP_MS,
                     rust_timeout=LOOK_ANYWAY_MS,
@@ -176,7 +178,7 @@ class Reloader:
 
     def _folders(self) -> list[Path]:
         files = [Path(file) for identity in self.config.identities.values() for file in identity.files] if self.config else []
-        return _folders([*self._paths, *files])
+        return _folders([*self._paths, *map(Path, list(self._cache.files)), *files])
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

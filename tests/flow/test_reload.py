@@ -14,6 +14,9 @@ from tests.support.peers import Server, black_hole, closed_port, connect, echo, 
 from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
 
+BOUNDED = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+"""Root reads everything, unless it may not."""
+
 
 def named(name: bytes) -> Server:
     return Server(lambda peer: peer.sendall(name))
@@ -62,10 +65,8 @@ def test_a_bad_file_changes_nothing_and_is_shown(mesh: Factory) -> None:
 
 
 def test_a_folder_that_can_t_be_read_changes_nothing(mesh: Factory) -> None:
-    # Root reads everything, unless it may not.
-    bounded = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
     with named(b"good") as server:
-        m = mesh(simple(server.address), prefix=bounded)
+        m = mesh(simple(server.address), prefix=BOUNDED)
         m.file.parent.chmod(0)
         m.process.send_signal(signal.SIGHUP)
         wait_until(lambda: m.status()["config"]["failed"] >= 1, "it is seen")
@@ -74,6 +75,29 @@ def test_a_folder_that_can_t_be_read_changes_nothing(mesh: Factory) -> None:
         m.process.send_signal(signal.SIGHUP)
         wait_until(lambda: m.status()["config"]["last_error"] is None, "all is well again")
         assert ask(m.port()) == b"good"
+
+
+def test_what_lies_below_the_folder_is_not_watched(mesh: Factory) -> None:
+    with named(b"old") as old, named(b"new") as new:
+        m = mesh(simple(old.address), prefix=BOUNDED)
+        m.stop()
+        (m.file.parent / "closed").mkdir(0)
+        m.start()
+        m.reload(simple(new.address))
+        assert ask(m.port()) == b"new"
+        assert not [event for event in m.events() if event["event"] == "config_watch_interrupted"]
+
+
+def test_a_file_that_is_linked_is_watched_where_it_is(mesh: Factory) -> None:
+    with named(b"old") as old, named(b"new") as new:
+        m = mesh(simple(old.address, listener={"bind": f"127.0.0.1:{free_port()}"}))
+        link, m.file = m.file, m.folder / "elsewhere" / m.file.name
+        m.file.parent.mkdir()
+        link.rename(m.file)
+        link.symlink_to(m.file)
+        wait_until(lambda: m.status()["config"]["unchanged"], "the link is seen")
+        m.reload(simple(new.address, listener={"bind": f"127.0.0.1:{m.port()}"}))
+        assert ask(m.port()) == b"new"
 
 
 def test_a_port_that_is_taken_refuses_the_whole_change(mesh: Factory) -> None:
