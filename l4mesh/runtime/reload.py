@@ -146,7 +146,7 @@ class Reloader:
         while True:
             folders = self._folders()
             try:
-                async for _ in watchfiles.awatch(
+                async for changes in watchfiles.awatch(
                     *folders,
                     watch_filter=None,
                     # What lies deeper is none of ours: a home, or all of /tmp, with what may not be looked at.
@@ -157,7 +157,9 @@ class Reloader:
                     yield_on_timeout=True,
                 ):
                     await self.reload()
-                    if self._folders() != folders:
+                    # One that was moved or removed is not watched any more, though another may be in its place.
+                    gone = {Path(path) for change, path in changes if change == watchfiles.Change.deleted}
+                    if not gone.isdisjoint(folder.absolute() for folder in folders) or self._folders() != folders:
                         break
             except (FileNotFoundError, OSError, RuntimeError) as error:
                 # A folder that is being replaced comes back, or the next look says what is missing.

@@ -1,6 +1,7 @@
 """Reload: a bad file changes nothing, a good one moves no connection. Invariants 6, 7 and 9 of the design."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -97,6 +98,19 @@ def test_a_file_that_is_linked_is_watched_where_it_is(mesh: Factory) -> None:
         link.symlink_to(m.file)
         wait_until(lambda: m.status()["config"]["unchanged"], "the link is seen")
         m.reload(simple(new.address, listener={"bind": f"127.0.0.1:{m.port()}"}))
+        assert ask(m.port()) == b"new"
+
+
+def test_a_folder_in_the_place_of_another_is_watched(mesh: Factory) -> None:
+    with named(b"old") as old, named(b"new") as new:
+        m = mesh(simple(old.address))
+        folder, before = m.file.parent, m.folder / "before"
+        replacement = m.folder / "replacement"
+        shutil.copytree(folder, replacement)
+        folder.rename(before)
+        replacement.rename(folder)
+        wait_until(lambda: m.status()["config"]["unchanged"], "the other folder is seen")
+        m.reload(simple(new.address))
         assert ask(m.port()) == b"new"
 
 
