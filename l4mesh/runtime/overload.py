@@ -7,6 +7,7 @@ entering and leaving, and a step of their own for those who cause it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -173,18 +174,19 @@ class MemoryGauge:
         self._root = root
         self._groups = [(group, names) for group in _control_groups(root) for names in self._NAMES if (group / names[1]).exists()]
         self._total = _read_fields(root / "proc/meminfo").get("MemTotal", 0) * 1024
+        self._resident = 0
 
     def read(self, limit: int, unused: int) -> Reading:
         """``limit``: bytes of the resident set, or 0 for what is found. ``unused``: bytes of it that are free to us already."""
-        resident = max(0, self._resident() - unused)
+        # Without a descriptor left it is what it was.
+        with contextlib.suppress(OSError):
+            self._resident = int((self._root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        resident = max(0, self._resident - unused)
         if limit:
             return Reading(resident, limit)
         readings = [self._read_group(group, *names) for group, names in self._groups]
         limited = [reading for reading in readings if reading]
         return max(limited, key=lambda reading: reading.pressure, default=Reading(resident, self._total))
-
-    def _resident(self) -> int:
-        return int((self._root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _read_group(self, group: Path, current: str, most: str, inactive: str) -> Reading | None:
         """None: it has no limit, for which version 1 has a very large number, or is gone."""

@@ -112,7 +112,11 @@ def look_up_names(names: Collection[str]) -> dict[str, Answer]:
         return lambda result, error: arrived.put((name, _read_answer(result, error)))
 
     give_up_s = time.monotonic() + PATIENCE_S
-    channel = pycares.Channel(timeout=PATIENCE_S / 4, tries=2)
+    try:
+        channel = pycares.Channel(timeout=PATIENCE_S / 4, tries=2)
+    except pycares.AresError as error:
+        # It has descriptors and a thread of its own.
+        return dict.fromkeys(names, Answer(error=str(error)))
     try:
         for name in names:
             channel.getaddrinfo(name, None, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM, callback=note(name))

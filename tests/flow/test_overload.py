@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -267,3 +268,19 @@ def test_status_shows_it_to_people(mesh: Factory) -> None:
         ).stdout
         assert "OVERLOAD, step 1 of 3: connections 60%;" in shown
         close_all(clients)
+
+
+def test_admin_connections_that_take_every_descriptor_end_nothing(mesh: Factory) -> None:
+    with Server(echo) as server, contextlib.ExitStack() as idle:
+        m = mesh(simple(server.address), nofile=96)
+        with connect(m.port()) as live:
+            talk(live)
+            for _ in range(96):
+                client = idle.enter_context(socket.socket(socket.AF_UNIX))
+                client.connect(m.admin.removeprefix("unix:"))
+            wait_until(lambda: 3 in levels_said(m, "descriptors"), "all are taken, and it was said")
+            m.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: any(event["event"] == "config_refused" for event in m.events()), "the files were looked at in vain")
+            idle.close()
+            wait_until(lambda: level(m, "descriptors") == 0, "they are back")
+            talk(live)

@@ -203,3 +203,10 @@ def test_without_a_limit_it_is_the_machine(tmp_path: Path) -> None:
     reading = machine(tmp_path, "0::/\n", group("", 80, "max"), total_mib=1000).read(0, 0)
     assert (reading.used, reading.limit) == (100 * MIB, 1000 * MIB)
     assert machine(tmp_path / "none", "", {}, total_mib=1000).read(0, 0).pressure == 0.1
+
+
+def test_without_a_descriptor_memory_is_what_it_was(tmp_path: Path) -> None:
+    gauge = machine(tmp_path, "", {}, resident_mib=100)
+    before = gauge.read(0, 0)
+    (tmp_path / "proc/self/statm").unlink()
+    assert gauge.read(0, 0) == before

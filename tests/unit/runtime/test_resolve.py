@@ -1,5 +1,6 @@
 """Names of endpoints: when they are asked for, and what comes of the answers."""
 
+import resource
 from collections.abc import Collection
 
 import pytest
@@ -98,6 +99,17 @@ def test_two_names_for_one_address_are_one_endpoint() -> None:
     names = Names()
     names.answers |= {"a.example": Answer(("10.0.0.1",)), "b.example": Answer(("10.0.0.1", "fd00::1"))}
     assert names.addresses(config("a.example:80", "b.example:80")) == ["10.0.0.1:80", "[fd00::1]:80"]
+
+
+def test_a_resolver_that_can_t_begin_is_a_failure_like_others() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        [answer] = look_up_names(["localhost"]).values()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert answer.error
+    assert answer.ttl_s == RETRY_S
 
 
 def test_the_hosts_file_counts() -> None:
