@@ -241,8 +241,11 @@ def count_descriptors(estimate: int) -> int:
 
 
 def accept_queue(listening: socket.socket) -> Reading:
-    """Connections that wait to be accepted, and how many may."""
-    info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    """Connections that wait to be accepted, and how many may. A socket that a reload has closed meanwhile has none."""
+    try:
+        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    except OSError:
+        return Reading(0, 1)
     # tcpi_unacked and tcpi_sacked, which mean this on a listening socket (tcp_diag).
     waiting, most = struct.unpack_from("=II", info, 24)
     return Reading(waiting, most)

@@ -1,6 +1,7 @@
 """Decisions about overload, told the time; and what the control groups say."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,15 @@ def test_off_looks_at_nothing() -> None:
     monitor.look(configured("off"))
     assert monitor.status.resources == ()
     assert datapath.orders == []
+
+
+def test_a_listening_socket_that_a_reload_closes_meanwhile_is_left_out() -> None:
+    kept, closed = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+    with kept:
+        closed.close()
+        monitor = OverloadMonitor(Datapath(), lambda: [closed, kept], 1)
+        monitor.look(configured("{accept_queue: 50%}"))
+        assert {one.name: one.level for one in monitor.status.resources}["accept_queue"] == 0
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------------
