@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ class Listeners:
                         self._open[options] = inherited
                         self._untuned.append(options)
                     else:
-                        opened[options] = open_sockets(options, self._n_workers, f"listener {name}", self._rebinds(options))
+                        opened[options] = open_sockets(options, self._n_workers, f"listener {name}", self._is_ours(options, opened))
         except CommandError:
             for sockets in opened.values():
                 _close_all(sockets)
@@ -82,9 +82,10 @@ class Listeners:
             for name, options_of_binds in wanted.items()
         }
 
-    def _rebinds(self, options: SocketOptions) -> bool:
-        places = [*(known.place for known in self._open), *self._inherited]
-        return any(place.bind == options.bind for place in places)
+    def _is_ours(self, options: SocketOptions, opened: Iterable[SocketOptions]) -> bool:
+        """Whether a socket of ours has the address already, by itself or as one of all."""
+        places = [*(known.place for known in (*self._open, *opened)), *self._inherited]
+        return any(_overlap(place.bind, options.bind) for place in places)
 
     def sockets(self) -> list[socket.socket]:
         return [listening for sockets in list(self._open.values()) for listening in sockets]
@@ -150,6 +151,11 @@ def open_sockets(
         return sockets
 
     return run_in_namespace(netns, make) if netns else make()
+
+
+def _overlap(one: SocketAddress, other: SocketAddress) -> bool:
+    hosts = {one.host, other.host}
+    return one.port == other.port and one.is_v6 == other.is_v6 and (len(hosts) == 1 or bool(hosts & {"0.0.0.0", "::"}))
 
 
 def _family(bind: SocketAddress) -> socket.AddressFamily:

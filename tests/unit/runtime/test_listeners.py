@@ -2,9 +2,12 @@
 
 import socket
 
+import pytest
+
 from l4mesh.config.load import parse_config
 from l4mesh.model import SocketAddress
 from l4mesh.runtime.listeners import Listeners, Place
+from tests.support.proxies import free_port
 
 TEXT = """
 listeners: [{name: a, bind: "127.0.0.1:0", cluster: a, backlog: 77, keepalive: {idle: 77s}, user_timeout: 5s}]
@@ -59,6 +62,29 @@ def test_what_the_configuration_does_not_name_is_closed_at_the_end() -> None:
         assert other.fileno() >= 0
         listeners.settle()
         assert other.fileno() == -1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"), ("[::]", "[::1]"), ("[::1]", "[::]"), ("127.0.0.1", "127.0.0.2")],
+)
+def test_a_listener_may_move_to_another_address_with_its_port(before: str, after: str) -> None:
+    port = free_port()
+    listeners = Listeners(2)
+    for host in (before, after):
+        config = parse_config(TEXT.replace("127.0.0.1:0", f"{host}:{port}"))
+        [(bound, _)] = listeners.open(config)["a"]
+        listeners.close_unused(config)
+        assert str(bound) == f"{host}:{port}"
+    listeners.close()
+
+
+def test_one_address_and_all_of_them_may_have_listeners_of_their_own() -> None:
+    port = free_port()
+    text = TEXT.replace("listeners: [", f'listeners: [{{name: b, bind: "0.0.0.0:{port}", cluster: a}}, ')
+    listeners = Listeners(2)
+    assert listeners.open(parse_config(text.replace("127.0.0.1:0", f"127.0.0.1:{port}"))).keys() == {"a", "b"}
+    listeners.close()
 
 
 def socket_address(listening: socket.socket) -> SocketAddress:
