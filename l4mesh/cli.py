@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
@@ -44,6 +45,10 @@ def main() -> None:
         fail(str(error))
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
+            raise
+        fail(f"standard output: {error.strerror}")
 
 
 def fail(message: str) -> NoReturn:
@@ -464,7 +469,7 @@ def _console() -> Any:
 
     # Output that goes into a file or a pipe keeps its columns whatever the width of a terminal.
     # And an IPv6 address in brackets is no markup.
-    return Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 200, markup=False)
+    return Console(width=shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 200, markup=False)
 
 
 def _ask(admin: str, *paths: str) -> list[dict[str, Any]]:
@@ -481,7 +486,11 @@ def _ask(admin: str, *paths: str) -> list[dict[str, Any]]:
             answers = []
             for path in paths:
                 async with session.get(base + path) as response:
-                    answers.append(await response.json())
+                    answer = await response.json()
+                    if response.status != 200 or not isinstance(answer, dict):
+                        said = answer.get("error", "") if isinstance(answer, dict) else "no answer of l4mesh"
+                        raise CommandError(f"{admin}{path} answers {response.status}: {said}")
+                    answers.append(answer)
             return answers
 
     reach: Callable[[str], CommandError] = lambda why: CommandError(  # noqa: E731

@@ -198,3 +198,31 @@ def test_commands_without_a_server_say_what_to_do() -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "is l4mesh running?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"), [(500, b'{"error": "the log says why"}', "the log says why"), (200, b"[]", "no answer of l4mesh")]
+)
+def test_commands_show_what_a_server_says_that_can_t_answer(status: int, body: bytes, said: str) -> None:
+    def answer(peer: socket.socket) -> None:
+        peer.recv(4096)
+        peer.sendall(b"HTTP/1.1 %d x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
+
+    with Server(answer) as server:
+        for command in ("status", "connections", "drain"):
+            done = subprocess.run(
+                [sys.executable, "-m", "l4mesh", command, "--admin", server.address], capture_output=True, text=True, check=False
+            )
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert f" answers {status}: {said}" in done.stderr
+
+
+def test_commands_without_an_output_that_takes_it_end_quietly(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address))
+        for words in ("status --admin", "status --json --admin", "connections --admin"):
+            command = f"{sys.executable} -m l4mesh {words} {m.admin}"
+            closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True, check=False)
+            assert (closed.returncode, closed.stderr) == (0, "")
+            full = subprocess.run(f"{command} >/dev/full", shell=True, capture_output=True, text=True, check=False)
+            assert (full.returncode, full.stderr) == (1, "l4mesh: standard output: No space left on device\n")
