@@ -196,7 +196,19 @@ def version() -> None:
     click.echo(f"l4mesh {__version__} ({openssl_version()})")
 
 
-@cli.group()
+class Folder(click.Group):
+    """Commands that read and write files which may not be there, or may not be touched."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise CommandError(f"{error.filename}: {error.strerror}") from None
+
+
+@cli.group(cls=Folder)
 def ca() -> None:
     """A certificate authority for one mesh, kept in a folder: see `l4mesh ca init`."""
 

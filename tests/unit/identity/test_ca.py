@@ -178,6 +178,27 @@ policies: [{{name: only-web, action: allow, workloads: {{app: redis}}, from: [{{
     assert (asked.exit_code, "none of them matches" in asked.output) == (1, True)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ca init --trust-domain example.org {file}",
+        "ca init --trust-domain example.org {file}/ca",
+        "ca init --trust-domain example.org {half}",
+        "ca issue {ca} spiffe://example.org/a --out {file}/a/web",
+        "ca sign {ca} {request} --out {file}/web.pem",
+    ],
+)
+def test_files_that_can_t_be_touched_are_named(tmp_path: Path, words: str) -> None:
+    CertificateAuthority.create(tmp_path / "ca", "example.org")
+    (tmp_path / "file").touch()
+    (tmp_path / "request").write_bytes(make_request("spiffe://example.org/a")[1])
+    (tmp_path / "half/1/left").mkdir(parents=True)
+    places = {name: tmp_path / name for name in ("ca", "file", "half", "request")}
+    error = CliRunner().invoke(cli, words.format(**places).split()).exception
+    assert isinstance(error, CommandError), error
+    assert str(tmp_path) in str(error)
+
+
 def test_a_folder_that_is_no_ca_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="l4mesh ca init"):
         CertificateAuthority(tmp_path)
