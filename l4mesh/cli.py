@@ -35,6 +35,7 @@ netns_option = click.option("--netns", metavar="NAME", help="Work in this networ
 
 def main() -> None:
     """Entry point. Turns the errors that an operator can do something about into one line each."""
+    _open_standard_streams()
     try:
         cli(standalone_mode=True)
     except ConfigError as error:
@@ -49,6 +50,17 @@ def main() -> None:
         if error.errno != errno.ENOSPC or error.filename:
             raise
         fail(f"standard output: {error.strerror}")
+
+
+def _open_standard_streams() -> None:
+    """What is closed of them would be the number of the next socket: what is written there would go to a stranger, and libuv aborts."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def fail(message: str) -> NoReturn:
@@ -481,7 +493,7 @@ def _console() -> Any:
 
     # Output that goes into a file or a pipe keeps its columns whatever the width of a terminal.
     # And an IPv6 address in brackets is no markup.
-    return Console(width=shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 200, markup=False)
+    return Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 200, markup=False)
 
 
 def _ask(admin: str, *paths: str) -> list[dict[str, Any]]:

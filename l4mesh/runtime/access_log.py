@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import logging
 import os
 import queue
 import sys
 import threading
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -32,12 +34,21 @@ def configure_logging() -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        # One write a line: while one process takes over from another, both have this file.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
         cache_logger_on_first_use=True,
     )
     # What strangers send to the admin server is no event of ours; failures of its handlers are logged where they happen.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+
+
+class _StandardError(io.TextIOBase):
+    """One that is full, or that nobody reads any more, costs lines and nothing else."""
+
+    def write(self, line: str) -> int:
+        # One write a line: while one process takes over from another, both have this file.
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+        return len(line)
 
 
 def make_fields(record: ConnectionRecord) -> dict[str, Any]:

@@ -170,6 +170,20 @@ def test_a_log_that_is_stuck_costs_lines_and_never_traffic(mesh: Factory, tmp_pa
         os.close(keep)
 
 
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2> >(:)", "<&- >&- 2>&-"], ids=["full", "unread", "closed"])
+def test_standard_streams_that_fail_cost_lines_and_never_the_process(mesh: Factory, streams: str) -> None:
+    with Server(echo) as server:
+        config = simple(server.address) | {"access_log": {"when": "always"}}
+        m = mesh(config, prefix=("bash", "-c", f'exec "$@" {streams}', "bash"))
+        m.write(config | {"nonsense": 1})
+        wait_until(lambda: m.status()["config"]["failed"] >= 1, "there is something to say")
+        with connect(m.port()) as client:
+            talk(client)
+        m.wait_closed(downstream_closed=1)
+        m.write(config)
+        wait_until(lambda: m.status()["config"]["last_error"] is None, "it goes on")
+
+
 def test_the_commands_show_it(mesh: Factory) -> None:
     with Server(echo) as server:
         m = mesh(simple(server.address, {"address": "[fd00::1]:9", "weight": 0}))
