@@ -23,6 +23,8 @@ from l4mesh.snapshot import ConnectionRecord
 QUEUE_BATCHES = 64
 """Batches of at most a few hundred records that wait for the writer."""
 
+log = structlog.get_logger()
+
 
 def configure_logging() -> None:
     """The process's own events: JSON lines on standard error."""
@@ -105,6 +107,9 @@ class AccessLog:
         self._queue: queue.Queue[list[ConnectionRecord] | None] = queue.Queue(QUEUE_BATCHES)
         self._reopen = threading.Event()
         self._fd = -1
+        self._torn = False
+        """What was written last is not the end of a line."""
+        self._error = ""
         self._thread = threading.Thread(target=self._run, name="l4mesh-log", daemon=True)
         self._thread.start()
 
@@ -128,29 +133,41 @@ class AccessLog:
 
     def _run(self) -> None:
         while (records := self._queue.get()) is not None:
-            data = b"".join(self._format(record) for record in records)
-            if not self._put(data):
-                self.dropped += len(records)
+            self.dropped += self._put(b"".join(self._format(record) for record in records))
         self._close_file()
 
     def _format(self, record: ConnectionRecord) -> bytes:
         line = self._render(None, "", make_fields(record))
         return (line if isinstance(line, str) else line.decode()).encode() + b"\n"
 
-    def _put(self, data: bytes) -> bool:
-        """Whether all of it was written. Blocks this thread as long as the reader does."""
+    def _put(self, data: bytes) -> int:
+        """Gives how many lines were not written. Blocks this thread as long as the reader does."""
+        error = ""
         try:
             if self._fd < 0 or self._reopen.is_set():
                 self._open_file()
+            if self._torn:
+                # What is left of a line that was given up must not take the next one with it.
+                os.write(self._fd, b"\n")
+                self._torn = False
             while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:
-            return False
-        return True
+                written = os.write(self._fd, data)
+                self._torn = not data[:written].endswith(b"\n")
+                data = data[written:]
+        except OSError as failed:
+            error = os.strerror(failed.errno or 0)
+        if error != self._error:
+            self._error = error
+            if error:
+                log.error("access_log_failed", path=self._path, error=error, means="lines are lost and counted until it can be written")
+            else:
+                log.info("access_log_written", path=self._path, lost=self.dropped)
+        return data.count(b"\n")
 
     def _open_file(self) -> None:
         self._reopen.clear()
         self._close_file()
+        self._torn = False
         if self._path == "-":
             self._fd = sys.stdout.fileno()
         else:

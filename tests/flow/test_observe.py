@@ -1,7 +1,9 @@
 """What operators see: admin server, metrics, access log, and the commands that show them."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -168,6 +170,38 @@ def test_a_log_that_is_stuck_costs_lines_and_never_traffic(mesh: Factory, tmp_pa
             talk(client)
     if keep >= 0:
         os.close(keep)
+
+
+def test_a_log_that_is_full_for_a_while_loses_what_is_counted_and_no_more(mesh: Factory, tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    with Server(echo) as server:
+        config = simple(server.address) | {"access_log": {"path": str(path), "when": "always"}}
+        m = mesh(config, prefix=("prlimit", "--fsize=20000:unlimited"))
+        port, count = m.port(), 0
+
+        def connect_once() -> None:
+            nonlocal count
+            with connect(port) as client:
+                talk(client)
+            count += 1
+
+        def lost() -> int:
+            return int(m.total("l4mesh_access_log_dropped_total"))
+
+        while not lost():
+            connect_once()
+        resource.prlimit(m.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        for _ in range(3):
+            connect_once()
+        wait_until(lambda: sum(map(is_json, path.read_text().splitlines())) + lost() == count, "every line is there or counted")
+        said = [(event["event"], event.get("error")) for event in m.events() if event["event"].startswith("access_log")]
+        assert said == [("access_log_failed", "File too large"), ("access_log_written", None)]
+
+
+def is_json(line: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(json.loads(line))
+    return False
 
 
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2> >(:)", "<&- >&- 2>&-"], ids=["full", "unread", "closed"])
