@@ -168,7 +168,9 @@ class App:
             log.info(
                 "ready",
                 admin=self._admin_address,
-                listeners={name: str(address) for name, address in self._bound},
+                listeners={
+                    name: ", ".join(str(address) for owner, address in self._bound if owner == name) for name in config.listeners
+                },
                 workers=self._n_workers,
                 connections_limit=self._max_connections(config),
                 pid=os.getpid(),

@@ -31,6 +31,13 @@ def test_every_page_answers_and_nothing_else_is_allowed(mesh: Factory) -> None:
         assert m.get("/config")["clusters"]["web"]["endpoints"][0]["port"] == server.port
 
 
+def test_the_first_event_names_every_address(mesh: Factory) -> None:
+    with Server(echo) as server:
+        m = mesh(simple(server.address, listener={"bind": ["127.0.0.1:0", "127.0.0.2:0"]}))
+        [ready] = [event for event in m.events() if event["event"] == "ready"]
+        assert ready["listeners"] == {"web": f"127.0.0.1:{m.port()}, 127.0.0.2:{m.port(bind=1)}"}
+
+
 def test_the_admin_server_survives_abuse(mesh: Factory) -> None:
     with Server(echo) as server:
         m = mesh(simple(server.address))
