@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from l4mesh.config import schema
 from l4mesh.config.quantities import shown
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
@@ -501,7 +503,11 @@ def _locate(findings: list[Finding], texts: dict[str, str] | None = None) -> lis
     problems: list[Problem] = []
     for file, inside in by_file.items():
         text = texts[file] if texts else _read_again(file)
-        lines = find_lines(text, [path for _, path, _ in inside]) if text else [0] * len(inside)
+        try:
+            lines = find_lines(text, [path for _, path, _ in inside]) if text else [0] * len(inside)
+        except yaml.YAMLError:
+            # Somebody is writing it.
+            lines = [0] * len(inside)
         problems += [Problem(file, line, show_path(path), message) for (_, path, message), line in zip(inside, lines, strict=True)]
     return problems
 

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4mesh.config import schema
+from l4mesh.config import load, schema
 from l4mesh.config.load import ConfigCache, load_config, parse_config
 from l4mesh.datapath import Datapath
 from l4mesh.errors import CloseReason, ConfigError, Fault
@@ -298,6 +298,21 @@ def test_a_folder_that_may_not_be_read_is_a_mistake_like_any_other() -> None:
             os.seteuid(user)
             Path(outer).chmod(0o700)
             folder.chmod(0o700)
+
+
+def test_a_file_that_changes_while_its_mistakes_are_looked_up_is_a_mistake_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, a="node: {name: 1}\n")
+    read_again = load._read_again
+
+    def after_another(file: str) -> str:
+        write(tmp_path, a="node: {name: [\n")
+        return read_again(file)
+
+    monkeypatch.setattr(load, "_read_again", after_another)
+    with pytest.raises(ConfigError, match="a.yaml: node.name: must be"):
+        load_config([tmp_path])
 
 
 def test_bombs_are_refused() -> None:
