@@ -209,7 +209,10 @@ def _run(command: list[str], netns: str | None, *, stdin: str | None = None, may
     prefix: list[str] = []
     if netns:
         prefix = ["nsenter", f"--net={netns}"] if "/" in netns else ["ip", "netns", "exec", netns]
-    done = subprocess.run([*prefix, *command], input=stdin, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([*prefix, *command], input=stdin, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CommandError(f"{' '.join(command)}: can't be run: {error.strerror}") from None
     if done.returncode and not may_fail:
         said = (done.stderr or done.stdout).strip().splitlines()
         reason = said[0] if said else f"exit code {done.returncode}"

@@ -232,6 +232,8 @@ class Supervisor:
                 signal.signal(number, lambda *_: None)
             self._watch(signals.fileno(), lambda: self._take_signals(signals))
             self._child = self._start()
+            if self._child is None:
+                return 1
             try:
                 while self._code is None:
                     self._turn()
@@ -261,8 +263,8 @@ class Supervisor:
             self._ping_at = now + self._ping_s
             notify(WATCHDOG=1)
         if now >= self._restart_at:
-            self._restart_at = float("inf")
             self._child = self._start()
+            self._restart_at = float("inf") if self._child else now + RETRY_S
         if now >= self._rules.due_at:
             self._rules.look()
             self._tell_status()
@@ -277,7 +279,18 @@ class Supervisor:
 
     # -- children --------------------------------------------------------------------------------------------------------
 
-    def _start(self) -> Child:
+    def _start(self) -> Child | None:
+        """None: the machine has no process or descriptor left for it, or its program is being replaced; that was said."""
+        try:
+            child = self._spawn()
+        except OSError as error:
+            log("data_plane_not_started", "error", error=os.strerror(error.errno or 0))
+            return None
+        self._watch(child.channel.fileno(), lambda: self._read(child))
+        self._watch(child.pidfd, lambda: self._bury(child))
+        return child
+
+    def _spawn(self) -> Child:
         ours, theirs = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
         with theirs:
@@ -286,10 +299,12 @@ class Supervisor:
                 self._command, env=environment | {CHANNEL: str(theirs.fileno())}, pass_fds=(theirs.fileno(),), process_group=0
             )
         ours.setblocking(False)
-        child = Child(process, os.pidfd_open(process.pid), ours)
-        self._watch(ours.fileno(), lambda: self._read(child))
-        self._watch(child.pidfd, lambda: self._bury(child))
-        return child
+        try:
+            return Child(process, os.pidfd_open(process.pid), ours)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
 
     def _read(self, child: Child) -> None:
         """All that it has said so far."""
@@ -400,6 +415,9 @@ class Supervisor:
             log("upgrade_refused", "warning", means="there is one under way, or nothing to upgrade")
             return
         self._successor = self._start()
+        if self._successor is None:
+            self._child.tell("successor_ended", code=1)
+            return
         log("upgrade_begins", old=self._child.process.pid, new=self._successor.process.pid)
 
     # -- signals ---------------------------------------------------------------------------------------------------------

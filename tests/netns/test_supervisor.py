@@ -215,6 +215,25 @@ def test_until_a_crashed_child_is_replaced_traffic_is_refused_or_let_past(net: N
     wait_until(lambda: m.status()["supervisor"]["restarts"] >= 3, "the child knows")
 
 
+def test_a_program_that_can_t_be_started_is_tried_again(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.symlink_to(sys.executable)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.setattr(sys, "executable", str(program))
+    m = net.start(config())
+    wait_event(m, "redirect_applied")
+    child = child_of(m)
+    program.rename(tmp_path / "away")
+    m.process.send_signal(signal.SIGUSR2)
+    wait_event(m, "data_plane_not_started")
+    assert net.dial() == NODE
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: sum(event["event"] == "data_plane_not_started" for event in m.events()) > 1, "it is missed")
+    (tmp_path / "away").rename(program)
+    wait_event(m, "replaced")
+    assert net.dial() == NODE
+
+
 def test_a_stuck_worker_is_replaced(net: Net) -> None:
     m = net.start(config(watchdog="500ms"))
     wait_event(m, "redirect_applied")

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from l4mesh.capture.host import check_rules
 from l4mesh.capture.render import JUMPS, render_all
 from l4mesh.capture.rules import build_rules
 from l4mesh.config.load import parse_config
+from l4mesh.errors import CommandError
 
 GOLDEN = Path(__file__).parent / "golden"
 V4, V6, BOTH = '"0.0.0.0:15001"', '"[::]:15001"', '["0.0.0.0:15001", "[::]:15001"]'
@@ -71,3 +73,12 @@ def test_marked_packets_are_left_alone_before_anything_else() -> None:
         for chain, lines in chains.items():
             if chain in JUMPS and chain not in ("L4MESH_RETURN", "L4MESH_FORWARD"):
                 assert "--mark 0x539/0xfff -j RETURN" in lines[0]
+
+
+def test_a_tool_that_can_t_be_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "iptables-save"
+    tool.write_text("#!/nowhere\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CommandError, match="iptables-save: can't be run: No such file"):
+        check_rules([])
