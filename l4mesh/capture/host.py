@@ -12,11 +12,14 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from l4mesh.capture.render import JUMPS, render, rule_commands
 from l4mesh.capture.rules import CHAIN_PREFIX, ROUTE_PREFERENCE, ROUTE_TABLE, FamilyRules
 from l4mesh.errors import CommandError
 
+_V6 = Path("/proc/net/if_inet6")
+"""Not there where the kernel was told to do without IPv6."""
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 Place = tuple[str, str]
 """(table, chain)"""
@@ -88,7 +91,7 @@ def remove_rules(netns: str | None = None) -> None:
 
 
 def _remove_family(is_v6: bool, netns: str | None) -> None:
-    if is_v6 and not shutil.which("ip6tables-save"):
+    if is_v6 and not _knows_v6():
         return
     found = _list(is_v6, netns)
     if found.chains or found.jumps:
@@ -99,7 +102,7 @@ def _remove_family(is_v6: bool, netns: str | None) -> None:
 
 def _check_family(family: FamilyRules | None, is_v6: bool, netns: str | None, wanted: Listing | None) -> list[str]:
     name = "IPv6" if is_v6 else "IPv4"
-    if family is None and is_v6 and not shutil.which("ip6tables-save"):
+    if family is None and is_v6 and not _knows_v6():
         return []
     found = _list(is_v6, netns)
     if wanted is None:
@@ -121,6 +124,11 @@ def _check_family(family: FamilyRules | None, is_v6: bool, netns: str | None, wa
     if not differences and found.jumps != wanted.jumps:
         differences.append(f"{name}: the jumps to our chains are in another order")
     return differences + [f"{name} {text}" for text in _check_routes(family, is_v6, netns)]
+
+
+def _knows_v6() -> bool:
+    """Where IPv6 is not known there is nothing of ours in it, and to ask would be an error."""
+    return bool(shutil.which("ip6tables-save")) and _V6.exists()
 
 
 def _compare(wanted: list[str], found: list[str]) -> list[str]:

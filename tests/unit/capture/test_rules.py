@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from l4mesh.capture.host import check_rules
+from l4mesh.capture import host
+from l4mesh.capture.host import apply_rules, check_rules, remove_rules
 from l4mesh.capture.render import JUMPS, render_all
 from l4mesh.capture.rules import build_rules
 from l4mesh.config.load import parse_config
@@ -82,3 +83,18 @@ def test_a_tool_that_can_t_be_run_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CommandError, match="iptables-save: can't be run: No such file"):
         check_rules([])
+
+
+def test_a_kernel_without_ipv6_has_no_rules_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = "echo Address family not supported by protocol >&2; exit 2"
+    for name, script in {
+        "iptables-save": "", "iptables-restore": "", "ip6tables-save": refuses, "ip6tables-restore": refuses,
+        "ip": f"case \"$*\" in *-6*) {refuses};; *) echo '[]';; esac",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(host, "_V6", tmp_path / "none")
+    assert check_rules([]) == []
+    remove_rules()
+    assert apply_rules([]) == {False: host.Listing(), True: host.Listing()}
