@@ -8,6 +8,8 @@ import io
 import logging
 import os
 import queue
+import select
+import stat
 import sys
 import threading
 from datetime import UTC, datetime
@@ -44,12 +46,19 @@ def configure_logging() -> None:
 
 
 class _StandardError(io.TextIOBase):
-    """One that is full, or that nobody reads any more, costs lines and nothing else."""
+    """One that is full, blocked, or that nobody reads any more, costs lines and nothing else."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+        # A pipe that has room has it for so much. Into a file a line goes by one write: two processes have it while one takes over.
+        self._most = 1 << 30 if stat.S_ISREG(os.fstat(2).st_mode) else select.PIPE_BUF
 
     def write(self, line: str) -> int:
-        # One write a line: while one process takes over from another, both have this file.
+        data = line.encode()
         with contextlib.suppress(OSError):
-            os.write(2, line.encode())
+            while data and self._poll.poll(0):
+                data = data[os.write(2, data[: self._most]) :]
         return len(line)
 
 

@@ -56,7 +56,9 @@ def log(event: str, level: str = "info", **fields: object) -> None:
     """A line like those of the child, without its logging library."""
     line = json.dumps({**fields, "event": event, "level": level, "time": datetime.now(UTC).isoformat().replace("+00:00", "Z")})
     with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+        # A line is lost where it would have to wait: the child and the rules can't.
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f"{line}\n".encode())
 
 
 def encode_rules(families: Sequence[FamilyRules]) -> list[dict[str, Any]]:

@@ -211,11 +211,15 @@ def is_json(line: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("streams", ["2>/dev/full", "2> >(:)", "<&- >&- 2>&-"], ids=["full", "unread", "closed"])
-def test_standard_streams_that_fail_cost_lines_and_never_the_process(mesh: Factory, streams: str) -> None:
-    with Server(echo) as server:
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2> >(:)", "<&- >&- 2>&-", "2>{pipe}"], ids=["full", "unread", "closed", "blocked"])
+def test_standard_streams_that_fail_cost_lines_and_never_the_process(mesh: Factory, tmp_path: Path, streams: str) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with Server(echo) as server, os.fdopen(os.open(pipe, os.O_RDWR | os.O_NONBLOCK), "wb", buffering=0) as filled:
+        while filled.write(b"x" * 4096):
+            pass
         config = simple(server.address) | {"access_log": {"when": "always"}}
-        m = mesh(config, prefix=("bash", "-c", f'exec "$@" {streams}', "bash"))
+        m = mesh(config, prefix=("bash", "-c", f'exec "$@" {streams.format(pipe=pipe)}', "bash"))
         m.write(config | {"nonsense": 1})
         wait_until(lambda: m.status()["config"]["failed"] >= 1, "there is something to say")
         with connect(m.port()) as client:
