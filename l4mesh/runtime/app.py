@@ -31,7 +31,7 @@ from l4mesh.runtime.listeners import Listeners, Place
 from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.notify import notify
 from l4mesh.runtime.outlier import OutlierDetector
-from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus
+from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus, control_groups
 from l4mesh.runtime.reload import Reloader
 from l4mesh.runtime.renewer import Renewer
 from l4mesh.runtime.resolve import Resolver
@@ -70,14 +70,20 @@ def run(paths: Sequence[Path]) -> int:
     return 0
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the cgroup's quota rounded up."""
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: its affinity, and the least quota of its control groups (version 2) rounded up.
+
+    ``root``: for tests, in the place of ``/``.
+    """
     cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
+    for group in control_groups(root):
+        try:
+            quota, period = (group / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            cpus = max(1, min(cpus, math.ceil(int(quota) / int(period))))
+    return cpus
 
 
 def raise_descriptor_limit() -> int:

@@ -172,7 +172,7 @@ class MemoryGauge:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        self._groups = [(group, names) for group in _control_groups(root) for names in self._NAMES if (group / names[1]).exists()]
+        self._groups = [(group, names) for group in control_groups(root) for names in self._NAMES if (group / names[1]).exists()]
         self._total = _read_fields(root / "proc/meminfo").get("MemTotal", 0) * 1024
         self._resident = 0
 
@@ -200,8 +200,8 @@ class MemoryGauge:
             return None
 
 
-def _control_groups(root: Path) -> list[Path]:
-    """Folders of the memory control groups that this process is in, up to the outermost."""
+def control_groups(root: Path) -> list[Path]:
+    """Folders of the control groups that this process is in, up to the outermost; of version 1 those for memory."""
     groups: list[Path] = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -222,7 +222,7 @@ def _control_groups(root: Path) -> list[Path]:
                 groups.append(folder)
                 folder = folder.parent
             groups.append(mount)
-    return [group for group in groups if (group / "memory.stat").exists()]
+    return [group for group in groups if group.exists()]
 
 
 def _read_fields(file: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ import pytest
 
 from l4mesh.config.load import parse_config
 from l4mesh.model import Config
+from l4mesh.runtime.app import usable_cpus
 from l4mesh.runtime.overload import COUNT_ONLY, MemoryGauge, Orders, OverloadMonitor, Shedder, fair_share, next_level
 from l4mesh.snapshot import ShedSnapshot
 
@@ -220,3 +221,13 @@ def test_without_a_descriptor_memory_is_what_it_was(tmp_path: Path) -> None:
     before = gauge.read(0, 0)
     (tmp_path / "proc/self/statm").unlink()
     assert gauge.read(0, 0) == before
+
+
+def test_the_least_quota_of_the_groups_counts_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    machine(tmp_path, "0::/system.slice/l4mesh.service\n", {"sys/fs/cgroup/system.slice/l4mesh.service/cpu.max": "250000 100000\n"})
+    assert usable_cpus(tmp_path) == 3
+    (tmp_path / "sys/fs/cgroup/system.slice/cpu.max").write_text("100000 100000\n")
+    assert usable_cpus(tmp_path) == 1
+    (tmp_path / "proc/self/cgroup").write_text("0::/other\n")
+    assert usable_cpus(tmp_path) == 8
