@@ -312,6 +312,7 @@ class App:
         self._bound = bound
         self._listeners.close_unused(config)
         _say_faults(config)
+        _say_missing_privilege(config)
         return generation
 
     def _applied(self, config: Config) -> None:
@@ -526,3 +527,16 @@ def _say_faults(config: Config) -> None:
         log.warning("faults_enabled", rules=config.fault_rules, means="connections are delayed or broken on purpose")
     elif config.fault_rules:
         log.info("faults_not_enabled", rules=config.fault_rules, means="they do nothing; faults: {enabled: on} puts them in force")
+
+
+def _say_missing_privilege(config: Config) -> None:
+    """What captures can't dial without its mark, which would else be seen in single connections only."""
+    if not config.own_mark:
+        return
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, config.own_mark)
+    except PermissionError:
+        log.error("mark_not_permitted", means="no connection can be made: capture needs CAP_NET_ADMIN")
+    except OSError as error:
+        log.error("mark_not_tried", error=os.strerror(error.errno or 0))

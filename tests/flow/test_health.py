@@ -357,6 +357,8 @@ def test_a_check_that_may_not_be_made_is_not_counted_and_is_said(mesh: Factory) 
         assert m.cluster()["endpoints"][0]["out"] == []
         said = [event for event in m.events() if event["event"] == "health_check_not_made"]
         assert [event["error"] for event in said] == ["EPERM (Operation not permitted)"]
+        said = [event for event in m.events() if event["event"] == "mark_not_permitted"]
+        assert [event["means"] for event in said] == ["no connection can be made: capture needs CAP_NET_ADMIN"]
 
 
 def test_equal_checks_are_made_once(mesh: Factory) -> None:
