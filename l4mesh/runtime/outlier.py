@@ -183,7 +183,7 @@ class OutlierDetector:
         for address in watched.outliers.due(now_ms):
             if watched.cluster.outlier_detection and watched.cluster.outlier_detection.probe:
                 watched.outliers.postpone(address, now_ms)
-                task = asyncio.get_running_loop().create_task(self._probe_then_return(name, address))
+                task = asyncio.get_running_loop().create_task(self._probe_then_return(name, watched, address))
                 self._probes.add(task)
                 task.add_done_callback(self._probes.discard)
             else:
@@ -225,8 +225,8 @@ class OutlierDetector:
             self._registry.put_back(name, address, OutCause.EJECTED)
             log.info("endpoint_returned", cluster=name, endpoint=address, after_s=round((now_ms - ejection.since_ms) / 1000, 1))
 
-    async def _probe_then_return(self, name: str, address: str) -> None:
-        watched = self._watched[name]
+    async def _probe_then_return(self, name: str, watched: _Watched, address: str) -> None:
+        """``watched`` as it was: the configuration may be another by now."""
         if await self._probe(watched.endpoints[address], watched.cluster.connect_timeout_ms, self._mark):
             self._put_back(name, address)
         else:

@@ -135,6 +135,21 @@ def test_a_probe_decides_about_the_return() -> None:
     asyncio.run(run())
 
 
+def test_a_probe_of_what_is_gone_meanwhile_is_nobody_s() -> None:
+    async def run() -> None:
+        bench = Bench(config_of(outlier="{interval: 1s, base_ejection: 1s, probe: on}"))
+        bench.fail("10.0.0.1:80")
+        bench.answers = [True]
+        bench.now_ms += 1000
+        bench.detector.look()
+        bench.configure(replace(bench.config, clusters={}))
+        [probe] = asyncio.all_tasks() - {asyncio.current_task()}
+        await probe
+        assert bench.answers == []
+
+    asyncio.run(run())
+
+
 def test_another_process_goes_on_with_what_this_one_knows() -> None:
     old = Bench(config_of(2))
     old.fail("10.0.0.1:80")
