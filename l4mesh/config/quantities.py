@@ -34,7 +34,7 @@ _SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)%")
 _ARRIVALS = re.compile(r"(\d{1,9})/([smh])")
 _ARRIVALS_S = {"s": 1, "m": 60, "h": 3600}
 _HOST_NAME = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
-_MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|\d{1,10})/(0x[0-9a-fA-F]{1,8}|\d{1,10})")
+_MARK = re.compile(r"(0x[0-9a-fA-F]{1,8}|0|[1-9][0-9]{0,9})/(0x[0-9a-fA-F]{1,8}|0|[1-9][0-9]{0,9})")
 MAX_DURATION_MS = 366 * 86_400_000
 MAX_SHORT_MS = 7 * 86_400_000
 """Of what workers count in 32 bits, and the kernel in 31."""

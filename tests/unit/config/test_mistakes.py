@@ -189,6 +189,7 @@ CASES = [
     (top("workers: many\n"), "5: workers: must be auto or a whole number from 1 to 256; got 'many'"),
     (top("splice: fast\n"), "5: splice: must be on or off; got 'fast'"),
     (top("marks: {upstream: 0x539}\n"), '5: marks.upstream: must be a mark and its mask, such as "0x539/0xfff"; got 1337'),
+    (top('marks: {upstream: "010/0xff"}\n'), "5: marks.upstream: must be a mark and its mask, such as \"0x539/0xfff\"; got '010/0xff'"),
     (top('marks: {upstream: "0x1000/0xfff"}\n'), "5: marks.upstream: must be a mark other than 0 that lies within its mask; got '0x1000/0xfff'"),
     (top("upgrade: {socket: run/up.sock}\n"), "5: upgrade.socket: must be the whole path of a socket, of at most 107 bytes, or off; got 'run/up.sock'"),
     (top("upgrade: /run/up.sock\n"), "5: upgrade: must be a mapping of keys; got '/run/up.sock'"),
