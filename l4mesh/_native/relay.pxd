@@ -6,7 +6,8 @@
 # no buffer and no pipe, and splice is on by default.
 #
 # The two meanings of EAGAIN from splice(2), "socket empty" and "pipe full", are kept apart by never filling a pipe that has
-# bytes in it: then it can only be the socket. That is also why a short fill proves nothing and only 0 is the end.
+# bytes in it: then it can only be the socket. That is also why a short fill proves nothing. Nor does 0, which is the end or an urgent
+# mark before it: splice never gets past one, and recv, which does, tells.
 #
 # Where TLS is on either side the copy path reads and writes through it (tls.pxd) and moves up to PLAIN_BYTES at a time; then what
 # the destination did not take is kept as the bytes of its wire, ciphertext included.
@@ -329,7 +330,8 @@ cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *
     cdef half_t *half = &conn.phase.half[h]
     cdef side_t *source = &conn.side[h]
     cdef ssize_t n
-    if half.pipe.read_fd < 0 and not pipe_take(worker, &half.pipe):
+    if source.flags & SIDE_URGENT or (half.pipe.read_fd < 0 and not pipe_take(worker, &half.pipe)):
+        # splice never gets past an urgent mark.
         half.flags &= ~<uint8_t> HALF_SPLICE
         return FLOW_MORE
     if limit > PIPE_BYTES:
@@ -341,7 +343,9 @@ cdef inline flow_t half_splice(worker_t *worker, conn_t *conn, int h, uint32_t *
             return FLOW_MORE
         return source_failed(conn, source)
     if n == 0:
-        return half_end(half, source)
+        # The end, or a FIN behind an urgent mark that nobody has told us of yet: recv knows.
+        half.flags &= ~<uint8_t> HALF_SPLICE
+        return FLOW_MORE
     moved[0] += <uint32_t> n
     half.piped = <uint32_t> n
     if n < SMALL_FILL and <uint32_t> n < limit:

@@ -200,6 +200,29 @@ def test_urgent_data_hides_no_later_byte(mesh: Factory) -> None:
                 assert read_to_end(client) == (b"before!" + b"after" * 100, "FIN")
 
 
+def test_urgent_data_in_a_stream_hides_no_later_byte(mesh: Factory) -> None:
+    # splice stops at the urgent mark as at the end of what there is; with the FIN behind it, as at the end of the stream.
+    stream = make_bytes(4 * MB)
+
+    def serve(peer: socket.socket) -> None:
+        assert read_exactly(peer, len(stream)) == stream
+        peer.sendall(b"go on")
+        data, _ = read_to_end(peer)
+        peer.sendall(data)
+
+    with Server(serve) as server:
+        m = mesh(simple(server.address))
+        with connect(m.port()) as client:
+            client.sendall(stream)
+            assert read_exactly(client, 5) == b"go on"
+            assert [connection["spliced"] for connection in m.get("/connections")["connections"]] == [True]
+            client.sendall(b"before")
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(b"after" * 100)
+            client.shutdown(socket.SHUT_WR)
+            assert read_to_end(client) == (b"before!" + b"after" * 100, "FIN")
+
+
 def test_a_server_may_speak_first(mesh: Factory) -> None:
     def serve(peer: socket.socket) -> None:
         peer.sendall(b"220 ready\r\n")
