@@ -1605,6 +1605,13 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
         if flow == FLOW_MORE:
             more = True
         elif flow == FLOW_END:
+            if h == UPSTREAM:
+                outlier_ended(worker, conn)
+            if conn.side[h].flags & SIDE_ERROR:
+                # It reset behind its end, before we came to read that: a read tells of the end alone.
+                conn.errno_seen = socket_error(conn.side[h].fd)
+                conn_reset(worker, conn, slot, h)
+                return
             if conn.phase.half[1 - h].flags & HALF_SHUT:
                 # The second end: closing tells it as well as shutdown would.
                 conn_finish(
@@ -1612,8 +1619,6 @@ cdef void conn_relay(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nog
                     CLOSE_DOWNSTREAM_CLOSED if conn.first_end == DOWNSTREAM else CLOSE_UPSTREAM_CLOSED, False,
                 )
                 return
-            if h == UPSTREAM:
-                outlier_ended(worker, conn)
             shutdown(conn.side[1 - h].fd, SHUT_WR)
             half.flags |= HALF_SHUT
             conn.first_end = <uint8_t> h

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Factory
+from tests.flow.test_fairness import at_once
 from tests.support.mesh import simple
-from tests.support.peers import Server, black_hole, closed_port, connect, is_refused, read_exactly, read_to_end, reset, unsent
+from tests.support.peers import RST, Server, black_hole, closed_port, connect, is_refused, read_exactly, read_to_end, reset, unsent
 from tests.support.proxies import run_proxy
 from tests.support.waiting import wait_until
 
@@ -223,3 +224,22 @@ def test_two_resets_end_a_connection_that_both_sides_had_blocked(mesh: Factory) 
         reset(peer)
         stage.done.set()
         wait_until(lambda: m.active() == 0, "the connection has ended")
+
+
+@pytest.mark.parametrize("who", ["downstream", "upstream"])
+def test_a_reset_that_comes_with_the_end_before_it_is_a_reset(mesh: Factory, who: str) -> None:
+    stage = Stage()
+    with Server(stage.serve) as server:
+        m = mesh(simple(server.address))
+        client = connect(m.port())
+        client.sendall(b"hello")
+        read_exactly(stage.peer(), 5)
+        leaves, stays = (client, stage.peer()) if who == "downstream" else (stage.peer(), client)
+        with at_once(m):
+            leaves.sendall(b"the last")
+            leaves.shutdown(socket.SHUT_WR)
+            reset(leaves)
+        assert read_to_end(stays) == (b"the last", RST)
+        stage.done.set()
+        m.wait_closed(**{f"{who}_reset": 1})
+        client.close()
