@@ -556,9 +556,12 @@ class Datapath:
                 compiled=[cluster for cluster in removed.compiled if cluster.dials],
                 endpoints=[stat for stat in removed.endpoints if stat.in_use],
             )
+            # A connection that was routed there and is still in its handshake has yet to be counted.
+            awaited = {cluster.stat for cluster in self._removed.compiled}
             for name, stat, was_idle in removed.clusters:
-                if stat.active or not was_idle:
-                    self._removed.clusters.append((name, stat, not stat.active))
+                is_idle = stat not in awaited and not stat.active
+                if not (is_idle and was_idle):
+                    self._removed.clusters.append((name, stat, is_idle))
                 else:
                     self._retired_clusters = _read_cluster("(removed)", self._retired_clusters, stat)
                     del self._names[stat.id]

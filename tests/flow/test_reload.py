@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import Factory
+from tests.flow.test_tls import client_context, inbound
+from tests.support.certificates import Files
 from tests.support.mesh import Config, simple
 from tests.support.peers import Server, black_hole, closed_port, connect, echo, read_to_end, talk
 from tests.support.proxies import free_port
@@ -288,3 +290,23 @@ def test_a_dial_under_way_goes_on_among_the_endpoints_it_began_with(mesh: Factor
             m.reload(simple(new.address, listener=listener) | zones)
             assert ask(m.port()) == b"new"
             assert read_to_end(client) == (b"old", "FIN")
+
+
+def test_a_handshake_under_way_counts_in_the_cluster_that_it_was_routed_to(mesh: Factory, web: Files, redis: Files) -> None:
+    with Server(echo) as server:
+        config = inbound(redis, server.address)
+        config["listeners"][0]["bind"] = f"127.0.0.1:{free_port()}"
+        m = mesh(config)
+        with connect(m.port()) as plain:
+            wait_until(lambda: m.active() == 1, "the handshake is under way")
+            config["listeners"][0]["cluster"] = "new"
+            m.reload(config | {"clusters": [{"name": "new", "endpoints": [server.address]}]})
+            reloaded_s = m.status()["uptime_s"]
+            # What is removed is looked at every second, and forgotten when it was idle twice.
+            wait_until(lambda: m.status()["uptime_s"] > reloaded_s + 3.5, "what is removed and idle is forgotten")
+            with client_context(web, web.bundle).wrap_socket(plain) as client:
+                talk(client)
+                assert m.metrics()['l4mesh_connections_active{cluster="(removed)"}'] == 1
+        [record] = wait_until(m.records, "it is in the access log")
+        assert record["cluster"] == "app"
+        assert m.metrics()['l4mesh_connections_opened_total{cluster="(removed)"}'] == 1
