@@ -88,7 +88,11 @@ cdef inline void wheel_put(wheel_t *wheel, uint32_t id, timer_t *timer, uint64_t
 
 
 cdef inline void wheel_insert(wheel_t *wheel, uint32_t id, timer_t *timer, uint64_t at_ms) noexcept nogil:
-    # Arms a timer that is not in the wheel. A deadline in the past fires at the next advance.
+    # Arms a timer that is not in the wheel. A deadline in the past fires at the next advance. One beyond the reach of the top level
+    # fires early: in that level's current slot it would be spread into the same slot again and again.
+    cdef uint64_t reach_ms = wheel.now_ms + (<uint64_t> (WHEEL_SLOTS - 1) << 6 * (WHEEL_LEVELS - 1))
+    if at_ms > reach_ms:
+        at_ms = reach_ms
     wheel_put(wheel, id, timer, at_ms if at_ms > wheel.now_ms else wheel.now_ms + 1)
 
 

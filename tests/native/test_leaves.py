@@ -64,6 +64,20 @@ def test_the_wheel_fires_each_timer_once_and_never_early(seed: int) -> None:
         assert not due or now <= following <= min(due.values())
 
 
+@pytest.mark.parametrize("now", [1, 2**30, 2**36 - 5000, 2**36 + 5 * 2**30])
+def test_a_deadline_beyond_the_reach_of_the_wheel_fires_early(now: int) -> None:
+    # That of a certificate, which may be good for a thousand years.
+    for beyond in (2**36 - 1, 2**36, 2**36 + 2**30 - 1, 2**45):
+        wheel = probe.Wheel(2, now)
+        wheel.insert(0, now + beyond)
+        wheel.insert(1, now + 10)
+        assert wheel.expire(now + 10) == [1]
+        fires = wheel.next_ms()
+        while not wheel.expire(fires):
+            fires = wheel.next_ms()
+        assert now + 366 * 24 * 3_600_000 < fires <= now + beyond
+
+
 def test_the_wheel_wakes_a_sleeper_only_as_often_as_levels_need() -> None:
     wheel = probe.Wheel(1, 1000)
     wheel.insert(0, 1000 + 3_600_000)
