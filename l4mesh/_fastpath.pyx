@@ -1740,7 +1740,7 @@ cdef void conn_leave(worker_t *worker, conn_t *conn, uint32_t slot, int reason, 
     if conn.leaves_at_ms and conn.leave_reason == reason:
         return
     at_ms = worker.now_ms + worker_random(worker) % (<uint64_t> over_ms + 1)
-    if conn.leaves_at_ms == 0 or at_ms < conn.leaves_at_ms:
+    if conn.leaves_at_ms == 0 or at_ms < conn.leaves_at_ms or not leave_stands(worker, conn):
         conn.leaves_at_ms = at_ms
         conn.leave_reason = <uint8_t> reason
         conn_arm(worker, conn, slot, at_ms)

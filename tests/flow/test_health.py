@@ -17,7 +17,8 @@ from tests.conftest import Factory, skip_or_fail
 from tests.flow.test_tls import inbound, outbound
 from tests.support.certificates import REDIS, Files
 from tests.support.mesh import Config, Mesh, simple
-from tests.support.peers import RST, Server, black_hole, closed_port, connect, echo, read_exactly, read_to_end, reset
+from tests.support.peers import RST, Server, black_hole, closed_port, connect, echo, read_exactly, read_to_end, reset, talk
+from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
 
 CHECK: Config = {"interval": "100ms", "fast_interval": "20ms", "timeout": "500ms"}
@@ -259,6 +260,23 @@ def test_live_connections_of_an_endpoint_that_fails_end_where_that_is_asked(mesh
             m.wait_closed(endpoint_unhealthy=10)
             kept.sendall(b"ho")
             assert read_exactly(kept, 2) == b"ho"
+
+
+def test_live_connections_leave_an_endpoint_that_fails_and_then_is_removed(mesh: Factory) -> None:
+    with Moody() as doctor, Server(echo) as goes, Server(echo) as comes, contextlib.ExitStack() as stack:
+        more: Config = {
+            "listener": {"bind": f"127.0.0.1:{free_port()}"},
+            "health_check": CHECK | {"type": "http", "port": doctor.server.port},
+            "drain": {"unhealthy": "2s", "removed": "4s"},
+        }
+        m = mesh(simple(goes.address, **more))
+        for _ in range(20):
+            talk(stack.enter_context(connect(m.port())))
+        doctor.says = b"HTTP/1.1 500 Ill\r\n\r\n"
+        wait_health(m, goes.address, "unhealthy")
+        m.reload(simple(comes.address, **more))
+        wait_until(lambda: m.active() == 0, "all have left")
+        assert sum(m.closed().get(reason, 0) for reason in ("endpoint_unhealthy", "endpoint_removed")) == 20
 
 
 def test_a_proxy_header_goes_before_the_check(mesh: Factory) -> None:
