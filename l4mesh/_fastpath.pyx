@@ -1761,12 +1761,17 @@ cdef void conn_ask_to_leave(worker_t *worker, conn_t *conn, uint32_t slot, bint 
     if stat == NULL or stat.leave_reason == 0:
         return
     if stat.leave_permille == 1000 or (
-        swept and stat.leave_sweep == worker.sweep and worker_random(worker) % 1000 < stat.leave_permille
+        swept and worker.sweep_from < stat.leave_sweep <= worker.sweep and worker_random(worker) % 1000 < stat.leave_permille
     ):
         conn_leave(worker, conn, slot, stat.leave_reason, stat.leave_over_ms)
 
 
 cdef void worker_begin_sweep(worker_t *worker) noexcept nogil:
+    # For all that was asked since the last one was begun: who asks for a share of connections is to get it once. One under way, begun
+    # again because trust has changed, is still for what it was for.
+    if worker.sweep_end == 0:
+        worker.sweep_from = worker.sweep
+    worker.sweep = load_acquire(&worker.engine.sweep)
     worker.sweep_slot = 0
     worker.sweep_end = worker.n_chunks * CONN_CHUNK
 
@@ -1791,6 +1796,8 @@ cdef void worker_sweep(worker_t *worker) noexcept nogil:
     if worker.sweep_slot >= worker.sweep_end:
         worker.sweep_end = 0
         worker.sweep_trust = 0
+        if load_acquire(&worker.engine.sweep) != worker.sweep:
+            worker_begin_sweep(worker)
 
 
 # -- close and record --------------------------------------------------------------------------------------------------------
@@ -2389,8 +2396,7 @@ cdef void worker_turn(worker_t *worker) noexcept nogil:
         doing(worker, DOING_ACCEPT, 0)
         worker_set_accept_mode(worker, load(&worker.engine.accept_mode))
         worker_forget_listeners(worker, n)
-    if load_acquire(&worker.engine.sweep) != worker.sweep:
-        worker.sweep = load_acquire(&worker.engine.sweep)
+    if worker.sweep_end == 0 and load_acquire(&worker.engine.sweep) != worker.sweep:
         worker_begin_sweep(worker)
     for i in range(n):
         tag = worker.events[i].data.u64

@@ -800,6 +800,7 @@ ctypedef struct worker_t:
     session_t *sessions
     chain_t *chains
     uint64_t sweep                   # the last one that was begun
+    uint64_t sweep_from              # the one before it: it is for what was asked since then
     uint32_t sweep_slot              # the next connection to look at
     uint32_t sweep_end               # 0: none are left
     uint8_t sweep_trust              # trust has changed: are they still let in?

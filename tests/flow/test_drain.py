@@ -5,11 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.conftest import Factory
-from tests.support.mesh import simple
+from tests.support.mesh import Config, simple
 from tests.support.peers import RST, Server, connect, echo, is_refused, read_to_end, talk
 from tests.support.proxies import free_port
+from tests.support.tracer import Tracer, worker_thread
 from tests.support.waiting import wait_until
 
 
@@ -171,3 +173,60 @@ def test_endpoints_that_join_get_their_share_of_live_connections(mesh: Factory) 
         assert m.closed()["rebalanced"] <= 48
         talk(stack.enter_context(connect(m.port())))
         assert m.opened()[second.address] == 1
+
+
+def test_connections_are_asked_once_to_make_room_for_an_endpoint(mesh: Factory) -> None:
+    with Server(echo) as first, Server(echo) as second, contextlib.ExitStack() as stack:
+        bind = f"127.0.0.1:{free_port()}"
+
+        def config(*endpoints: Config, workloads: int = 0) -> Config:
+            return {
+                "listeners": [{"name": "web", "bind": bind, "cluster": "web"}],
+                "clusters": [{"name": "web", "endpoints": list(endpoints), "drain": {"rebalance": "1ms"}}],
+                "workloads": [{"name": f"w{number}", "addresses": [f"10.9.9.{number}"]} for number in range(workloads)],
+            }
+
+        old = {"address": first.address, "weight": 9}
+        m = mesh(config(old))
+        for _ in range(60):
+            talk(stack.enter_context(connect(m.port())))
+        for workloads in range(20):
+            # Each makes the workers look at all live connections again.
+            m.reload(config(old, {"address": second.address}, workloads=workloads))
+        # Six on average; more than 25 would be a matter of one in a thousand million.
+        assert m.closed().get("rebalanced", 0) <= 25
+
+
+def test_endpoints_that_join_two_clusters_at_once_get_their_shares(mesh: Factory) -> None:
+    with Server(echo) as first, Server(echo) as second, contextlib.ExitStack() as stack:
+        names = ("one", "two")
+        binds = {name: f"127.0.0.1:{free_port()}" for name in names}
+
+        def config(*endpoints: Config) -> Config:
+            return {
+                "workers": 1,
+                "listeners": [{"name": name, "bind": binds[name], "cluster": name} for name in names],
+                "clusters": [{"name": name, "endpoints": list(endpoints), "drain": {"rebalance": "1ms"}} for name in names],
+            }
+
+        old = {"address": first.address}
+        m = mesh(config(old))
+        for name in names:
+            for _ in range(20):
+                talk(stack.enter_context(connect(m.port(name))))
+        with Tracer(worker_thread(m.process.pid)) as tracer:
+            tracer.wait_stopped()
+            m.write(config(old, {"address": second.address, "weight": 99}))
+            # Of the new plan, and for each cluster.
+            wait_until(lambda: wakes(m.process.pid) >= 3, "the worker has been told of everything")
+        wait_until(lambda: m.closed().get("rebalanced", 0) >= 30, "connections of both end")
+        assert all(m.cluster(name)["closed"]["rebalanced"] >= 10 for name in names)
+
+
+def wakes(pid: int) -> int:
+    """The most that an eventfd of the process holds."""
+    counts = [0]
+    for file in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            counts += [int(line.split()[1], 16) for line in file.read_text().splitlines() if line.startswith("eventfd-count:")]
+    return max(counts)
