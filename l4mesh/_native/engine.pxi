@@ -216,6 +216,9 @@ cdef class Engine:
         ``over_ms``. With 1000 those that are made later as well, until ``EndpointStat.stay``."""
         cdef EndpointStat endpoint
         for endpoint, permille in endpoints:
+            if permille < 1000 and endpoint.stat.leave_reason and endpoint.stat.leave_permille == 1000:
+                # All of them leave already, for a reason that would not stand any more.
+                continue
             endpoint.stat.leave_over_ms = over_ms
             endpoint.stat.leave_permille = permille
             endpoint.stat.leave_sweep = self.engine.sweep + 1

@@ -279,6 +279,22 @@ def test_live_connections_leave_an_endpoint_that_fails_and_then_is_removed(mesh:
         assert sum(m.closed().get(reason, 0) for reason in ("endpoint_unhealthy", "endpoint_removed")) == 20
 
 
+def test_live_connections_leave_an_endpoint_that_fails_whoever_joins(mesh: Factory) -> None:
+    with Moody() as doctor, Server(echo) as fails, Server(echo) as joins, contextlib.ExitStack() as stack:
+        more: Config = {
+            "listener": {"bind": f"127.0.0.1:{free_port()}"},
+            "health_check": CHECK | {"type": "http", "port": doctor.server.port},
+            "drain": {"unhealthy": "2s", "rebalance": "1h"},
+        }
+        m = mesh(simple(fails.address, **more))
+        for _ in range(20):
+            talk(stack.enter_context(connect(m.port())))
+        doctor.says = b"HTTP/1.1 500 Ill\r\n\r\n"
+        wait_health(m, fails.address, "unhealthy")
+        m.reload(simple(fails.address, joins.address, **more))
+        m.wait_closed(endpoint_unhealthy=20)
+
+
 def test_a_proxy_header_goes_before_the_check(mesh: Factory) -> None:
     heads: dict[str, bytes] = {}
 
