@@ -1399,7 +1399,11 @@ cdef void conn_look_for_leaving(worker_t *worker, conn_t *conn, uint32_t slot, u
     cdef uint8_t byte
     if events & (EPOLLERR | EPOLLHUP):
         conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
-    elif events & EPOLLRDHUP and recv(conn.side[DOWNSTREAM].fd, &byte, 1, MSG_PEEK) == 0:
+    elif (
+        # TLS may have read on, behind the handshake.
+        events & EPOLLRDHUP and not conn.side[DOWNSTREAM].flags & SIDE_PENDING
+        and recv(conn.side[DOWNSTREAM].fd, &byte, 1, MSG_PEEK) == 0
+    ):
         # A FIN alone may be half a close: `nc -N` reading a banner. With nothing sent and the dial still under way after a
         # moment, the client has left.
         conn.phase.dial.left_at_ms = worker.now_ms + LEFT_GRACE_MS

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Factory
 from tests.support.certificates import REDIS, WEB, Authority, Files
 from tests.support.mesh import Config, Mesh
-from tests.support.peers import FIN, RST, Server, connect, digest, echo, make_bytes, read_exactly, read_to_end, reset
+from tests.support.peers import FIN, RST, Server, black_hole, connect, digest, echo, make_bytes, read_exactly, read_to_end, reset
 from tests.support.waiting import wait_until
 
 MB = 1 << 20
@@ -217,6 +217,37 @@ def test_close_notify_is_a_clean_end_for_a_stranger(mesh: Factory, web: Files, r
             # Sends ours and waits for theirs, which follows the end of the echo.
             client.unwrap()
         near.wait_closed(downstream_closed=1)
+
+
+def test_a_request_behind_the_handshake_is_still_dialled_for_when_the_client_ends_its_half(
+    mesh: Factory, web: Files, redis: Files
+) -> None:
+    asked: list[tuple[bytes, str]] = []
+    with Server(lambda peer: asked.append(read_to_end(peer))) as server, black_hole() as hole:
+        config = inbound(redis, server.address, node={"name": "n", "zone": "z"})
+        endpoints = [{"address": f"127.0.0.1:{hole}", "zone": "z"}, {"address": server.address, "zone": "far"}]
+        config["clusters"] = [{"name": "app", "endpoints": endpoints, "connect": {"timeout": "500ms"}}]
+        m = mesh(config)
+        with connect(m.port()) as plain:
+            comes, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+            client = client_context(web, web.bundle).wrap_bio(comes, goes)
+            with pytest.raises(ssl.SSLWantReadError):
+                client.do_handshake()
+            plain.sendall(goes.read())
+            while client.version() is None or not goes.pending:
+                comes.write(plain.recv(1 << 16))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    client.do_handshake()
+            # All in one piece, which the other end's handshake reads: what it has is to be asked of its TLS, and no more of the socket.
+            client.write(b"question")
+            with pytest.raises(ssl.SSLWantReadError):
+                client.unwrap()
+            plain.sendall(goes.read())
+            wait_until(lambda: [c["state"] for c in m.get("/connections")["connections"]] == ["dialling"], "the dial is under way")
+            plain.shutdown(socket.SHUT_WR)
+            read_to_end(plain)
+        m.wait_closed(downstream_closed=1)
+        assert asked == [(b"question", FIN)]
 
 
 # -- resumption ---------------------------------------------------------------------------------------------------------
