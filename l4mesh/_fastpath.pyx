@@ -644,6 +644,7 @@ cdef void conn_set_out(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     conn.state = CONN_DIALLING
     conn.phase.dial.deadline_ms = worker.now_ms + cluster.settings.connect_budget_ms
     conn_copy_settings(worker, conn, &cluster.settings)
+    conn_recall_end(worker, conn, slot)
     if conn.shaping != NULL and conn_inject(worker, conn, slot):
         return
     conn_dial(worker, conn, slot)
@@ -694,6 +695,7 @@ cdef void conn_line_up(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
         dial.attempt_started_ns = worker.now_ns
         dial.attempt_at_ms = worker.now_ms + settings.queue_timeout_ms
         conn_arm(worker, conn, slot, dial.attempt_at_ms)
+        conn_recall_end(worker, conn, slot)
         if first:
             fence()
             line_serve(worker, conn.cluster_stat)
@@ -1410,6 +1412,12 @@ cdef void conn_look_for_leaving(worker_t *worker, conn_t *conn, uint32_t slot, u
         conn_arm(worker, conn, slot, conn.phase.dial.left_at_ms)
     elif events & EPOLLRDHUP and conn.shaping != NULL:
         conn_inject_half_closed(worker, conn, slot)
+
+
+cdef void conn_recall_end(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
+    # A client that ended its half before we had anything to dial for: no event tells of that again.
+    if conn.side[DOWNSTREAM].flags & SIDE_FIN_SEEN and conn.phase.dial.left_at_ms == 0:
+        conn_look_for_leaving(worker, conn, slot, EPOLLRDHUP)
 
 
 # -- upstream TLS ------------------------------------------------------------------------------------------------------------

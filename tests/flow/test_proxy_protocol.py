@@ -1,13 +1,15 @@
 """The PROXY protocol: sent to endpoints, accepted from listed sources only, and never trusted further than its bytes go."""
 
+import contextlib
 import socket
 import struct
 
 import pytest
 
 from tests.conftest import Factory
+from tests.flow.test_fairness import at_once
 from tests.support.mesh import Mesh, simple
-from tests.support.peers import RST, Server, connect, echo, read_exactly, read_to_end
+from tests.support.peers import RST, Server, black_hole, connect, echo, read_exactly, read_to_end, talk
 from tests.support.waiting import wait_until
 
 V2 = b"\r\n\r\n\0\r\nQUIT\n"
@@ -172,3 +174,18 @@ def test_a_header_from_an_unlisted_source_is_payload(mesh: Factory) -> None:
             assert read_exactly(client, len(V1_LINE)) == V1_LINE
         wait_until(lambda: lines, "the endpoint has its header")
         assert lines[0].startswith(b"PROXY TCP4 127.0.0.9 ")
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["dials", "waits for a place"])
+def test_a_client_that_left_right_behind_its_header_is_waited_for_no_longer_than_others(mesh: Factory, waits: bool) -> None:
+    with Server(echo) as server, black_hole() as hole, contextlib.ExitStack() as stack:
+        limits = {"limits": {"connections": 1, "queue": {"size": 5, "timeout": "1m"}}} if waits else {}
+        endpoint = server.address if waits else f"127.0.0.1:{hole}"
+        m = mesh(simple(endpoint, listener={"proxy_protocol": {"from": ["127.0.0.0/30"]}}, connect={"timeout": "30s"}, **limits))
+        if waits:
+            talk(stack.enter_context(connect(m.port(), source="127.0.0.9")))
+        client = stack.enter_context(connect(m.port()))
+        with at_once(m):
+            client.sendall(V1_LINE)
+            client.shutdown(socket.SHUT_WR)
+        m.wait_closed(downstream_left=1)
