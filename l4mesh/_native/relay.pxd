@@ -93,9 +93,11 @@ cdef inline void half_count(worker_t *worker, conn_t *conn, int h, ssize_t n) no
     # Counted when the destination's socket has taken them.
     cdef half_t *half = &conn.phase.half[h]
     cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
+    cdef uint64_t age_us
     if h == UPSTREAM:
         if half.bytes == 0:
-            conn.first_byte_us = <uint32_t> ((worker.now_ns - conn.accepted_ns) // 1000)
+            age_us = (worker.now_ns - conn.accepted_ns) // 1000
+            conn.first_byte_us = <uint32_t> -1 if age_us > <uint32_t> -1 else <uint32_t> age_us
             outlier_answered(conn)
         row.bytes_to_downstream += <size_t> n
     else:

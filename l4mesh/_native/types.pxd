@@ -311,7 +311,7 @@ ctypedef struct conn_t:
     uint32_t connected_us            # since accept, TLS included; 0: not yet
     uint32_t policy                  # id of the policy that decided; 0: none
     uint32_t dry_policy              # id of the dry-run policy that would have refused
-    uint32_t first_byte_us           # since accept, from upstream; 0: not yet
+    uint32_t first_byte_us           # since accept, from upstream; 0: not yet. The greatest is that or more: 71 minutes
     uint32_t idle_ms                 # 0: off
     uint32_t half_closed_ms
     uint32_t user_timeout_ms

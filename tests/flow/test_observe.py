@@ -1,20 +1,28 @@
 """What operators see: admin server, metrics, access log, and the commands that show them."""
 
+import asyncio
 import contextlib
 import json
 import os
 import resource
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
+from l4mesh.config.load import parse_config
+from l4mesh.datapath import Datapath, Traveller
+from l4mesh.runtime.listeners import Listeners
+from l4mesh.snapshot import ConnectionRecord
 from tests.conftest import Factory, skip_or_fail
 from tests.support.mesh import simple
-from tests.support.peers import Server, closed_port, connect, echo, is_refused, talk
+from tests.support.peers import FIN, Server, closed_port, connect, echo, is_refused, read_exactly, read_to_end, talk
 from tests.support.waiting import wait_until
 
 
@@ -285,3 +293,48 @@ def test_commands_without_an_output_that_takes_it_end_quietly(mesh: Factory) -> 
             assert (closed.returncode, closed.stderr) == (0, "")
             full = subprocess.run(f"{command} >/dev/full", shell=True, capture_output=True, text=True, check=False)
             assert (full.returncode, full.stderr) == (1, "l4mesh: standard output: No space left on device\n")
+
+
+def test_an_answer_after_hours_is_not_told_as_an_early_one() -> None:
+    [record] = asyncio.run(answer_late(2 * 3600))
+    # As much as there is room for.
+    assert record.first_byte_us == 2**32 - 1
+    assert record.total_us >= 2 * 3600 * 10**6
+
+
+async def answer_late(age_s: int) -> list[ConnectionRecord]:
+    """The record of a connection that is handed over, and older than it was when it arrives: so nobody has to wait for that."""
+    asked, late = threading.Event(), threading.Event()
+    records: list[ConnectionRecord] = []
+    aged: list[Traveller] = []
+
+    def serve(peer: socket.socket) -> None:
+        assert read_exactly(peer, 8) == b"question"
+        asked.set()
+        assert late.wait(15)
+        peer.sendall(b"answer")
+
+    def age(_: int, travellers: list[Traveller]) -> bool:
+        for state, descriptors, *names in travellers:
+            (accepted_ns,) = struct.unpack_from("Q", state)
+            state = struct.pack("Q", (accepted_ns - age_s * 10**9) % 2**64) + state[8:]
+            aged.append((state, [os.dup(descriptor) for descriptor in descriptors], *names))
+        return True
+
+    with Server(serve) as server:
+        config = parse_config(yaml.safe_dump(simple(server.address) | {"access_log": {"when": "always"}}))
+        listeners, datapath = Listeners(1), Datapath(1, 256, records.extend)
+        sockets = listeners.open(config)
+        datapath.apply(config, sockets, [], 100)
+        datapath.start()
+        with connect(sockets["web"][0][0].port) as client:
+            client.sendall(b"question")
+            assert await asyncio.to_thread(asked.wait, 15)
+            assert datapath.hand_over(age) == 1
+            assert datapath.take_in(0, aged, lambda: None)
+            late.set()
+            assert await asyncio.to_thread(read_to_end, client) == (b"answer", FIN)
+        await asyncio.to_thread(wait_until, lambda: datapath.active == 0, "it has ended")
+        datapath.stop()
+        listeners.close()
+    return records
