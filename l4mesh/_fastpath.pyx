@@ -23,7 +23,7 @@ from posix.stdlib cimport posix_memalign
 from l4mesh._native.address cimport address_hash_ip, address_is_v4, address_t, mix64
 from l4mesh._native.atomic cimport (
     add, add_ordered, add_u, exchange, fence, load, load_acquire, load_ordered, load_pointer, load_u, store, store_pointer, store_release,
-    store_u,
+    store_u, swap_u,
 )
 from l4mesh._native.authz cimport filing_key, masked_hash, verdict_allows, verdict_find, verdict_would_allow
 from l4mesh._native.balance cimport (
@@ -61,7 +61,7 @@ from l4mesh._native.shaping cimport (
 )
 from l4mesh._native.slab cimport conn_at, conn_timer, slab_give, slab_take
 from l4mesh._native.sessions cimport given_free, session_find, sessions_free
-from l4mesh._native.sources cimport source_give, source_take
+from l4mesh._native.sources cimport sched_yield, source_give, source_take
 from l4mesh._native.spiffe cimport (
     PATTERN_ANY, PATTERN_EXACT, PATTERN_PREFIX, fnv, fnv_reversed, pattern_t, spiffe_parse, spiffe_t,
 )
@@ -2080,17 +2080,19 @@ cdef void worker_settle(worker_t *worker) noexcept nogil:
 cdef void worker_handover(worker_t *worker) noexcept nogil:
     # Does what the control loop asks, after the events of the turn: none of those that depart is dispatched any more.
     cdef handover_t *handover = &worker.handover
-    cdef uint64_t asked = handover.asked
+    cdef uint64_t asked = load_acquire(&handover.asked)
     cdef uint64_t one = 1
-    cdef int done_fd = handover.done_fd
+    if asked == 0 or not swap_u(&handover.asked, asked, HANDOVER_BEGUN):
+        return
     if asked == HANDOVER_DEPART:
         worker_depart(worker)
     elif asked == HANDOVER_ARRIVE:
         worker_arrive(worker)
     elif asked == HANDOVER_SETTLE:
         worker_settle(worker)
+    # In this order: who asks next can tell an answer that nobody took from that to its own question.
+    write(handover.done_fd, &one, sizeof(one))
     store_release(&handover.asked, 0)
-    write(done_fd, &one, sizeof(one))
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------

@@ -45,16 +45,25 @@ cdef class Handover:
         cdef int ready
         if load_acquire(&self.handover.asked):
             raise RuntimeError("the worker has not answered the call before")
+        # An answer that came when nobody waited any more.
+        read(self.done_fd, &count, sizeof(count))
         answer.fd = self.done_fd
         answer.events = POLLIN
         store_release(&self.handover.asked, asked)
         self.engine.wake()
-        with nogil:
-            ready = poll(&answer, 1, HANDOVER_WAIT_MS)
-            while ready < 0 and errno == EINTR:
+        while True:
+            with nogil:
                 ready = poll(&answer, 1, HANDOVER_WAIT_MS)
-        if ready <= 0 or read(self.done_fd, &count, sizeof(count)) != sizeof(count):
-            raise TimeoutError("a worker has not come round for ten seconds")
+                while ready < 0 and errno == EINTR:
+                    ready = poll(&answer, 1, HANDOVER_WAIT_MS)
+            if ready > 0:
+                break
+            # A worker that is late must not begin what nobody will settle; to settle it is never too late.
+            if asked == HANDOVER_SETTLE or swap_u(&self.handover.asked, asked, 0):
+                raise TimeoutError("a worker has not come round for ten seconds")
+        with nogil:
+            while load_acquire(&self.handover.asked):
+                sched_yield()
         return 0
 
     def depart(self, uint32_t start) -> tuple[list[tuple[bytes, list[int], int, int, str]], int]:

@@ -121,6 +121,7 @@ cdef enum:
     HANDOVER_DEPART = 1    # take out as many connections from `start` on as fit
     HANDOVER_ARRIVE = 2    # prepare those that are in the passages: all or none
     HANDOVER_SETTLE = 3    # they go on here, or are forgotten, by the flag
+    HANDOVER_BEGUN = 4     # the worker is at it
 
 cdef enum:
     # side_t.flags: what is known of a socket between two turns of the edge-triggered epoll
@@ -674,7 +675,7 @@ ctypedef struct passage_t:
 ctypedef struct handover_t:
     # What the control loop asks of a worker when one process takes over from another. Owner: a Handover object; the worker touches it
     # only while `asked` is not 0, which is its to clear.
-    uint64_t asked                   # HANDOVER_*
+    uint64_t asked                   # HANDOVER_*; what has not begun can be called off
     int done_fd                      # eventfd: answered
     uint32_t start, next             # slots; next 0: that was the last
     uint32_t count

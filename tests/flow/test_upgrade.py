@@ -1,5 +1,6 @@
 """One process takes over from another: nothing is refused, nothing is cut, and the counters go on."""
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 import yaml
 
-from l4mesh.datapath import CARRIED_BYTES
+from l4mesh.config.load import parse_config
+from l4mesh.datapath import CARRIED_BYTES, Datapath, Traveller
 from l4mesh.runtime.channel import Channel
+from l4mesh.runtime.listeners import Listeners
 from l4mesh.runtime.upgrade import PROTOCOL
 from tests.conftest import Factory
 from tests.support.certificates import Files
@@ -40,6 +43,7 @@ from tests.support.peers import (  # fmt: skip
     talk,
     unsent,
 )
+from tests.support.tracer import Tracer, worker_thread
 from tests.support.waiting import wait_until
 
 HOUR = {"time": "1h", "over": "off"}
@@ -758,3 +762,35 @@ def test_off_is_off(mesh: Factory) -> None:
     assert done.returncode == 1
     assert "upgrade.socket is off" in done.stderr
     assert yaml.safe_load(m.file.read_text())["upgrade"] == {"socket": "off"}
+
+
+def test_a_worker_that_is_late_hands_nothing_over_that_nobody_waits_for() -> None:
+    asyncio.run(_hand_over_late())
+
+
+async def _hand_over_late() -> None:
+    given: list[Traveller] = []
+
+    def decline(_: int, travellers: list[Traveller]) -> bool:
+        given.extend(travellers)
+        return False
+
+    with Server(echo) as server:
+        config = parse_config(yaml.safe_dump(simple(server.address)))
+        listeners, datapath = Listeners(1), Datapath(1, 256, lambda records: None)
+        sockets = listeners.open(config)
+        datapath.apply(config, sockets, [], 100)
+        datapath.start()
+        with connect(sockets["web"][0][0].port) as client:
+            await asyncio.to_thread(talk, client)
+            with Tracer(worker_thread(os.getpid())) as tracer:
+                tracer.wait_stopped()
+                with pytest.raises(TimeoutError):
+                    await asyncio.to_thread(datapath.hand_over, decline)
+            await asyncio.to_thread(talk, client)
+            assert not given
+            assert await asyncio.to_thread(datapath.hand_over, decline) == 0
+            assert len(given) == 1
+            await asyncio.to_thread(talk, client)
+        datapath.stop()
+        listeners.close()
