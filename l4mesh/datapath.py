@@ -144,6 +144,8 @@ class Datapath:
         self._woken: asyncio.Event | None = None
         self._gathering: asyncio.Handle | None = None
         self._page_locks: list[asyncio.Lock] = []
+        self._asked: set[int] = set()
+        """Workers that owe an answer to ``connections``."""
         self._handovers: list[_fastpath.Handover] = []
         self._steering = threading.Lock()
         self._inherited: Totals | None = None
@@ -649,14 +651,22 @@ class Datapath:
 
     async def _page(self, worker: int, slot: int, limit: int) -> tuple[list[_fastpath.View], int]:
         async with self._page_locks[worker]:
+            if worker in self._asked:
+                # By one who was cancelled meanwhile.
+                await self._take_page(worker)
             self._engine.ask_page(worker, slot, limit)
-            while True:
-                assert self._woken is not None
-                self._woken.clear()
-                page = self._engine.take_page(worker)
-                if page is not None:
-                    return page
-                await self._woken.wait()
+            self._asked.add(worker)
+            return await self._take_page(worker)
+
+    async def _take_page(self, worker: int) -> tuple[list[_fastpath.View], int]:
+        while True:
+            assert self._woken is not None
+            self._woken.clear()
+            page = self._engine.take_page(worker)
+            if page is not None:
+                self._asked.remove(worker)
+                return page
+            await self._woken.wait()
 
     def _show_connection(self, worker: int, view: _fastpath.View) -> ConnectionSnapshot:
         slot, generation, state, spliced, listener, cluster, source, destination, endpoint = view[:9]

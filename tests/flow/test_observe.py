@@ -23,6 +23,7 @@ from l4mesh.snapshot import ConnectionRecord
 from tests.conftest import Factory, skip_or_fail
 from tests.support.mesh import simple
 from tests.support.peers import FIN, Server, closed_port, connect, echo, is_refused, read_exactly, read_to_end, talk
+from tests.support.tracer import Tracer, worker_thread
 from tests.support.waiting import wait_until
 
 
@@ -338,3 +339,25 @@ async def answer_late(age_s: int) -> list[ConnectionRecord]:
         datapath.stop()
         listeners.close()
     return records
+
+
+def test_who_asks_for_connections_and_does_not_wait_is_in_nobody_s_way() -> None:
+    asyncio.run(ask_twice())
+
+
+async def ask_twice() -> None:
+    listeners, datapath = Listeners(1), Datapath(1, 256, lambda records: None)
+    config = parse_config(yaml.safe_dump(simple()))
+    datapath.apply(config, listeners.open(config), [], 100)
+    datapath.start()
+    await asyncio.to_thread(datapath.wait_until_seen)
+    with Tracer(worker_thread(os.getpid())) as tracer:
+        tracer.wait_stopped()
+        asks = asyncio.create_task(datapath.connections(0, 10))
+        await asyncio.sleep(0)
+        asks.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asks
+    assert await datapath.connections(0, 10) == ([], None)
+    datapath.stop()
+    listeners.close()
