@@ -2193,6 +2193,8 @@ cdef void conn_timeout(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
                 conn_finish(worker, conn, slot, conn.leave_reason, True)
                 return
             conn.leaves_at_ms = 0
+            # Another reason may stand, which then had a later time.
+            conn_ask_to_leave(worker, conn, slot, False)
         at = conn_deadline(worker, conn)
         if at and at <= worker.now_ms and (conn.queued == QUEUED_EVENT or conn.active_ms == worker.stale_ms):
             # Not idle: it waits for its turn, or had it in a turn that stood still, which counts by the time of its beginning.

@@ -1,5 +1,6 @@
 """The gradual closer: the end of the process, endpoints that go, and endpoints that join."""
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -7,6 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
+from l4mesh.config.load import parse_config
+from l4mesh.datapath import Datapath
+from l4mesh.errors import CloseReason
+from l4mesh.runtime.listeners import Listeners
 from tests.conftest import Factory
 from tests.support.mesh import Config, simple
 from tests.support.peers import RST, Server, connect, echo, is_refused, read_to_end, talk
@@ -221,6 +228,30 @@ def test_endpoints_that_join_two_clusters_at_once_get_their_shares(mesh: Factory
             wait_until(lambda: wakes(m.process.pid) >= 3, "the worker has been told of everything")
         wait_until(lambda: m.closed().get("rebalanced", 0) >= 30, "connections of both end")
         assert all(m.cluster(name)["closed"]["rebalanced"] >= 10 for name in names)
+
+
+def test_a_reason_that_is_over_leaves_the_other_one_standing() -> None:
+    asyncio.run(_leave_for_two_reasons())
+
+
+async def _leave_for_two_reasons() -> None:
+    with Server(echo) as server, contextlib.ExitStack() as stack:
+        config = parse_config(yaml.safe_dump(simple(server.address)))
+        listeners, datapath = Listeners(1), Datapath(1, 256, lambda records: None)
+        sockets = listeners.open(config)
+        datapath.apply(config, sockets, [], 100)
+        datapath.start()
+        for _ in range(20):
+            await asyncio.to_thread(talk, stack.enter_context(connect(sockets["web"][0][0].port)))
+        # Nearly all get the earlier time of the first, and keep it when they hear of the second.
+        datapath.close_endpoint("web", server.address, CloseReason.ENDPOINT_UNHEALTHY, 1000)
+        await asyncio.to_thread(wait_until, lambda: datapath.measure_sources() is not None, "all have been told")
+        datapath.close_all(CloseReason.SHUTDOWN, 2000)
+        await asyncio.to_thread(wait_until, lambda: datapath.measure_sources() is not None, "all have been told")
+        datapath.keep_endpoint("web", server.address)
+        await asyncio.to_thread(wait_until, lambda: datapath.active == 0, "all have left")
+        datapath.stop()
+        listeners.close()
 
 
 def wakes(pid: int) -> int:
