@@ -41,7 +41,7 @@ def test_live_connections_stay_where_they_are_and_new_ones_follow_the_new_plan(m
             assert ask(port) == b"new"
             talk(client)
         assert m.opened() == {new.address: 1}
-        assert m.total("l4mesh_connections_closed_total") == 2
+        wait_until(lambda: m.total("l4mesh_connections_closed_total") == 2, "both ends are counted")
 
 
 def test_a_bad_file_changes_nothing_and_is_shown(mesh: Factory) -> None:
