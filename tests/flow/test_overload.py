@@ -271,6 +271,12 @@ def test_status_shows_it_to_people(mesh: Factory) -> None:
 
 
 def test_admin_connections_that_take_every_descriptor_end_nothing(mesh: Factory) -> None:
+    def are_back() -> bool:
+        # As long as they are not, there is none for whoever asks.
+        with contextlib.suppress(OSError):
+            return level(m, "descriptors") == 0
+        return False
+
     with Server(echo) as server, contextlib.ExitStack() as idle:
         m = mesh(simple(server.address), nofile=96)
         with connect(m.port()) as live:
@@ -282,5 +288,5 @@ def test_admin_connections_that_take_every_descriptor_end_nothing(mesh: Factory)
             m.process.send_signal(signal.SIGHUP)
             wait_until(lambda: any(event["event"] == "config_refused" for event in m.events()), "the files were looked at in vain")
             idle.close()
-            wait_until(lambda: level(m, "descriptors") == 0, "they are back")
+            wait_until(are_back, "they are back")
             talk(live)
