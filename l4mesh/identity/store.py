@@ -51,6 +51,7 @@ class IdentityStore:
     def __init__(self, try_out: Callable[[Material], None] = lambda material: None) -> None:
         self._try_out = try_out
         self._entries: dict[str, _Entry] = {}
+        self._before: dict[str, _Entry] = {}
         self.events: list[tuple[str, dict[str, str]]] = []
         """What the last refresh wants to be logged: an event's name and its fields."""
 
@@ -69,8 +70,12 @@ class IdentityStore:
                 problems.append(Problem(identity.certificate, 0, f"identity {name}", entry.error))
         if problems:
             raise ConfigError(problems)
-        self._entries = entries
+        self._before, self._entries = self._entries, entries
         return {name: entry.material for name, entry in entries.items() if entry.material}
+
+    def undo(self) -> None:
+        """What the last refresh gave could not be used: it is as if it had not been."""
+        self._entries = self._before
 
     def _look(self, identity: Identity, now_unix_s: float | None) -> _Entry:
         before = self._entries.get(identity.name)

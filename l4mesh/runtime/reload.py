@@ -118,22 +118,30 @@ class Reloader:
     def _use(self, config: Config, first: bool) -> bool:
         """Applies the configuration with the newest good certificates, unless both are in force. Raises as ``apply``."""
         materials = self.identities.refresh(config.identities)
-        for event, fields in self.identities.events:
-            (log.error if event == "identity_refused" else log.warning if event == "identity_warning" else log.info)(event, **fields)
         if (
             self.config is not None
             and config == self.config
             and config.digest == self.config.digest
             and all(self._materials.get(name) is material for name, material in materials.items())
         ):
+            self._say_identities()
             return False
-        generation = self._apply(config, materials)
+        try:
+            generation = self._apply(config, materials)
+        except BaseException:
+            self.identities.undo()
+            raise
+        self._say_identities()
         self._materials = materials
         self.config = config
         self.status = replace(self.status, generation=generation, digest=config.digest, loaded_unix_s=time.time())
         if not first:
             log.info("config_reloaded", generation=generation)
         return True
+
+    def _say_identities(self) -> None:
+        for event, fields in self.identities.events:
+            (log.error if event == "identity_refused" else log.warning if event == "identity_warning" else log.info)(event, **fields)
 
     def _note_failure(self, problems: list[str]) -> None:
         said = self.status.last_error == tuple(problems)

@@ -329,6 +329,20 @@ def test_a_configuration_that_can_not_be_taken_into_use_stops_no_rotation(
         assert m.status()["config"]["last_error"]
 
 
+def test_the_files_of_a_configuration_that_is_refused_are_no_rotation(
+    mesh: Factory, ca: Authority, redis: Files, tmp_path: Path
+) -> None:
+    with Server(echo) as server:
+        m = mesh(inbound(redis, server.address))
+        other = inbound(ca.files(tmp_path, "other", REDIS), server.address)
+        m.write(other | {"listeners": [*other["listeners"], {"name": "two", "bind": server.address, "cluster": "app"}]})
+        for looks in (1, 2, 3):
+            m.process.send_signal(signal.SIGHUP)
+            wait_until(lambda looks=looks: m.status()["config"]["failed"] >= looks, "the files were looked at in vain")  # type: ignore[misc]
+        assert m.status()["generation"] == 1
+        assert not [event for event in m.events() if event["event"] == "identity_rotated"]
+
+
 def test_a_key_that_openssl_refuses_holds_up_no_other_identity(
     mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path
 ) -> None:
