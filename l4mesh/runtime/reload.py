@@ -80,7 +80,7 @@ class Reloader:
 
     async def load_first(self) -> None:
         """Raises ConfigError or CommandError: there is no good plan yet to go on with."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._load, True)
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._load, True, True)
         self._tell()
 
     def _tell(self) -> None:
@@ -88,20 +88,23 @@ class Reloader:
             self._told = self.config
             self._applied(self.config)
 
-    async def reload(self) -> None:
-        """Looks at the files and applies what changed. A failure is counted, logged and kept in ``status``."""
+    async def reload(self, *, told: bool = True) -> None:
+        """Looks at the files and applies what changed. A failure is counted, logged and kept in ``status``.
+
+        ``told``: that there is a change; if there is none after all, that counts as well.
+        """
         async with self._lock:
             if self._frozen:
                 return
             try:
-                await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False)
+                await asyncio.get_running_loop().run_in_executor(self._executor, self._load, False, told)
             except (ConfigError, CommandError) as error:
                 self._note_failure(str(error).splitlines())
             except MemoryError:
                 self._note_failure(["out of memory; the files are looked at again"])
             self._tell()
 
-    def _load(self, first: bool) -> None:
+    def _load(self, first: bool, told: bool) -> None:
         try:
             changed = self._use(self._resolve(load_config(self._paths, self._cache)), first)
         except (ConfigError, CommandError):
@@ -113,7 +116,7 @@ class Reloader:
             self.status = replace(self.status, succeeded=self.status.succeeded + 1, last_error=None)
         else:
             # A file that was broken and is back to what is in force is no failure any more.
-            self.status = replace(self.status, unchanged=self.status.unchanged + 1, last_error=None)
+            self.status = replace(self.status, unchanged=self.status.unchanged + told, last_error=None)
 
     def _use(self, config: Config, first: bool) -> bool:
         """Applies the configuration with the newest good certificates, unless both are in force. Raises as ``apply``."""
@@ -153,6 +156,9 @@ class Reloader:
         """Reloads at every change until cancelled."""
         while True:
             folders = self._folders()
+            ended = asyncio.Event()
+            # For what changed while nobody watched: it begins when the watch, which is there by then, first waits.
+            look = asyncio.create_task(self._look(folders, ended))
             try:
                 async for changes in watchfiles.awatch(
                     *folders,
@@ -163,8 +169,9 @@ class Reloader:
                     step=STEP_MS,
                     rust_timeout=LOOK_ANYWAY_MS,
                     yield_on_timeout=True,
+                    stop_event=ended,
                 ):
-                    await self.reload()
+                    await self.reload(told=bool(changes))
                     # One that was moved or removed is not watched any more, though another may be in its place.
                     gone = {Path(path) for change, path in changes if change == watchfiles.Change.deleted}
                     if not gone.isdisjoint(folder.absolute() for folder in folders) or self._folders() != folders:
@@ -173,7 +180,22 @@ class Reloader:
                 # A folder that is being replaced comes back, or the next look says what is missing.
                 log.warning("config_watch_interrupted", error=str(error))
                 await asyncio.sleep(1)
-                await self.reload()
+            except asyncio.CancelledError:
+                look.cancel()
+                raise
+            finally:
+                ended.set()
+            await look
+
+    async def _look(self, folders: list[Path], ended: asyncio.Event) -> None:
+        """Sets ``ended`` when others are to be watched."""
+        try:
+            await self.reload(told=False)
+        except BaseException:
+            ended.set()
+            raise
+        if self._folders() != folders:
+            ended.set()
 
     async def freeze(self) -> None:
         """What is in force stays so: the process ends, or another takes over."""

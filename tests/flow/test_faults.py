@@ -13,7 +13,7 @@ from typing import Any
 from tests.conftest import Factory
 from tests.flow.test_tls import client_context, inbound, outbound, secure
 from tests.support.certificates import REDIS, Files
-from tests.support.mesh import Config, Mesh, simple
+from tests.support.mesh import Config, Mesh, environment_of_ours, simple
 from tests.support.peers import FIN, RST, Server, connect, digest, echo, is_refused, make_bytes, read_exactly, read_to_end, reset
 from tests.support.waiting import wait_until
 
@@ -459,8 +459,8 @@ def test_a_reload_turns_them_off_for_new_connections_and_each_says_what_is_in_fo
 
 def check(file: Path) -> str:
     """What the command says of the configuration on standard error; it must be valid."""
-    done = subprocess.run([sys.executable, "-m", "l4mesh", "check", "-c", str(file)], capture_output=True, text=True, check=True)
-    return done.stderr
+    command = [sys.executable, "-m", "l4mesh", "check", "-c", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment_of_ours()).stderr
 
 
 def test_a_connection_keeps_its_fault_through_a_reload(mesh: Factory) -> None:
