@@ -1009,8 +1009,8 @@ cdef void conn_handshake(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     # HANDSHAKE: as far as it goes.
     cdef side_t *side = &conn.side[DOWNSTREAM]
     cdef int done = tls_handshake(worker, side, &conn.errno_seen)
+    conn.lane_hint = side.tls.lane_hint
     if done == HANDSHAKE_DONE:
-        conn.lane_hint = side.tls.lane_hint
         conn_secured(worker, conn, DOWNSTREAM)
         if worker.plan.rates_identities and not conn_peer_is_in_time(worker, conn):
             conn_refuse(worker, conn, slot, CLOSE_LIMIT_RATE)
