@@ -1049,18 +1049,16 @@ cdef void conn_secured(worker_t *worker, conn_t *conn, int side) noexcept nogil:
 
 # -- authorize ---------------------------------------------------------------------------------------------------------------
 
-cdef bint conn_authorize(worker_t *worker, conn_t *conn) noexcept nogil:
-    # Whether the policies of where the connection goes let this peer in. The destination is the workload that has the endpoint's
+cdef bint conn_authorize(worker_t *worker, conn_t *conn, const workload_t *workload) noexcept nogil:
+    # Whether the policies of where the connection goes let this peer in. The destination is `workload`, which has the endpoint's
     # address; else, for what comes in to this node, the one that has the original destination's. What leaves the node is judged
     # where it arrives.
     cdef const plan_t *plan = worker.plan
-    cdef const workload_t *workload = plan_workload(plan, conn.endpoint.ip)
     cdef const policy_set_t *policies
     cdef uint16_t port = conn.endpoint.port if workload != NULL else conn.destination.port
     cdef const tls_t *tls = conn.side[DOWNSTREAM].tls
     cdef verdict_t verdict
     cdef spiffe_t peer
-    conn.local = workload != NULL
     conn.policy = 0
     conn.dry_policy = 0
     if plan.policy_sets == NULL:
@@ -1090,8 +1088,6 @@ cdef bint conn_authorize(worker_t *worker, conn_t *conn) noexcept nogil:
 cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexcept nogil:
     # After a change of policies or revocations: may a live connection go on? Policies are asked of one that waits when it dials.
     cdef int side
-    cdef bint local = conn.local
-    cdef bint allowed
     for side in range(2):
         if conn.side[side].tls != NULL and conn.side[side].tls.peer != NULL:
             if plan_revokes_chain(worker.plan, conn.side[side].tls):
@@ -1099,10 +1095,10 @@ cdef bint conn_still_trusted(worker_t *worker, conn_t *conn, int *reason) noexce
                 reason[0] = CLOSE_PEER_CERTIFICATE
                 return False
     reason[0] = CLOSE_DENIED
-    allowed = conn.state == CONN_QUEUED or (conn.state == CONN_DIALLING and conn.attempts == 0) or conn_authorize(worker, conn)
-    # A dial under way ends as it began: only there was it asked who a local endpoint is, which spares it the handshake.
-    conn.local = local
-    return allowed
+    return (
+        conn.state == CONN_QUEUED or (conn.state == CONN_DIALLING and conn.attempts == 0)
+        or conn_authorize(worker, conn, plan_workload(worker.plan, conn.endpoint.ip))
+    )
 
 
 cdef inline uint32_t clamp_ms(uint64_t ms) noexcept nogil:
@@ -1332,6 +1328,7 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
     # Dials until an attempt is on its way; ends the connection when none is left, no time, or nobody to dial for.
     cdef dial_t *dial = &conn.phase.dial
     cdef const cluster_settings_t *settings = &dial.cluster.settings
+    cdef const workload_t *workload
     while True:
         if conn.attempts and dial.left_at_ms:
             conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_LEFT, True)
@@ -1353,7 +1350,10 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
             dial_abandon(worker, conn)
             conn_finish(worker, conn, slot, CLOSE_SELF_CALL, True)
             return
-        if not conn_authorize(worker, conn):
+        # For the whole of the attempt: only here is it asked who a local endpoint is, which spares it the handshake.
+        workload = plan_workload(worker.plan, conn.endpoint.ip)
+        conn.local = workload != NULL
+        if not conn_authorize(worker, conn, workload):
             conn_refuse(worker, conn, slot, CLOSE_DENIED)
             return
         if settings.tls:

@@ -263,36 +263,33 @@ def test_live_connections_of_an_endpoint_that_fails_end_where_that_is_asked(mesh
 
 
 def test_live_connections_leave_an_endpoint_that_fails_and_then_is_removed(mesh: Factory) -> None:
-    with Moody() as doctor, Server(echo) as goes, Server(echo) as comes, contextlib.ExitStack() as stack:
-        more: Config = {
-            "listener": {"bind": f"127.0.0.1:{free_port()}"},
-            "health_check": CHECK | {"type": "http", "port": doctor.server.port},
-            "drain": {"unhealthy": "2s", "removed": "4s"},
-        }
-        m = mesh(simple(goes.address, **more))
-        for _ in range(20):
-            talk(stack.enter_context(connect(m.port())))
-        doctor.says = b"HTTP/1.1 500 Ill\r\n\r\n"
-        wait_health(m, goes.address, "unhealthy")
+    with Server(echo) as goes, Server(echo) as comes, twenty_live(mesh, goes, {"unhealthy": "2s", "removed": "4s"}) as (m, more):
         m.reload(simple(comes.address, **more))
         wait_until(lambda: m.active() == 0, "all have left")
         assert sum(m.closed().get(reason, 0) for reason in ("endpoint_unhealthy", "endpoint_removed")) == 20
 
 
 def test_live_connections_leave_an_endpoint_that_fails_whoever_joins(mesh: Factory) -> None:
-    with Moody() as doctor, Server(echo) as fails, Server(echo) as joins, contextlib.ExitStack() as stack:
+    with Server(echo) as fails, Server(echo) as joins, twenty_live(mesh, fails, {"unhealthy": "2s", "rebalance": "1h"}) as (m, more):
+        m.reload(simple(fails.address, joins.address, **more))
+        m.wait_closed(endpoint_unhealthy=20)
+
+
+@contextlib.contextmanager
+def twenty_live(mesh: Factory, server: Server, drain: Config) -> Iterator[tuple[Mesh, Config]]:
+    """Connections to an endpoint that has just turned unhealthy, and all of the configuration but the endpoints."""
+    with Moody() as doctor, contextlib.ExitStack() as stack:
         more: Config = {
             "listener": {"bind": f"127.0.0.1:{free_port()}"},
             "health_check": CHECK | {"type": "http", "port": doctor.server.port},
-            "drain": {"unhealthy": "2s", "rebalance": "1h"},
+            "drain": drain,
         }
-        m = mesh(simple(fails.address, **more))
+        m = mesh(simple(server.address, **more))
         for _ in range(20):
             talk(stack.enter_context(connect(m.port())))
         doctor.says = b"HTTP/1.1 500 Ill\r\n\r\n"
-        wait_health(m, fails.address, "unhealthy")
-        m.reload(simple(fails.address, joins.address, **more))
-        m.wait_closed(endpoint_unhealthy=20)
+        wait_health(m, server.address, "unhealthy")
+        yield m, more
 
 
 def test_a_proxy_header_goes_before_the_check(mesh: Factory) -> None:
