@@ -10,6 +10,8 @@ from bench.generator import ROOT, build
 from bench.process import Place, Ports, Process
 
 HTTP_BODY = "x" * 64
+ECHO_IDLE = "echo-idle"
+"""An echo server that runs when the load, with which it shares a CPU, has nothing to do."""
 NGINX = """user root;
 daemon off;
 worker_processes 1;
@@ -36,7 +38,7 @@ class Backends:
         self._running: dict[str, tuple[Process, int]] = {}
 
     def port(self, name: str) -> int:
-        """Port of ``echo``, ``http``, ``redis``, ``iperf3`` or ``iperf3-everywhere`` (not pinned)."""
+        """Port of ``echo``, ``echo-idle``, ``http``, ``redis``, ``iperf3`` or ``iperf3-everywhere`` (not pinned)."""
         if name not in self._running:
             port = self._ports.take()
             place = Place((), self._place.netns) if name == "iperf3-everywhere" else self._place
@@ -49,6 +51,8 @@ class Backends:
         match name:
             case "echo":
                 return [sys.executable, "-m", "bench.backends", str(port)]
+            case name if name == ECHO_IDLE:
+                return ["chrt", "--idle", "0", *self._command("echo", port)]
             case "http":
                 config = self._folder / "http.conf"
                 config.write_text(NGINX.format(folder=self._folder, port=port, body=HTTP_BODY))

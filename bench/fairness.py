@@ -1,7 +1,8 @@
 """One source opens connections as fast as it can, hundreds at a time: what another notices that opens few at a fixed rate.
 
-A connection of the other counts from when it was due until its first byte has come back. The storm gives way to it on the load's CPU.
-Both come through one proxy; with mutual TLS a second one, which has the first one's address for all, is behind it.
+A connection of the other counts from when it was due until its first byte has come back. Both come through one proxy; with mutual TLS
+a second one, which has the first one's address for all, is behind it. Each uses a service of its own: with one for both, the queue at
+its server is in the figure, which no proxy makes shorter. The storm and its server give way on the load's CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.backends import ECHO_IDLE
 from bench.generator import ROOT, Helper, Target, Void, build, percentile
 from bench.mtls import Chain
 from bench.process import Place
@@ -33,10 +35,11 @@ TOGETHER = 20
 """Of the other's connections with mutual TLS, for none to wait for the one before it."""
 AT_ONCE = 400
 SECONDS = 2
-REPEATS = 5
+REPEATS = 9
 STORM_COUNT = 1000
 ANSWER_S = 30.0
 OTHER = "127.10.0.2"
+SERVICES = ("echo", ECHO_IDLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def run_fairness(machine: Machine, proxies: Sequence[str], repeats: int, seed: i
     entries = [entry for entry in ENTRIES if entry in proxies]
     shuffle = random.Random(seed).shuffle
     measured = []
-    with Chain(machine, entries, resumption=True) if mtls else Stage(machine, entries) as stage:
+    with Chain(machine, entries, SERVICES, resumption=True, apart=True) if mtls else Stage(machine, entries, SERVICES) as stage:
         for turn in range(repeats):
             shuffle(entries)
             measured += [_measure(stage, entry, turn, mtls=mtls) for entry in entries]
@@ -77,7 +80,8 @@ def _measure(stage: Stage, entry: str, turn: int, *, mtls: bool) -> Fairness:
     target = stage.target(entry)
     calm = _open_at_rate(stage.load_place, target, mtls=mtls)
     # A source for each round: the ports of the one before are still in TIME_WAIT.
-    task = {"host": target.host, "port": target.port, "source": f"127.11.{turn}.1"}
+    flooded = stage.target(entry, ECHO_IDLE)
+    task = {"host": flooded.host, "port": flooded.port, "source": f"127.11.{turn}.1"}
     with Helper(stage.load_place, "bench.fairness", "storm", json.dumps(task), idle=True) as storm:
         beside = _open_at_rate(stage.load_place, target, mtls=mtls)
         rate = storm.finish()

@@ -27,7 +27,8 @@ RESUMED_SHARE_MIN = 0.25
 
 
 class Chain(Stage):
-    """``resumption``: of sessions, in both proxies. ``inbound_only``: that proxy alone is what is measured."""
+    """``resumption``: of sessions, in both proxies. ``inbound_only``: that proxy alone is what is measured. ``apart``: it runs beside the
+    load, as on a node of its own: two that share a CPU wait for each other's time slices, of ms, when both are busy."""
 
     def __init__(
         self,
@@ -37,11 +38,13 @@ class Chain(Stage):
         *,
         resumption: bool,
         inbound_only: bool = False,
+        apart: bool = False,
     ) -> None:
         super().__init__(machine, entries, services)
         self._client, self._server = make_credentials(Path(mkdtemp(prefix="tls-", dir=machine.folder)), "client", "server")
         self._resumption = resumption
         self._inbound_only = inbound_only
+        self._inbound_place = self.load_place if apart else self._proxy_place
         self.tls_ports: dict[str, int] = {}
         """Where the inbound proxy of an entry takes its first service."""
 
@@ -52,7 +55,7 @@ class Chain(Stage):
         inside = [dataclasses.replace(service, tls=tls) for service in self._services(entry)]
         tls = Tls(False, self._client, self._server, self._resumption)
         outside = [Service(one.name, self._machine.ports.take(), (("127.0.0.1", one.port),), tls=tls) for one in inside]
-        inbound = start_process(KINDS[kind], entry, inside, self._proxy_place, folder / "inbound")
+        inbound = start_process(KINDS[kind], entry, inside, self._inbound_place, folder / "inbound")
         try:
             if self._inbound_only:
                 outbound = start_process(KINDS[ORIGINATOR], ORIGINATOR, outside, self.load_place, folder / "outbound")

@@ -37,7 +37,11 @@ def render(result: dict[str, Any]) -> str:
     if result.get("fairness"):
         parts.append(_fairness_table(result["fairness"]["entries"], OTHERS_RATE, ""))
     if result.get("fairness-mtls"):
-        parts.append(_fairness_table(result["fairness-mtls"]["entries"], OTHERS_MTLS_RATE, ", with mutual TLS between two proxies"))
+        parts.append(
+            _fairness_table(
+                result["fairness-mtls"]["entries"], OTHERS_MTLS_RATE, ", with mutual TLS between two proxies, each with a CPU"
+            )
+        )
     if result.get("health"):
         parts.append(_health_table(result["health"]["entries"]))
     if result.get("bandwidth"):
@@ -213,7 +217,7 @@ def _fairness_table(entries: dict[str, dict[str, float]], rate: int, how: str) -
         [_name(name), *(_number(own[key]) for key in keys), f"{own['storm_p99'] / own['calm_p99']:.1f} ×", _number(own["storm_rate"])]
         for name, own in entries.items()
     ]
-    text = f"{rate} new connections/s{how}, each until its first byte, without and beside a source that opens {AT_ONCE} at once:\n\n"
+    text = f"{rate} new connections/s{how}, each until its first byte, without and beside a source that opens {AT_ONCE} at once to another service:\n\n"
     return text + _table(header, lines)
 
 
