@@ -41,6 +41,7 @@ SHARE_OF_ALL = 0.8
 CPU_WINDOW_S = 2.0
 QUEUE_SAMPLES = 4
 TRIM_EVERY_S = 2.0
+FILE_BYTES_MAX = 1 << 16
 
 log = structlog.get_logger()
 
@@ -171,8 +172,13 @@ class MemoryGauge:
     )
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._root = root
-        self._groups = [(group, names) for group in control_groups(root) for names in self._NAMES if (group / names[1]).exists()]
+        self._statm = os.fspath(root / "proc/self/statm")
+        self._groups = [
+            [os.fspath(group / name) for name in (current, most, "memory.stat")] + [inactive]
+            for group in control_groups(root)
+            for current, most, inactive in self._NAMES
+            if (group / most).exists()
+        ]
         self._total = _read_fields(root / "proc/meminfo").get("MemTotal", 0) * 1024
         self._resident = 0
 
@@ -180,22 +186,21 @@ class MemoryGauge:
         """``limit``: bytes of the resident set, or 0 for what is found. ``unused``: bytes of it that are free to us already."""
         # Without a descriptor left it is what it was.
         with contextlib.suppress(OSError):
-            self._resident = int((self._root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            self._resident = int(_read(self._statm).split()[1]) * os.sysconf("SC_PAGE_SIZE")
         resident = max(0, self._resident - unused)
         if limit:
             return Reading(resident, limit)
-        readings = [self._read_group(group, *names) for group, names in self._groups]
+        readings = [self._read_group(*group) for group in self._groups]
         limited = [reading for reading in readings if reading]
         return max(limited, key=lambda reading: reading.pressure, default=Reading(resident, self._total))
 
-    def _read_group(self, group: Path, current: str, most: str, inactive: str) -> Reading | None:
+    def _read_group(self, current: str, most: str, stat: str, inactive: str) -> Reading | None:
         """None: it has no limit, for which version 1 has a very large number, or is gone."""
         try:
-            limit = (group / most).read_text().strip()
+            limit = _read(most).strip()
             if limit == "max" or int(limit) >= self._total > 0:
                 return None
-            used = int((group / current).read_text())
-            return Reading(max(0, used - _read_fields(group / "memory.stat").get(inactive, 0)), int(limit))
+            return Reading(max(0, int(_read(current)) - _read_fields(stat).get(inactive, 0)), int(limit))
         except (OSError, ValueError):
             return None
 
@@ -225,10 +230,19 @@ def control_groups(root: Path) -> list[Path]:
     return [group for group in groups if group.exists()]
 
 
-def _read_fields(file: Path) -> dict[str, int]:
+def _read(file: str) -> str:
+    """Of one of the kernel's files. Several times a second, for which a file object is a lot of work."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, FILE_BYTES_MAX).decode()
+    finally:
+        os.close(descriptor)
+
+
+def _read_fields(file: str | Path) -> dict[str, int]:
     """Of lines such as ``name 12`` or ``name: 12 kB``."""
     try:
-        lines = [line.split() for line in file.read_text().splitlines()]
+        lines = [line.split() for line in _read(os.fspath(file)).splitlines()]
     except OSError:
         return {}
     return {fields[0].rstrip(":"): int(fields[1]) for fields in lines if len(fields) > 1 and fields[1].isdigit()}
