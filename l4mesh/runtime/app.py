@@ -29,7 +29,7 @@ from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners, Place
 from l4mesh.runtime.metrics import Sources
-from l4mesh.runtime.notify import notify
+from l4mesh.runtime.notify import Heartbeat, notify
 from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus, control_groups
 from l4mesh.runtime.reload import Reloader
@@ -504,7 +504,11 @@ class App:
 
     async def _tick(self) -> None:
         expiry_at = time.monotonic()
+        heartbeat = Heartbeat()
         while True:
+            if not self._replaced:
+                # Or systemd would hear it from a process that is not the service's main one any more.
+                heartbeat.beat()
             before = time.monotonic()
             await asyncio.sleep(TICK_S)
             self._lag_s = max(0.0, time.monotonic() - before - TICK_S)

@@ -38,7 +38,7 @@ from typing import Any
 from l4mesh.capture.host import Listing, apply_rules, check_rules, remove_rules, require_tools
 from l4mesh.capture.rules import FamilyRules, Rule, without_capture
 from l4mesh.errors import CommandError
-from l4mesh.runtime.notify import notify
+from l4mesh.runtime.notify import Heartbeat, notify
 
 CHANNEL = "L4MESH_SUPERVISOR"
 """Names the child's descriptor of its end of the socket."""
@@ -220,8 +220,7 @@ class Supervisor:
         """When the one that served died; 0: it serves, or none ever did."""
         self._stopping = False
         self._code: int | None = None
-        self._ping_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or float("inf")
-        self._ping_at = 0.0 if self._ping_s < float("inf") else float("inf")
+        self._heartbeat = Heartbeat()
 
     def run(self) -> int:
         """Until told to stop. Raises CommandError when the rules can't be put in place the first time."""
@@ -255,15 +254,13 @@ class Supervisor:
         return [child for child in (self._child, self._successor, *self._leaving) if child]
 
     def _turn(self) -> None:
-        due_at = min(self._restart_at, self._rules.due_at, self._ping_at)
+        due_at = min(self._restart_at, self._rules.due_at, self._heartbeat.due_at)
         wait_ms = None if due_at == float("inf") else max(0.0, (due_at - time.monotonic()) * 1000 + 1)
         for fd, _ in self._poll.poll(wait_ms):
             if fd in self._readers:
                 self._readers[fd]()
+        self._heartbeat.beat()
         now = time.monotonic()
-        if now >= self._ping_at:
-            self._ping_at = now + self._ping_s
-            notify(WATCHDOG=1)
         if now >= self._restart_at:
             self._child = self._start()
             self._restart_at = float("inf") if self._child else now + RETRY_S
