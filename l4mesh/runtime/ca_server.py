@@ -32,6 +32,7 @@ from l4mesh.identity.svid import IdentityError, read_spiffe_id
 from l4mesh.identity.tls import server_context
 from l4mesh.model import SocketAddress
 from l4mesh.runtime.access_log import configure_logging
+from l4mesh.runtime.notify import notify
 
 MAX_REQUEST_BYTES = 16 << 10
 TICK_S = 0.5
@@ -122,8 +123,10 @@ class CaServer:
                     nodes=len(self._grants.by_node),
                     pid=os.getpid(),
                 )
+                notify(READY=1)
                 await self._tick()
             finally:
+                notify(STOPPING=1)
                 if self._server:
                     self._server.close()
                 await runner.cleanup()
