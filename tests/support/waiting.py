@@ -8,11 +8,12 @@ T = TypeVar("T")
 DEADLINE_S = 15.0
 
 
-def wait_until(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE_S) -> T:
-    """The first true value of ``condition``. Fails the test when there is none within the deadline."""
+def wait_until(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE_S, every_s: float = 0.005) -> T:
+    """The first true value of ``condition``. Fails the test when there is none within the deadline. ``every_s``: longer, where to ask is
+    dear."""
     end = time.monotonic() + deadline_s
     while not (value := condition()):
         if time.monotonic() > end:
             raise AssertionError(f"waited {deadline_s:g} s in vain until {what}; last: {value!r}")
-        time.sleep(0.005)
+        time.sleep(every_s)
     return value
