@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -43,6 +44,12 @@ def test_the_unit_runs_supervised_and_says_when_it_is_ready() -> None:
     assert {"CAP_NET_ADMIN", "CAP_NET_RAW"} <= set(unit["CapabilityBoundingSet"].split())
     drain = load_config([CONF / "minimal.yaml"]).drain
     assert int(unit["TimeoutStopSec"].removesuffix("s")) * 1000 > drain.time_ms + drain.over_ms
+
+
+@pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
+def test_kubernetes_takes_the_objects(objects: dict[str, Any], version: str) -> None:
+    for one in objects.values():
+        kubernetes_validate.validate(one, version, strict=True)
 
 
 def test_the_configuration_in_the_map_captures(config: Config) -> None:
