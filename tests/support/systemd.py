@@ -70,8 +70,9 @@ def missing() -> str:
     """What a systemd of its own needs and is not here; "": nothing."""
     if not SYSTEMD.exists():
         return "systemd (package systemd)"
-    if os.geteuid() or not _cgroups() or subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, check=False).returncode:
-        return "root, namespaces of every kind and a cgroup2 hierarchy"
+    tried = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, check=False)
+    if os.geteuid() or tried.returncode or not os.access(_cgroups(), os.W_OK):
+        return "root, namespaces of every kind and a cgroup2 hierarchy that may be written to"
     return ""
 
 
