@@ -26,7 +26,7 @@ UNIT, CA_UNIT = "l4mesh.service", "l4mesh-ca.service"
 FAR = "192.0.2.80"
 """An address that nobody has, behind a wire: what is sent there is captured."""
 NEAR = "192.0.2.1"
-WATCHDOG_S = 3
+WATCHDOG_S = 4
 BROKEN = 'listeners: [{name: web, bind: "nowhere"}]\n'
 
 
