@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from l4mesh.capture.render import JUMPS, render, rule_commands
-from l4mesh.capture.rules import CHAIN_PREFIX, ROUTE_PREFERENCE, ROUTE_TABLE, FamilyRules
+from l4mesh.capture.rules import CHAIN_PREFIX, ROUTE_TABLE, FamilyRules
 from l4mesh.errors import CommandError
 
 _V6 = Path("/proc/net/if_inet6")
@@ -132,8 +132,9 @@ def _knows_v6() -> bool:
 
 
 def _compare(wanted: list[str], found: list[str]) -> list[str]:
-    missing = [line for line in wanted if line not in found]
-    extra = [line for line in found if line not in wanted]
+    left = set(wanted), set(found)
+    missing = [line for line in wanted if line not in left[1]]
+    extra = [line for line in found if line not in left[0]]
     texts = [f"missing: {line}" for line in missing] + [f"not ours: {line}" for line in extra]
     if not texts and wanted != found:
         texts = ["the rules are in another order, or one stands twice"]
@@ -161,8 +162,9 @@ def _mark_of(rule: dict[str, str]) -> str:
 
 
 def _routing_rules(is_v6: bool, netns: str | None) -> list[dict[str, str]]:
-    listed = json.loads(_run(["ip", "-j", "-6" if is_v6 else "-4", "rule", "list"], netns) or "[]")
-    return [rule for rule in listed if rule.get("table") == str(ROUTE_TABLE) or rule.get("priority") == ROUTE_PREFERENCE]
+    # By the table alone: where others name no preference, the kernel may give ours to theirs. By its number: a host may have named it.
+    listed = json.loads(_run(["ip", "-N", "-j", "-6" if is_v6 else "-4", "rule", "list"], netns) or "[]")
+    return [rule for rule in listed if rule.get("table") == str(ROUTE_TABLE)]
 
 
 def _routes(is_v6: bool, netns: str | None) -> list[dict[str, str]]:
@@ -174,8 +176,8 @@ def _routes(is_v6: bool, netns: str | None) -> list[dict[str, str]]:
 
 def _remove_routes(is_v6: bool, netns: str | None) -> None:
     version = "-6" if is_v6 else "-4"
-    for _ in _routing_rules(is_v6, netns):
-        _run(["ip", version, "rule", "del", "pref", str(ROUTE_PREFERENCE)], netns, may_fail=True)
+    for rule in _routing_rules(is_v6, netns):
+        _run(["ip", version, "rule", "del", "pref", str(rule["priority"]), "lookup", str(ROUTE_TABLE)], netns, may_fail=True)
     if _routes(is_v6, netns):
         _run(["ip", version, "route", "flush", "table", str(ROUTE_TABLE)], netns)
 

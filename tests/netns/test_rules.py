@@ -104,7 +104,11 @@ def test_removed_without_a_trace_and_foreign_rules_untouched(host: Host, rules: 
     foreign = tmp_path / "foreign"
     foreign.write_text(FOREIGN)
     host.run("iptables-restore", "--noflush", str(foreign))
+    # Without a preference of their own the kernel gives the second one ours.
+    for source in ("10.1.0.0/16", "10.2.0.0/16"):
+        host.run("ip", "rule", "add", "from", source, "lookup", "100")
     before = saved(host)
+    assert "32764:\tfrom 10.2.0.0/16" in before
     apply_rules(rules, host.namespace)
     host.run("iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "9997", "-j", "ACCEPT")
     apply_rules(rules, host.namespace)
@@ -113,6 +117,10 @@ def test_removed_without_a_trace_and_foreign_rules_untouched(host: Host, rules: 
     assert saved(host) == before
     remove_rules(host.namespace)
     assert saved(host) == before
+    redirect = build_rules(parse_config('listeners: [{name: l, bind: "0.0.0.0:1", capture: redirect, default: original_destination}]'))
+    apply_rules(redirect, host.namespace)
+    assert check_rules(redirect, host.namespace) == []
+    assert host.run("ip", "rule") in before
 
 
 def test_another_configuration_replaces_the_whole(host: Host, rules: list[FamilyRules]) -> None:
