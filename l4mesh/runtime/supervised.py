@@ -25,7 +25,7 @@ class Supervision:
     """The rules are."""
     repairs: int = 0
     differences: Sequence[str] = ()
-    """Of the last repair."""
+    """Of the last repair, the first ones."""
     error: str = ""
     """Why the rules are not in place."""
 

@@ -99,7 +99,7 @@ class RuleKeeper:
         self.repairs = 0
         self.error = ""
         self.differences: list[str] = []
-        """Of the last repair."""
+        """Of the last repair, the first ones."""
         self.due_at = float("inf")
 
     def keep(self, families: list[FamilyRules], interval_s: float) -> None:
@@ -122,7 +122,8 @@ class RuleKeeper:
             for difference in differences[:LISTED_DIFFERENCES]:
                 log("redirect_differs", "warning", difference=difference)
             if differences or not self.in_place:
-                self.differences = differences
+                # Told to the child in one line, which it reads up to 64 KiB.
+                self.differences = differences[:LISTED_DIFFERENCES]
                 self._apply()
                 if differences and self.in_place:
                     self.repairs += 1

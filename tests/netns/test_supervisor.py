@@ -160,6 +160,20 @@ def test_what_others_do_to_the_rules_is_named_and_repaired(net: Net, tampering: 
     assert re.search(r"redirect rules in place, repaired \d+ times; the data plane has died 0 times", shown.stdout)
 
 
+def test_very_many_rules_that_others_flush_are_repaired_and_end_nothing(net: Net) -> None:
+    many = config(
+        exclude={"destinations": [f"10.{i // 250}.{i % 250}.1/32" for i in range(1000)]}, redirect={"check_interval": "100ms"}
+    )
+    m = net.start(many)
+    wait_event(m, "redirect_applied")
+    child = child_of(m)
+    net.node.run("iptables", "-t", "nat", "-F")
+    wait_event(m, "redirect_repaired")
+    wait_until(lambda: m.status()["supervisor"]["repairs"] >= 1, "the child knows")
+    assert child_of(m) == child
+    assert net.differences(many) == []
+
+
 def test_the_capabilities_of_the_examples_are_enough(net: Net) -> None:
     before = net.rules()
     bounded = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", "--no-new-privs")
