@@ -317,8 +317,9 @@ class UpgradeServer:
     def _hand_over(self, channel: Channel, pid: int) -> Account:
         """Raises what ended it; then this process serves as before."""
         running = self._running
-        self._on_loop(running.hold)
         try:
+            # Even when it is not done in time, it has begun.
+            self._on_loop(running.hold)
             self._offer(channel)
             answer = channel.receive(START_S, "ready", "failed")
             if answer.body["say"] == "failed":
@@ -368,7 +369,10 @@ class UpgradeServer:
         async def run() -> T:
             return await work()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(ANSWER_S)
+        try:
+            return asyncio.run_coroutine_threadsafe(run(), self._loop).result(ANSWER_S)
+        except TimeoutError:
+            raise CommandError(f"the running process has not come to it within {ANSWER_S:g} s; a reload may be under way") from None
 
     def report(self) -> None:
         """After ``replaced``, until ``report_no_more``: tells the counters, and hands over what can be by now. Blocks."""
@@ -492,8 +496,8 @@ class Takeover:
 
     def _take_offer(self) -> None:
         self._channel.send("takeover", _greeting())
-        message = self._channel.receive(GREETING_S, "offer", "refused")
-        if message.body["say"] == "refused":
+        message = self._channel.receive(SILENCE_S, "offer", "refused", "failed")
+        if message.body["say"] != "offer":
             raise CommandError(f"upgrade: {message.body.get('why')}")
         sockets = [socket.socket(fileno=fd) for fd in message.descriptors]
         try:

@@ -24,6 +24,7 @@ from l4mesh.config.load import parse_config
 from l4mesh.datapath import CARRIED_BYTES, Datapath, Traveller
 from l4mesh.runtime.channel import Channel
 from l4mesh.runtime.listeners import Listeners
+from l4mesh.runtime.reload import NICENESS
 from l4mesh.runtime.upgrade import PROTOCOL
 from tests.conftest import Factory
 from tests.support.certificates import Files
@@ -754,6 +755,25 @@ def test_another_configuration_is_what_the_new_process_has(mesh: Factory) -> Non
         assert (
             m.metrics()['l4mesh_connections_closed_total{cluster="(removed)",initiator="downstream",reason="downstream_closed"}'] == 1
         )
+
+
+def test_a_reload_that_does_not_end_fails_the_upgrade_and_freezes_nothing(mesh: Factory) -> None:
+    with Server(echo) as server:
+        config = simple(server.address)
+        m = mesh(config)
+        tasks = [int(task) for task in os.listdir(f"/proc/{m.process.pid}/task")]
+        # The one that loads, and then those that it has started.
+        nice = [task for task in tasks if os.getpriority(os.PRIO_PROCESS, task) == NICENESS]
+        with Tracer(min(nice)) as tracer:
+            tracer.wait_stopped()
+            m.process.send_signal(signal.SIGHUP)
+            done = run("run", "-c", str(m.file.parent))
+            assert done.returncode == 1
+            assert "the running process has not come to it within 10 s" in done.stderr
+        m.reload(config | {"access_log": {"when": "never"}})
+        m.upgrade()
+        with connect(m.port()) as client:
+            talk(client)
 
 
 def test_off_is_off(mesh: Factory) -> None:
