@@ -31,7 +31,7 @@ class Listing:
 
     chains: dict[Place, list[str]] = field(default_factory=dict)
     jumps: list[tuple[str, str]] = field(default_factory=list)
-    """(table, "-A …" line) in order."""
+    """(table, "-A …" line) by table, in order."""
 
 
 def require_tools() -> None:
@@ -199,6 +199,8 @@ def _parse(saved: str) -> Listing:
             listing.chains.setdefault((table, line.split()[1]), []).append(line)
         elif line.startswith("-A ") and f"-j {CHAIN_PREFIX}" in line:
             listing.jumps.append((table, line))
+    # iptables-legacy lists tables in the order of their first use, not in one of its own.
+    listing.jumps.sort(key=lambda jump: jump[0])
     return listing
 
 

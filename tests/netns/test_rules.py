@@ -1,6 +1,9 @@
 """Rules on a real host: applied twice, tampered with, repaired, removed without a trace, foreign ones untouched."""
 
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +101,26 @@ def test_the_wrong_order_is_named(host: Host, rules: list[FamilyRules]) -> None:
     host.run("iptables", "-t", "nat", "-D", "L4MESH_OUTPUT", "1")
     host.run("iptables", "-t", "nat", "-A", "L4MESH_OUTPUT", "-m", "mark", "--mark", "0x539/0xfff", "-j", "RETURN")
     assert any("another order" in text for text in check_rules(rules, host.namespace))
+
+
+def test_tables_that_are_listed_in_another_order_are_the_same(
+    host: Host, rules: list[FamilyRules], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    legacy = shutil.which("xtables-legacy-multi")
+    probe = ["unshare", "--net", str(legacy), "iptables", "-t", "nat", "-L"]
+    if not legacy or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("needs iptables-legacy, and a kernel that knows it")
+    for version in ("ip", "ip6"):
+        for tool in ("tables", "tables-save", "tables-restore"):
+            (tmp_path / f"{version}{tool}").symlink_to(legacy)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    # Listed there the other way round than in a namespace where mangle was used first.
+    for table in ("nat", "mangle"):
+        host.run("iptables", "-t", table, "-L")
+    apply_rules(rules, host.namespace)
+    assert check_rules(rules, host.namespace) == []
+    remove_rules(host.namespace)
+    assert "L4MESH" not in saved(host)
 
 
 def test_removed_without_a_trace_and_foreign_rules_untouched(host: Host, rules: list[FamilyRules], tmp_path: Path) -> None:
