@@ -6,6 +6,7 @@ Only what is counted crosses, and the live connections that stay behind; names t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -168,7 +169,7 @@ def _decode(hint: Any, data: Any) -> Any:
     if origin is tuple and args[-1] is ...:
         return tuple(_decode(args[0], item) for item in data or ())
     if dataclasses.is_dataclass(hint):
-        fields = get_type_hints(hint)
+        fields = _hints_of(hint)  # type: ignore[arg-type]
         given = {} if data is None else dict_of(data)
         return hint(**{name: _decode(fields[name], given.get(name)) for name in fields})  # type: ignore[operator]
     if data is None:
@@ -178,6 +179,12 @@ def _decode(hint: Any, data: Any) -> Any:
     if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
         raise TypeError(f"{data!r} is not of type {hint.__name__}")
     return data
+
+
+@functools.cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    # Reading them takes longer than all the rest, and clusters may be thousands.
+    return get_type_hints(kind)
 
 
 def _decode_key(hint: Any, key: Any) -> Any:

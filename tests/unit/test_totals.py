@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -45,6 +46,20 @@ def test_what_is_counted_crosses() -> None:
         (0, 3, 0, False),
         (1, 1, 0, False),
     ]
+
+
+def test_very_many_cost_no_more_each_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 50,000 endpoints an upgrade waits for this, and not longer than ten seconds."""
+    read: list[type] = []
+
+    def read_hints(kind: type) -> dict[str, Any]:
+        read.append(kind)
+        return get_type_hints(kind)
+
+    monkeypatch.setattr("l4mesh.totals.get_type_hints", read_hints)
+    endpoints = [replace(ENDPOINT, address=f"10.0.0.1:{port}") for port in range(1, 1000)]
+    assert len(crossed(Totals.of(SNAPSHOT, endpoints)).endpoints) == 999
+    assert len(read) < 20
 
 
 def test_connections_that_were_handed_over_have_not_ended() -> None:
