@@ -32,7 +32,7 @@ from rich.console import Console
 
 from l4mesh.errors import CommandError
 from l4mesh.identity.ca import CertificateAuthority, write_identity
-from l4mesh.lab import Host, Interrupted, Lab, Node, build_cluster, ensure_privileged, raise_interrupted
+from l4mesh.lab import STOPS, Host, Interrupted, Lab, Node, build_cluster, ensure_privileged, raise_interrupted
 from l4mesh.netns import run_in_namespace
 from l4mesh.runtime.tables import make_table, show_bytes, show_ms
 from l4mesh.tap import Tap, is_tls13
@@ -104,7 +104,7 @@ def run_demo() -> int:
     for tool, package in (("curl", "curl"), ("redis-server", "redis-server"), ("redis-cli", "redis-tools")):
         if not shutil.which(tool):
             raise CommandError(f"the demo needs {tool}: install the package {package}")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, raise_interrupted)
     # What an upgrade has started outlives its parent: then it is a child of this process.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -19,6 +19,8 @@ from typing import IO, NoReturn, Self
 
 from l4mesh.errors import CommandError
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that want us to stop; the last is of a terminal that goes away."""
 _INSIDE = "L4MESH_IN_USER_NAMESPACE"
 
 
@@ -139,7 +141,7 @@ class Lab:
 
     def remove(self) -> None:
         """Ends every process in the namespaces, and the namespaces. Not to be interrupted: a signal waits until it is done."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             for host in self._hosts.values():
                 host.kill()

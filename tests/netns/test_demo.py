@@ -77,9 +77,9 @@ class Demo:
         return any(f'"event": "{event}"' in path.read_text() for path in self.folder.glob("*/*/events.log"))
 
     def stop(self, number: signal.Signals) -> None:
-        """SIGINT as the terminal sends it: to all processes at once. Nothing is left."""
+        """SIGINT and SIGHUP as the terminal sends them: to all processes at once. Nothing is left."""
         assert self.process.stdout
-        if number == signal.SIGINT:
+        if number in (signal.SIGINT, signal.SIGHUP):
             os.killpg(self.process.pid, number)
         else:
             self.process.send_signal(number)
@@ -94,7 +94,7 @@ class Demo:
         wait_until(lambda: not any(str(self.folder) in line for line in commands()), "no process of it is left")
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGTERM, 8)])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 4), (signal.SIGTERM, 8)])
 def test_stopped_it_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, step: int) -> None:
     """8: after an upgrade, while the old process still has connections."""
     demo = Demo(tmp_path)
