@@ -426,7 +426,9 @@ class Supervisor:
         for number in signals.recv(4096):
             if number == signal.SIGHUP:
                 for child in self._children():
-                    child.signal(number)
+                    # One that has just been started would die of it, and reads its files anyway.
+                    if child.ready_at:
+                        child.signal(number)
             elif number == signal.SIGUSR2:
                 self._upgrade()
             elif number in (signal.SIGTERM, signal.SIGINT):

@@ -394,6 +394,9 @@ def test_an_upgrade_touches_no_rule_and_cuts_nothing(net: Net) -> None:
             assert f"has replaced process {pids[0]}" in done.stdout
         else:
             m.process.send_signal(signal.SIGUSR2)
+            wait_event(m, "upgrade_begins", 3)
+            # As `systemctl reload` does, while the new process is being born.
+            m.process.send_signal(signal.SIGHUP)
         wait_until(
             lambda: len(events(m, "successor_serves")) == turn and len(events(m, "upgrade_ends")) == turn, "the successor is alone"
         )
