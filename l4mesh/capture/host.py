@@ -45,22 +45,26 @@ def apply_rules(families: Sequence[FamilyRules], netns: str | None = None) -> di
 
     Gives what iptables lists of ours then, by "is IPv6". Raises CommandError.
     """
+    for family in families:
+        # First, so that nothing of either family is captured that can't be delivered. Only where they differ: a moment without them
+        # would cost live connections packets.
+        if family.routes and _check_routes(family, family.is_v6, netns):
+            _remove_routes(family.is_v6, netns)
+            for command in rule_commands(family):
+                _run(["ip", *command], netns)
     listed: dict[bool, Listing] = {}
     for is_v6 in (False, True):
-        family = next((family for family in families if family.is_v6 == is_v6), None)
-        if family is None:
+        wanted = next((family for family in families if family.is_v6 == is_v6), None)
+        if wanted is None:
             _remove_family(is_v6, netns)
             listed[is_v6] = Listing()
             continue
         found = _list(is_v6, netns)
-        _restore(is_v6, render(family, found.jumps, list(found.chains)), netns)
-        # A moment without them would cost live connections packets.
-        if _check_routes(family, is_v6, netns):
+        _restore(is_v6, render(wanted, found.jumps, list(found.chains)), netns)
+        if not wanted.routes:
             _remove_routes(is_v6, netns)
-            for command in rule_commands(family):
-                _run(["ip", *command], netns)
         listed[is_v6] = _list(is_v6, netns)
-        if not _is_whole(family, listed[is_v6]):
+        if not _is_whole(wanted, listed[is_v6]):
             raise CommandError("rules that were put in place are gone at once: something else changes them at the same time")
     return listed
 
@@ -227,8 +231,10 @@ def _run(command: list[str], netns: str | None, *, stdin: str | None = None, may
         raise CommandError(f"{' '.join(command)}: can't be run: {error.strerror}") from None
     if done.returncode and not may_fail:
         said = (done.stderr or done.stdout).strip().splitlines()
-        reason = said[0] if said else f"exit code {done.returncode}"
+        reason = said[0].rstrip(".") if said else f"exit code {done.returncode}"
         hint = ": run it as root" if "ermission denied" in reason or "not permitted" in reason else ""
+        if "IPv6 is disabled" in reason:
+            hint = ": enable it (sysctl net.ipv6.conf.lo.disable_ipv6=0), or bind no listener that captures to an IPv6 address"
         raise CommandError(f"{' '.join(command)}: {reason}{hint}")
     return "" if done.returncode else done.stdout
 

@@ -12,6 +12,7 @@ import pytest
 from l4mesh.capture.host import apply_rules, check_rules, remove_rules
 from l4mesh.capture.rules import FamilyRules, build_rules
 from l4mesh.config.load import parse_config
+from l4mesh.errors import CommandError
 from l4mesh.lab import Host, Lab
 
 pytestmark = pytest.mark.netns
@@ -144,6 +145,15 @@ def test_removed_without_a_trace_and_foreign_rules_untouched(host: Host, rules: 
     apply_rules(redirect, host.namespace)
     assert check_rules(redirect, host.namespace) == []
     assert host.run("ip", "rule") in before
+
+
+def test_where_ipv6_is_disabled_nothing_is_captured_by_halves(host: Host, rules: list[FamilyRules]) -> None:
+    host.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    with pytest.raises(CommandError, match="IPv6 is disabled on nexthop device: enable it .*, or bind no listener that captures"):
+        apply_rules(rules, host.namespace)
+    assert "L4MESH" not in saved(host)
+    apply_rules(rules[:1], host.namespace)
+    assert check_rules(rules[:1], host.namespace) == []
 
 
 def test_another_configuration_replaces_the_whole(host: Host, rules: list[FamilyRules]) -> None:
