@@ -208,7 +208,7 @@ def _keep(identity: Identity, private_key: bytes, certificates: bytes, bundle: b
 def _read_answer(status: int, content: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise UnreachableError(f"the CA answered {status} with something that is no answer")

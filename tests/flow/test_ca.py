@@ -355,6 +355,7 @@ def test_an_answer_that_can_not_be_used_is_not_taken(mesh: Factory, authority: A
         (["a"], "something that is no answer"),
         ("{", "something that is no answer"),
         ("x" * (5 << 20), "larger than 4 MiB"),
+        ("[" * (1 << 20), "something that is no answer"),
     ]
     current = [0]
 
