@@ -50,6 +50,7 @@ class Schedule:
         self._trust = Task("", "", 0.0)
         self._tasks: dict[str, Task] = {}
         self._blocked_until = 0.0
+        self._told_unix_s = 0.0
         self._unreachable = 0
         """Attempts in a row that brought no answer."""
 
@@ -74,6 +75,15 @@ class Schedule:
     def hurry(self, name: str, now: float) -> None:
         """Renews an identity at the next occasion."""
         self._tasks[name].due_unix_s = now
+
+    def tell_time(self, now: float) -> None:
+        """Call it often. When the clock is set back, what was to be done by the wrong one moves with it."""
+        back_s = self._told_unix_s - now
+        self._told_unix_s = now
+        if back_s > 0:
+            self._blocked_until -= back_s
+            for task in self.tasks:
+                task.due_unix_s -= back_s
 
     def next(self) -> tuple[float, Task]:
         """What to do next, and when. Of what is due together the first that was configured; trust comes last."""

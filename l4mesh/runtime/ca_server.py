@@ -27,7 +27,7 @@ from cryptography import x509
 
 from l4mesh.config.nodes import load_grants
 from l4mesh.errors import CommandError, ConfigError, L4meshError
-from l4mesh.identity.ca import LEAF_LIFE, CertificateAuthority, read_request
+from l4mesh.identity.ca import BACKDATED, LEAF_LIFE, CertificateAuthority, read_request
 from l4mesh.identity.svid import IdentityError, read_spiffe_id
 from l4mesh.identity.tls import server_context
 from l4mesh.model import SocketAddress
@@ -92,7 +92,8 @@ class CaServer:
         self._server: asyncio.Server | None = None
         self._maintaining = asyncio.Lock()
         self._trust: tuple[int, ...] | None = None
-        self._renew_at_s = 0.0
+        self._shown_from = self._shown_until = datetime.fromtimestamp(0, UTC)
+        """The dates between which our own certificate needs no other: it is of no use when the clock was wrong and is set."""
         self._crl_at_s = 0.0
         self._handshakes_failed = 0
         self._handshake_error = ""
@@ -172,7 +173,7 @@ class CaServer:
                 await self._off_loop(self._authority.refresh_crl)
                 self._crl_at_s = now_s + CRL_REFRESH_S
             trust = _stat(self._authority.bundle_path)
-            if trust != self._trust or now_s >= self._renew_at_s:
+            if trust != self._trust or not self._shown_from <= datetime.now(UTC) < self._shown_until:
                 await self._show_new_certificate()
                 self._trust = trust
 
@@ -190,8 +191,9 @@ class CaServer:
             self._server.close()
             log.info("server_certificate_renewed", serial=f"{issued.serial:x}", until=issued.expires.isoformat())
         self._server = server
-        self._renew_at_s = time.monotonic() + (issued.expires - datetime.now(UTC)).total_seconds() / 2
-        if (left := await self._off_loop(self._authority.signs_until) - datetime.now(UTC)) < SIGNER_WARNING:
+        now = datetime.now(UTC)
+        self._shown_from, self._shown_until = now - BACKDATED, now + (issued.expires - now) / 2
+        if (left := await self._off_loop(self._authority.signs_until) - now) < SIGNER_WARNING:
             log.warning("signer_expires", left_days=left.days, means="no certificate outlives it: run l4mesh ca rotate")
 
     async def _reload_nodes(self) -> None:

@@ -99,8 +99,10 @@ class Renewer:
         while True:
             sleep_s = LONGEST_SLEEP_S
             if self._schedule and self._ca and self._config:
+                now = time.time()
+                self._schedule.tell_time(now)
                 at, task = self._schedule.next()
-                sleep_s = min(sleep_s, at - time.time())
+                sleep_s = min(sleep_s, at - now)
                 if sleep_s <= 0:
                     await self._do(self._schedule, self._ca, self._config, task)
                     continue

@@ -21,6 +21,7 @@ from tests.conftest import Factory
 from tests.flow.test_tls import inbound, outbound, ping
 from tests.support.ca import NODE_A, NODE_B, SERVER, CaProcess, Node, grant, identity_of
 from tests.support.certificates import DOMAIN, REDIS, WEB, Authority, Files
+from tests.support.clock import DAY_S, WrongClock
 from tests.support.mesh import Config, Mesh, simple
 from tests.support.peers import Server, closed_port, connect, echo, is_refused, read_exactly, read_to_end
 from tests.support.waiting import wait_until
@@ -377,6 +378,29 @@ def test_an_answer_that_can_not_be_used_is_not_taken(mesh: Factory, authority: A
         assert not identity_of(m, "web")["in_use"]
         assert not node.credential("web").exists()
         assert (node.folder / "bundle.pem").read_text() == bundle
+
+
+def test_a_clock_that_is_set_right_costs_the_ca_no_day(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(tmp_path / "a", authority)
+    clock = WrongClock(tmp_path, monkeypatch)
+    clock.set_wrong_by(-3 * DAY_S)
+    monkeypatch.setenv("LD_PRELOAD", str(clock.shim))
+    with CaProcess(tmp_path, authority) as ca:
+        monkeypatch.delenv("LD_PRELOAD")
+
+        def answers() -> bool:
+            try:
+                return node.ask(ca.address)[0] == 200
+            except OSError:
+                return False
+
+        assert not answers()
+        clock.set_wrong_by(0)
+        wait_until(answers, "it shows a certificate that is valid by now")
+        clock.set_wrong_by(3 * DAY_S)
+        wait_until(lambda: not answers(), "it shows one that is not valid yet")
+        clock.set_wrong_by(0)
+        wait_until(answers, "it shows another one")
 
 
 # -- a CA that is away --------------------------------------------------------------------------------------------------------

@@ -1,20 +1,16 @@
 """Faults of the catalogue that belong to no feature: clocks that jump, processes that stand still, storms of signals."""
 
 import signal
-import struct
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SANITIZERS, Factory
+from tests.support.clock import DAY_S, WrongClock
 from tests.support.mesh import simple
 from tests.support.peers import RST, Server, connect, echo, read_exactly, read_to_end, talk
 from tests.support.waiting import wait_until
-
-SUPPORT = Path(__file__).parents[1] / "support"
-DAY_S = 86_400
 
 
 def pass_time(seconds: float) -> None:
@@ -26,16 +22,8 @@ def pass_time(seconds: float) -> None:
 def test_a_wall_clock_that_jumps_ends_nothing_and_delays_nothing(
     mesh: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shim, shift = tmp_path / "clock.so", tmp_path / "shift"
-    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", shim, SUPPORT / "clock.c", "-ldl"], check=True)
-    shift.write_bytes(struct.pack("=q", 0))
-    monkeypatch.setenv("L4MESH_PRELOAD", f"{SANITIZERS} {shim}".strip())
-    monkeypatch.setenv("L4MESH_CLOCK_FILE", str(shift))
-
-    def set_wrong_by(seconds: int) -> None:
-        with shift.open("r+b") as stream:
-            stream.write(struct.pack("=q", seconds))
-
+    clock = WrongClock(tmp_path, monkeypatch)
+    monkeypatch.setenv("L4MESH_PRELOAD", f"{SANITIZERS} {clock.shim}".strip())
     with Server(echo) as server:
         two = simple(server.address, timeouts={"idle": "1h", "lifetime": "1h"})
         quick = simple(server.address, timeouts={"idle": "200ms"})
@@ -45,7 +33,7 @@ def test_a_wall_clock_that_jumps_ends_nothing_and_delays_nothing(
         with connect(m.port()) as stays:
             for wrong_by in (DAY_S, -400 * DAY_S, 0):
                 before = m.status()
-                set_wrong_by(wrong_by)
+                clock.set_wrong_by(wrong_by)
                 talk(stays)
                 with connect(m.port("quick")) as short:
                     talk(short)

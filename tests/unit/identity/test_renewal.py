@@ -110,6 +110,23 @@ def test_back_off_doubles_to_a_cap_and_starts_anew() -> None:
     assert plan.unreachable(web, now, "away") == 5
 
 
+def test_a_clock_that_is_set_back_makes_nothing_wait_for_the_wrong_date() -> None:
+    plan = schedule(NODE, now=9 * DAY_S)
+    node, trust = plan.tasks
+    plan.tell_time(9 * DAY_S)
+    plan.succeeded(trust, 9 * DAY_S)
+    plan.refused(node, 9 * DAY_S, "no")
+    assert plan.next() == (9 * DAY_S + 5, node)
+    plan.unreachable(node, 9 * DAY_S + 5, "away")
+    plan.tell_time(9 * DAY_S + 6)
+    plan.tell_time(6.0)
+    assert plan.next() == (10.0, node)
+    assert trust.due_unix_s == 600.0
+    # Nor does it when it is set ahead.
+    plan.tell_time(9 * DAY_S)
+    assert plan.next() == (10.0, node)
+
+
 def test_it_becomes_urgent_near_expiry() -> None:
     plan = schedule(SHOP)
     web = plan.tasks[0]
