@@ -42,14 +42,14 @@ def client_context(node: Material, server: str) -> ssl.SSLContext:
             super().do_handshake()
             _check_server(self.getpeercert(True) or b"", server, node)
 
-    context = _context(ssl.PROTOCOL_TLS_CLIENT, node.private_key + node.certificates, node.trust_bundle)
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, _credential(node), node.trust_bundle)
     context.sslobject_class = Checked
     return context
 
 
 def workload_context(material: Material, *, allow_tls12: bool) -> ssl.SSLContext:
     """What the data path shows and trusts where it dials. Whose the other end's certificate is must be asked: ``check_peer``."""
-    context = _context(ssl.PROTOCOL_TLS_CLIENT, material.private_key + material.certificates, material.trust_bundle)
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, _credential(material), material.trust_bundle)
     # A CA of the bundle need not be a root.
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
     if allow_tls12:
@@ -82,13 +82,19 @@ def _matches(pattern: str, text: str) -> bool:
     return text.endswith(pattern[1:]) if pattern.startswith("*") else text == pattern
 
 
+def _credential(material: Material) -> bytes:
+    # A key that comes from a secret store often has no newline at its end.
+    return material.private_key + b"\n" + material.certificates
+
+
 def _context(protocol: int, credential: bytes, bundle: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     # Names are SPIFFE IDs, which Python's ssl does not know.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=bundle.decode("ascii"))
+    # What is no ASCII is in comments, between the certificates.
+    context.load_verify_locations(cadata=bundle.decode("ascii", "ignore"))
     # ssl takes keys from files only; this one is in memory.
     fd = os.memfd_create("credential", os.MFD_CLOEXEC)
     try:

@@ -13,9 +13,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.name import _ASN1Type
 
 from l4mesh.cli import cli
+from l4mesh.datapath import try_material
 from l4mesh.errors import CommandError
 from l4mesh.identity.ca import CertificateAuthority, make_request, write_file, write_identity
 from l4mesh.identity.svid import IdentityError, load_identity, number_bytes
+from l4mesh.identity.tls import workload_context
 from l4mesh.model import Identity
 from tests.support.certificates import WEB, Authority, hostile, revocation_list
 
@@ -129,6 +131,17 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="can't be written: Is a directory"):
         write_file(in_the_way, b"secret", 0o600)
     assert list(tmp_path.iterdir()) == [in_the_way]
+
+
+def test_a_key_without_a_newline_and_a_comment_in_any_language_are_no_mistake(tmp_path: Path) -> None:
+    ca = Authority.new(tmp_path / "ca")
+    web = ca.files(tmp_path, "web", WEB)
+    web.key.write_bytes(web.key.read_bytes().rstrip())
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_bytes("# Gyökér\n".encode() + web.bundle.read_bytes())
+    material = load_identity(identity(web.certificate, web.key, bundle))
+    try_material(material)
+    assert workload_context(material, allow_tls12=False).get_ca_certs()
 
 
 def altered(certificate: x509.Certificate, before: str, after: str) -> bytes:
