@@ -146,7 +146,8 @@ def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None
     for missing in config.identities.keys() - materials.keys():
         click.echo(f"l4mesh: warning: identity {missing} has no certificate yet; `l4mesh run` asks the CA for it", err=True)
     if explain:
-        _explain(config, {name: material.spiffe_id for name, material in materials.items()}, *explain)
+        fetched = {name: identity.spiffe_id for name, identity in config.identities.items()}
+        _explain(config, fetched | {name: material.spiffe_id for name, material in materials.items()}, *explain)
         return
     if config.faults_enabled:
         click.echo(f"l4mesh: warning: faults are enabled: {config.fault_rules} rules delay or break connections on purpose", err=True)
@@ -268,7 +269,7 @@ def ca_issue(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
 
     issued = CertificateAuthority(folder).issue(spiffe_id, _life(life))
     certificate, key = write_identity(out.parent, out.name, issued.certificates, issued.private_key)
-    click.echo(f"{certificate} and {key}: {spiffe_id}, valid for {life}")
+    click.echo(f"{certificate} and {key}: {spiffe_id}, valid until {issued.expires.isoformat()}")
 
 
 @ca.command("enroll", cls=Examples, epilog="l4mesh ca enroll /etc/l4mesh/ca spiffe://example.org/node/node-a --out node-a")
@@ -284,8 +285,8 @@ def ca_enroll(folder: Path, spiffe_id: str, out: Path, life: str) -> None:
 
     authority = CertificateAuthority(folder)
     nodes = load_grants(authority.nodes_path, authority.trust_domain).by_node
-    enroll(authority, spiffe_id, _life(life), out)
-    click.echo(f"{out}: for {spiffe_id}; bring it to the node as /var/lib/l4mesh within {life}, and remove it here")
+    until = enroll(authority, spiffe_id, _life(life), out).expires.isoformat()
+    click.echo(f"{out}: for {spiffe_id}; bring it to the node as /var/lib/l4mesh before {until}, and remove it here")
     if spiffe_id not in nodes:
         click.echo(f"l4mesh: warning: {authority.nodes_path} does not name this node yet: it would be refused", err=True)
 
@@ -316,8 +317,12 @@ def ca_sign(folder: Path, request: BinaryIO, out: Path, life: str) -> None:
     """Sign a CSR whose one name is a SPIFFE ID."""
     from l4mesh.identity.ca import CertificateAuthority
 
-    out.write_bytes(CertificateAuthority(folder).sign(request.read(), _life(life)).certificates)
-    click.echo(f"{out}: signed, valid for {life}")
+    issued = CertificateAuthority(folder).sign(request.read(), _life(life))
+    try:
+        out.write_bytes(issued.certificates)
+    except OSError as error:
+        raise CommandError(f"{out}: {error.strerror}") from None
+    click.echo(f"{out}: signed, valid until {issued.expires.isoformat()}")
 
 
 @ca.command("revoke", cls=Examples, epilog="l4mesh ca revoke /etc/l4mesh/ca tls/web.pem")

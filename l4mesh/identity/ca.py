@@ -84,11 +84,11 @@ class _Generation:
 class CertificateAuthority:
     """A CA's folder. Every method raises CommandError with what to do when the folder can't be used."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_domain: str = "") -> None:
+        """``trust_domain``: of a folder that does not say it yet."""
         self._folder = folder
         try:
-            settings = json.loads((folder / "ca.json").read_text())
-            self.trust_domain = str(settings["trust_domain"])
+            self.trust_domain = trust_domain or str(json.loads((folder / "ca.json").read_text())["trust_domain"])
         except (OSError, ValueError, KeyError):
             raise CommandError(f"{folder} is no CA: make one with: l4mesh ca init --trust-domain DOMAIN {folder}") from None
 
@@ -101,12 +101,14 @@ class CertificateAuthority:
         if (folder / "ca.json").exists():
             raise CommandError(f"{folder} is a CA already; l4mesh ca rotate gives it a new root")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _new_generation(folder, 1) as made:
-            _make_generation(made, 1, trust_domain)
+        # What was begun and not ended, on a full disk for example, is gone on with: it is a CA when ca.json is there, which comes last.
+        if not (folder / "1").exists():
+            with _new_generation(folder, 1) as made:
+                _make_generation(made, 1, trust_domain)
         write_file(folder / NODES_FILE, NODES_EXAMPLE.format(domain=trust_domain).encode(), 0o644)
-        write_file(folder / "ca.json", json.dumps({"trust_domain": trust_domain}).encode() + b"\n", 0o644)
-        ca = cls(folder)
+        ca = cls(folder, trust_domain)
         ca._publish()
+        write_file(folder / "ca.json", json.dumps({"trust_domain": trust_domain}).encode() + b"\n", 0o644)
         return ca
 
     @property

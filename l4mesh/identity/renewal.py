@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l4mesh.errors import CommandError
-from l4mesh.identity.ca import CertificateAuthority, write_file
+from l4mesh.identity.ca import CertificateAuthority, Issued, write_file
 from l4mesh.identity.svid import UNREADABLE, IdentityError, Material, judge_identity
 from l4mesh.model import Identity
 
@@ -203,7 +203,7 @@ def keep_credential(identity: Identity, private_key: bytes, certificates: bytes)
     write_file(path, private_key + certificates, 0o600)
 
 
-def enroll(authority: CertificateAuthority, spiffe_id: str, life: datetime.timedelta, folder: Path) -> None:
+def enroll(authority: CertificateAuthority, spiffe_id: str, life: datetime.timedelta, folder: Path) -> Issued:
     """What a node begins with, at the places where it looks. Raises CommandError."""
     issued = authority.issue(spiffe_id, life)
     bundle, crl = authority.trust()
@@ -211,6 +211,7 @@ def enroll(authority: CertificateAuthority, spiffe_id: str, life: datetime.timed
     write_file(folder / "bundle.pem", bundle, 0o644)
     write_file(folder / "crl.pem", crl, 0o644)
     write_file(folder / "node.pem", issued.private_key + issued.certificates, 0o600)
+    return issued
 
 
 def make_folder(folder: Path) -> None:

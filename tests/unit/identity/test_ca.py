@@ -191,6 +191,60 @@ policies: [{{name: only-web, action: allow, workloads: {{app: redis}}, from: [{{
     assert (asked.exit_code, "none of them matches" in asked.output) == (1, True)
 
 
+def test_an_explanation_needs_no_certificate_that_has_yet_to_come_from_the_ca(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(
+        f"""\
+ca: {{address: "127.0.0.1:15010", identity: node, folder: {tmp_path}}}
+identities: [{{name: node, spiffe_id: spiffe://example.org/node/a}}, {{name: web, spiffe_id: {WEB}}}]
+workloads: [{{name: web-1, addresses: [10.0.0.2], identity: web}}]
+listeners: [{{name: in, bind: "127.0.0.1:0", cluster: c}}]
+clusters: [{{name: c}}]
+policies: [{{name: only-web, action: allow, from: [{{identities: [{WEB}]}}]}}]
+"""
+    )
+    asked = CliRunner().invoke(cli, ["check", "-c", str(tmp_path / "mesh.yaml"), "--explain", "web-1", "10.0.0.3", "6379"])
+    assert (asked.exit_code, WEB in asked.output) == (0, True), asked.output
+
+
+def test_the_end_of_a_certificate_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l4mesh.identity.ca.INTERMEDIATE_LIFE", datetime.timedelta(minutes=5))
+    CertificateAuthority.create(tmp_path / "ca", "example.org")
+    (tmp_path / "request").write_bytes(make_request(WEB)[1])
+    for words, out in (
+        (f"ca issue {tmp_path}/ca {WEB} --out {tmp_path}/web --life 1d", "web.pem"),
+        (f"ca sign {tmp_path}/ca {tmp_path}/request --out {tmp_path}/signed.pem", "signed.pem"),
+        (f"ca enroll {tmp_path}/ca {WEB} --out {tmp_path}/node", "node/node.pem"),
+    ):
+        said = CliRunner().invoke(cli, words.split()).output
+        assert x509.load_pem_x509_certificates((tmp_path / out).read_bytes())[0].not_valid_after_utc.isoformat() in said
+
+
+def test_a_ca_that_could_not_be_made_whole_is_made_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = 0
+
+    def on_a_full_disk(path: Path, content: bytes, mode: int) -> None:
+        nonlocal left
+        if left == 0:
+            raise CommandError(f"{path}: can't be written: No space left on device")
+        left -= 1
+        write_file(path, content, mode)
+
+    for room in range(20):
+        folder, left = tmp_path / str(room), room
+        monkeypatch.setattr("l4mesh.identity.ca.write_file", on_a_full_disk)
+        try:
+            CertificateAuthority.create(folder, "example.org")
+        except CommandError as error:
+            assert "No space left" in str(error)
+        else:
+            break
+        monkeypatch.undo()
+        ca = CertificateAuthority.create(folder, "example.org")
+        files = Authority(folder).files(tmp_path, "web", WEB)
+        assert openssl_accepts(files.certificate, ca.bundle_path)
+    assert room > 5
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -199,6 +253,7 @@ policies: [{{name: only-web, action: allow, workloads: {{app: redis}}, from: [{{
         "ca init --trust-domain example.org {half}",
         "ca issue {ca} spiffe://example.org/a --out {file}/a/web",
         "ca sign {ca} {request} --out {file}/web.pem",
+        "ca sign {ca} {request} --out {full}",
     ],
 )
 def test_files_that_can_t_be_touched_are_named(tmp_path: Path, words: str) -> None:
@@ -206,7 +261,8 @@ def test_files_that_can_t_be_touched_are_named(tmp_path: Path, words: str) -> No
     (tmp_path / "file").touch()
     (tmp_path / "request").write_bytes(make_request("spiffe://example.org/a")[1])
     (tmp_path / "half/1/left").mkdir(parents=True)
-    places = {name: tmp_path / name for name in ("ca", "file", "half", "request")}
+    (tmp_path / "full").symlink_to("/dev/full")
+    places = {name: tmp_path / name for name in ("ca", "file", "half", "request", "full")}
     error = CliRunner().invoke(cli, words.format(**places).split()).exception
     assert isinstance(error, CommandError), error
     assert str(tmp_path) in str(error)
