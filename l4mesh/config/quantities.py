@@ -475,6 +475,21 @@ def parse_user(value: object) -> str:
     return text
 
 
+def parse_interface(value: object) -> str:
+    """As iptables takes it: a + at the end stands for any rest."""
+    if not isinstance(value, str) or not 0 < len(value.encode()) <= 15 or not value.isprintable() or re.search(r"[\s/!\"'\\]", value):
+        raise ValueError(f"must be the name of an interface, or its beginning and a +; got {shown(value)}")
+    return value
+
+
+def parse_host_user(value: object) -> str:
+    """The name or the number of one that processes of a host run as."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not re.fullmatch(r"[\w.][\w.$@-]{0,31}", text):
+        raise ValueError(f"must be the name or the number of a user; got {shown(value)}")
+    return text
+
+
 def parse_mark(value: object) -> Mark:
     match = _MARK.fullmatch(value) if isinstance(value, str) else None
     if not match:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator, field_validator
 
 from l4mesh import model
 from l4mesh.config import quantities as q
@@ -67,6 +67,14 @@ T = TypeVar("T")
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _has_value(cls, value: object) -> object:
+        """``from:`` with nothing behind it, because what stood there was commented out, must not come to mean everybody."""
+        if value is None:
+            raise ValueError("has no value: give it one, or leave the key out")
+        return value
 
 
 def _whole(least: int, most: int) -> Callable[[object], int]:
@@ -376,8 +384,8 @@ class FilterSection(Section):
     ports: list[Ports] = []
     destinations: list[Cidr] = []
     sources: list[Cidr] = []
-    interfaces: list[Text] = []
-    users: list[Annotated[str, PlainValidator(lambda value: parse_text(str(value)))]] = []
+    interfaces: list[Annotated[str, PlainValidator(q.parse_interface)]] = []
+    users: list[Annotated[str, PlainValidator(q.parse_host_user)]] = []
 
 
 class ProxySourcesSection(Section):
