@@ -327,7 +327,11 @@ def parse_identity_pattern(value: object) -> str:
         if not text.startswith("spiffe://"):
             raise ValueError(f"must begin with spiffe:// or *; got {shown(value)}")
         if not text.endswith("*"):
-            parse_spiffe_id(text)
+            return parse_spiffe_id(text)
+    # One that no ID can have would never match, which a deny must not.
+    begin, _, end = text.partition("*")
+    if not any(_is_spiffe_id(f"{begin or 'spiffe://'}{rest}{end}") for rest in ("x", "x/x")):
+        raise ValueError(f"must be as a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web begins or ends with; got {shown(value)}")
     return text
 
 
@@ -336,18 +340,22 @@ _SEGMENT = re.compile(r"[a-zA-Z0-9._-]+")
 
 
 def parse_spiffe_id(value: object) -> str:
-    """The ID of a workload. Source: SPIFFE-ID.md, section 2."""
-    text = value if isinstance(value, str) else ""
-    domain, *segments = text.removeprefix("spiffe://").split("/")
-    if (
-        not text.startswith("spiffe://")
-        or len(text) > 2048
-        or not _TRUST_DOMAIN.fullmatch(domain)
-        or not segments
-        or not all(_SEGMENT.fullmatch(segment) and segment not in (".", "..") for segment in segments)
-    ):
+    """The ID of a workload."""
+    if not isinstance(value, str) or not _is_spiffe_id(value):
         raise ValueError(f"must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web; got {shown(value)}")
-    return text
+    return value
+
+
+def _is_spiffe_id(text: str) -> bool:
+    """Source: SPIFFE-ID.md, section 2."""
+    domain, *segments = text.removeprefix("spiffe://").split("/")
+    return (
+        text.startswith("spiffe://")
+        and len(text) <= 2048
+        and _TRUST_DOMAIN.fullmatch(domain) is not None
+        and bool(segments)
+        and all(_SEGMENT.fullmatch(segment) and segment not in (".", "..") for segment in segments)
+    )
 
 
 def parse_name_pattern(value: object) -> str:

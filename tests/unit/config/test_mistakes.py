@@ -224,6 +224,8 @@ CASES = [
     (listener("tls: "), "2: listeners[0].tls: has no value: give it one, or leave the key out"),
     (top("policies: [{name: p, action: deny, from: [{identities: [web]}]}]\n"), "5: policies[0].from[0].identities[0]: must begin with spiffe:// or *; got 'web'"),
     (top("policies: [{name: p, action: deny, from: [{identities: ['spiffe://a//b']}]}]\n"), "5: policies[0].from[0].identities[0]: must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web; got 'spiffe://a//b'"),
+    (top("policies: [{name: p, action: deny, from: [{identities: ['spiffe://Example.org/*']}]}]\n"), "5: policies[0].from[0].identities[0]: must be as a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web begins or ends with; got 'spiffe://Example.org/*'"),
+    (top("policies: [{name: p, action: deny, from: [{identities: ['*/sa/web/']}]}]\n"), "5: policies[0].from[0].identities[0]: must be as a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web begins or ends with; got '*/sa/web/'"),
     (top("policies: [{name: p, action: deny, from: [{service_accounts: [web]}]}]\n"), "5: policies[0].from[0].service_accounts[0]: must be namespace/name; got 'web'"),
     (top("policies: [{name: p, action: deny}, {name: p, action: deny}]\n"), "5: policies[1].name: p stands in f already"),
     (top("tracing: {enabled: on}\n"), f"5: tracing: is not a known key; known here: {known(schema.FileSection)}"),
