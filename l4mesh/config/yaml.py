@@ -52,7 +52,7 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(text: str, file: str) -> dict[str, Any]:
-    """The one document of a file: a mapping, {} when there is nothing in it. Raises ConfigError."""
+    """The one document of a file: a mapping, {} when there is nothing in it but comments. Raises ConfigError."""
     if _DEEP.search(text):
         raise ConfigError([Problem(file, 0, "", f"is nested more than {MAX_DEPTH} levels deep")])
     loader = _Loader(text)
@@ -72,6 +72,8 @@ def parse_yaml(text: str, file: str) -> dict[str, Any]:
         raise ConfigError([Problem(file, 0, "", "is not YAML: a value is not what its tag (!!…) says: leave the tag out")]) from None
     finally:
         loader.dispose()
+    if data is None:
+        return {}
     if not isinstance(data, dict):
         raise ConfigError([Problem(file, 1, "", "must be a mapping with keys such as listeners and clusters")])
     return data

@@ -30,6 +30,12 @@ def test_the_examples_are_valid(name: str) -> None:
     assert load_config([CONF / name]).listeners
 
 
+@pytest.mark.parametrize("text", ["", "# all\n", "---\n# of it\n", "---\n...\n"])
+def test_a_file_of_comments_is_no_mistake(tmp_path: Path, text: str) -> None:
+    write(tmp_path, a=LISTENER + "clusters: [{name: a}]\n", b=text)
+    assert load_config([tmp_path]).listeners
+
+
 @pytest.mark.parametrize("unit", ["l4mesh.service", "l4mesh-ca.service"])
 def test_the_systemd_units_run_commands_that_exist(unit: str) -> None:
     from l4mesh.cli import cli
