@@ -187,7 +187,7 @@ class Reloader:
                 ended.set()
             await look
 
-    async def _look(self, folders: list[Path], ended: asyncio.Event) -> None:
+    async def _look(self, folders: Mapping[Path, str], ended: asyncio.Event) -> None:
         """Sets ``ended`` when others are to be watched."""
         try:
             await self.reload(told=False)
@@ -208,7 +208,7 @@ class Reloader:
         self._frozen = False
         await self.reload()
 
-    def _folders(self) -> list[Path]:
+    def _folders(self) -> dict[Path, str]:
         files = [Path(file) for identity in self.config.identities.values() for file in identity.files] if self.config else []
         return _folders([*self._paths, *map(Path, list(self._cache.files)), *files])
 
@@ -216,12 +216,14 @@ class Reloader:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _folders(paths: Sequence[Path]) -> list[Path]:
-    """What to watch: folders, because editors and Kubernetes replace files instead of writing them."""
+def _folders(paths: Sequence[Path]) -> dict[Path, str]:
+    """What to watch, and where that is by now: folders, because editors and Kubernetes replace files instead of writing them, and
+    those with a link on the way, because whoever deploys by links replaces that."""
     # Those of os.path, which raise nothing where a path may not be looked at: what is wrong with it the next look says.
     folders = {path if os.path.isdir(path) else path.parent for path in paths}
     folders |= {Path(os.path.realpath(path)).parent for path in paths if os.path.islink(path)}
-    return sorted(folder for folder in folders if os.path.exists(folder))
+    folders |= {part.parent for part in {part for path in paths for part in (path, *path.parents)} if os.path.islink(part)}
+    return {folder: os.path.realpath(folder) for folder in sorted(folders) if os.path.exists(folder)}
 
 
 def _be_nice() -> None:

@@ -114,6 +114,29 @@ def test_a_folder_in_the_place_of_another_is_watched(mesh: Factory) -> None:
         assert ask(m.port()) == b"new"
 
 
+def test_a_link_on_the_way_that_leads_elsewhere_is_followed(mesh: Factory) -> None:
+    with named(b"old") as old, named(b"new") as new, named(b"newest") as newest:
+        m = mesh(simple(old.address))
+        m.stop()
+        folder, first, second = m.file.parent, m.folder / "elsewhere" / "first", m.folder / "elsewhere" / "second"
+        first.parent.mkdir()
+        folder.rename(first)
+        folder.symlink_to(first)
+        m.start()
+        shutil.copytree(first, second)
+        link = m.folder / "link"
+        link.symlink_to(second)
+        file, m.file = m.file, second / m.file.name
+        m.write(simple(new.address))
+        generation = m.status()["generation"]
+        link.rename(folder)
+        wait_until(lambda: m.status()["generation"] > generation, "what is behind the new link is in force")
+        assert ask(m.port()) == b"new"
+        m.file = file
+        m.reload(simple(newest.address))
+        assert ask(m.port()) == b"newest"
+
+
 def test_a_port_that_is_taken_refuses_the_whole_change(mesh: Factory) -> None:
     with named(b"good") as server:
         config = simple(server.address, listener={"bind": f"127.0.0.1:{free_port()}"})

@@ -298,7 +298,7 @@ def test_a_folder_that_may_not_be_read_is_a_mistake_like_any_other() -> None:
                 for place in (folder, folder / "a.yaml"):
                     with pytest.raises(ConfigError, match=f"{place}: can't be read: Permission denied"):
                         load_config([place])
-                    assert isinstance(_folders([place]), list)
+                    assert isinstance(_folders([place]), dict)
                 os.seteuid(user)
         finally:
             os.seteuid(user)
