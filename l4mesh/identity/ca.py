@@ -151,6 +151,8 @@ class CertificateAuthority:
     def _generations(self) -> list[_Generation]:
         """Oldest first; the last one signs."""
         folders = sorted((path for path in self._folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+        if not folders:
+            raise CommandError(f"{self._folder}: its numbered folder with root and keys is gone: bring it back from a backup")
         try:
             return [
                 _Generation(

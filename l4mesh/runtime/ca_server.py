@@ -306,7 +306,8 @@ def _listen(bind: SocketAddress) -> socket.socket:
     try:
         return socket.create_server((bind.host, bind.port), family=socket.AF_INET6 if bind.is_v6 else socket.AF_INET, backlog=1024)
     except OSError as error:
-        raise CommandError(f"can't listen on {bind}: {error.strerror}; --bind names another address") from None
+        # Python adds the address to the reason.
+        raise CommandError(f"can't listen on {bind}: {os.strerror(error.errno or 0)}; --bind names another address") from None
 
 
 def _stat(path: Path) -> tuple[int, ...] | None:

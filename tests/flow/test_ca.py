@@ -595,7 +595,8 @@ def test_the_ca_that_can_not_begin_says_why(authority: Authority, tmp_path: Path
     assert "is no CA: make one with: l4mesh ca init" in run(str(tmp_path / "nowhere"))
     folder = str(authority.bundle_path.parent)
     assert "--bind must be an IP address with a port" in run(folder, "--bind", "localhost:1")
-    assert "can't listen on 127.0.0.1" in run(folder, "--bind", f"127.0.0.1:{closed_port()}")
+    address = f"127.0.0.1:{closed_port()}"
+    assert f"can't listen on {address}: Address already in use; --bind" in run(folder, "--bind", address)
     authority.nodes_path.write_text("nodes:\n  - identity: spiffe://other.org/node/a\n    workloads: ['spiffe://example.org*']\n")
     assert run(folder).splitlines() == [
         f"l4mesh: {authority.nodes_path}:3: nodes[0].workloads[0]: must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web, "

@@ -271,3 +271,7 @@ def test_files_that_can_t_be_touched_are_named(tmp_path: Path, words: str) -> No
 def test_a_folder_that_is_no_ca_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="l4mesh ca init"):
         CertificateAuthority(tmp_path)
+    ca = Authority.new(tmp_path / "ca")
+    (tmp_path / "ca/1").rename(tmp_path / "elsewhere")
+    with pytest.raises(CommandError, match="its numbered folder with root and keys is gone"):
+        ca.issue(WEB)
