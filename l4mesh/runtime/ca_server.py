@@ -166,12 +166,16 @@ class CaServer:
 
     async def _maintain(self) -> None:
         """Looks at the folder, which others change as well, and at the dates of what we show."""
+        await self._reload_nodes()
+        await self._keep_certificate()
+        # Last, because it writes: a disk that is full holds up nothing else.
+        now_s = time.monotonic()
+        if now_s >= self._crl_at_s:
+            await self._off_loop(self._authority.refresh_crl)
+            self._crl_at_s = now_s + CRL_REFRESH_S
+
+    async def _keep_certificate(self) -> None:
         async with self._maintaining:
-            await self._reload_nodes()
-            now_s = time.monotonic()
-            if now_s >= self._crl_at_s:
-                await self._off_loop(self._authority.refresh_crl)
-                self._crl_at_s = now_s + CRL_REFRESH_S
             trust = _stat(self._authority.bundle_path)
             if trust != self._trust or not self._shown_from <= datetime.now(UTC) < self._shown_until:
                 await self._show_new_certificate()
@@ -278,7 +282,7 @@ class CaServer:
     async def _read_trust(self) -> dict[str, str]:
         bundle, crl = await self._off_loop(self._authority.trust)
         # Whoever trusts this bundle must be able to trust us: after it was read, because it may change again.
-        await self._maintain()
+        await self._keep_certificate()
         return {"bundle": bundle.decode(), "crl": crl.decode()}
 
 

@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from l4mesh.identity.ca import make_request
 from tests.conftest import Factory
+from tests.flow.test_reload import BOUNDED
 from tests.flow.test_tls import inbound, outbound, ping
 from tests.support.ca import NODE_A, NODE_B, SERVER, CaProcess, Node, grant, identity_of
 from tests.support.certificates import DOMAIN, REDIS, WEB, Authority, Files
@@ -378,6 +380,19 @@ def test_an_answer_that_can_not_be_used_is_not_taken(mesh: Factory, authority: A
         assert not identity_of(m, "web")["in_use"]
         assert not node.credential("web").exists()
         assert (node.folder / "bundle.pem").read_text() == bundle
+
+
+def test_a_folder_that_takes_no_new_file_holds_up_no_certificate(authority: Authority, tmp_path: Path) -> None:
+    node, folder = Node(tmp_path / "a", authority), authority.bundle_path.parent
+    often = "import l4mesh.runtime.ca_server as it; it.CRL_REFRESH_S = 0; from l4mesh.cli import main; main()"
+    with CaProcess(tmp_path, authority, prefix=BOUNDED, program=("-c", often)) as ca:
+        folder.chmod(0o500)
+        try:
+            wait_until(lambda: ca.events("maintenance_failed"), "the revocation list can't be dated anew")
+            assert node.ask(ca.address)[0] == 200
+            assert node.ask(ca.address, "POST", "/v1/certificates", make_request(WEB)[1])[0] == 200
+        finally:
+            folder.chmod(0o700)
 
 
 def test_a_clock_that_is_set_right_costs_the_ca_no_day(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

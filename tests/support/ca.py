@@ -34,14 +34,22 @@ def grant(authority: Authority, **nodes: list[str]) -> None:
 
 
 class CaProcess:
-    """``prefix``: put before the command (`ip netns exec …`)."""
+    """``prefix``: put before the command (`ip netns exec …`). ``program``: what Python runs."""
 
     def __init__(
-        self, folder: Path, authority: Authority, life: str = "1h", timeout: str = "10s", host: str = HOST, prefix: Sequence[str] = ()
+        self,
+        folder: Path,
+        authority: Authority,
+        life: str = "1h",
+        timeout: str = "10s",
+        host: str = HOST,
+        prefix: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "l4mesh"),
     ) -> None:
         self.authority = authority
         self._host = host
         self._prefix = prefix
+        self._program = program
         self._options = ["--life", life, "--timeout", timeout]
         self._stderr = folder / f"ca-serve-{id(self)}.log"
         self.port = 0
@@ -52,8 +60,7 @@ class CaProcess:
         lines = len(self.events()) if self._stderr.exists() else 0
         command = [
             sys.executable,
-            "-m",
-            "l4mesh",
+            *self._program,
             "ca",
             "serve",
             str(self.authority.bundle_path.parent),
