@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from l4mesh.config import schema
+from l4mesh.config.files import open_file
 from l4mesh.config.quantities import shown
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
 from l4mesh.errors import ConfigError, Problem
@@ -126,7 +127,7 @@ def _find_files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
 def _load_file(path: Path, cache: ConfigCache) -> ParsedFile:
     file = str(path)
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             stat = os.fstat(stream.fileno())
             signature = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
             before = cache.files.get(file)
@@ -514,7 +515,8 @@ def _locate(findings: list[Finding], texts: dict[str, str] | None = None) -> lis
 
 def _read_again(file: str) -> str:
     try:
-        return Path(file).read_text()
+        with open_file(file) as stream:
+            return stream.read(MAX_BYTES).decode()
     except (OSError, ValueError):
         return ""
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field, PlainValidator
 
 from l4mesh.config import quantities as q
+from l4mesh.config.files import open_file
 from l4mesh.config.load import show_path
 from l4mesh.config.schema import Section, SpiffeId, validate
 from l4mesh.config.yaml import MAX_BYTES, KeyPath, find_lines, parse_yaml
@@ -62,10 +63,14 @@ def load_grants(path: Path, trust_domain: str) -> Grants:
     """Raises ConfigError with every problem of the file."""
     file = str(path)
     try:
-        with path.open("rb") as stream:
-            text = stream.read(MAX_BYTES).decode()
+        with open_file(path) as stream:
+            content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError([Problem(file, 0, "", f"can't be read: {error.strerror}; it names the nodes: nodes: []")]) from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError([Problem(file, 0, "", f"is larger than {MAX_BYTES >> 20} MiB")])
+    try:
+        text = content.decode()
     except UnicodeDecodeError:
         raise ConfigError([Problem(file, 0, "", "is not UTF-8")]) from None
     section, findings = validate(NodesSection, parse_yaml(text, file))

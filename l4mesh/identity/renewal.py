@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from l4mesh.config.files import open_file
 from l4mesh.errors import CommandError
 from l4mesh.identity.ca import CertificateAuthority, Issued, write_file
 from l4mesh.identity.svid import UNREADABLE, IdentityError, Material, judge_identity
@@ -189,7 +190,8 @@ def keep_trust(identity: Identity, bundle: bytes, crl: bytes) -> bool:
 def _read_kept(path: Path) -> bytes:
     """b"" when there is nothing yet. Raises CommandError."""
     try:
-        return path.read_bytes()
+        with open_file(path) as stream:
+            return stream.read()
     except FileNotFoundError:
         return b""
     except OSError as error:

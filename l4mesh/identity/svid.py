@@ -12,7 +12,6 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPub
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from l4mesh.config.files import open_file
 from l4mesh.config.quantities import parse_spiffe_id
 from l4mesh.errors import L4meshError
 from l4mesh.model import Identity
@@ -61,7 +61,7 @@ class Material:
 def read_file(path: str) -> bytes:
     """Raises IdentityError."""
     try:
-        with Path(path).open("rb") as stream:
+        with open_file(path) as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise IdentityError(f"{path}: can't be read: {error.strerror}") from None

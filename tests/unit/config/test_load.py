@@ -1,6 +1,7 @@
 """Files and folders, merging, caching, and the examples in conf/."""
 
 import os
+import socket
 import tempfile
 from ipaddress import ip_network
 from pathlib import Path
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from l4mesh.config import load, schema
 from l4mesh.config.load import ConfigCache, load_config, parse_config
+from l4mesh.config.nodes import load_grants
+from l4mesh.config.yaml import MAX_BYTES
 from l4mesh.datapath import Datapath
 from l4mesh.errors import CloseReason, ConfigError, Fault
 from l4mesh.model import Balance, Bandwidth, Cluster, Expect, FaultRule, HealthCheck, Rate, Rates, WorkloadBandwidth
@@ -281,6 +284,31 @@ def test_what_can_not_be_read_says_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is a folder without a .yaml file"):
         load_config([tmp_path / "empty"])
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "..data").write_text(LISTENER + "clusters: [{name: a}]\n")
+    (tmp_path / "linked.yml").symlink_to(tmp_path / "..data")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.yaml"))
+        with pytest.raises(ConfigError) as refused:
+            load_config([tmp_path])
+    assert [str(problem) for problem in refused.value.problems] == [
+        f"{tmp_path}/{name}.yaml: can't be read: it is not a regular file" for name in ("device", "pipe", "socket")
+    ]
+    with pytest.raises(ConfigError, match="pipe.yaml: can't be read: it is not a regular file"):
+        load_grants(tmp_path / "pipe.yaml", "example.org")
+
+
+def test_nodes_of_a_ca_that_are_too_many_are_not_cut_off(tmp_path: Path) -> None:
+    with (tmp_path / "nodes.yaml").open("wb") as stream:
+        stream.write(b"nodes: []\n#")
+        stream.truncate(MAX_BYTES + 1)
+    with pytest.raises(ConfigError, match="is larger than 64 MiB"):
+        load_grants(tmp_path / "nodes.yaml", "example.org")
 
 
 def test_a_folder_that_may_not_be_read_is_a_mistake_like_any_other() -> None:

@@ -1,11 +1,14 @@
 """What the store says of identities as time goes by: of real files, at times that the test chooses."""
 
+import dataclasses
 import datetime
+import os
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from l4mesh.errors import ConfigError
 from l4mesh.identity.store import IdentityStore
 from l4mesh.model import Identity
 from tests.support.certificates import REDIS, Authority, revocation_list
@@ -49,3 +52,13 @@ def test_a_revocation_list_that_grows_old_while_it_is_in_use_is_told(authority: 
     assert store.overdue(identity.crl_until_unix_s - 1) == []
     ((event, fields),) = store.overdue(identity.crl_until_unix_s + 60)
     assert (event, fields["identity"], fields["since_s"]) == ("crl_out_of_date", "redis", 60)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("file", ["certificate", "private_key", "trust_bundle", "crl"])
+def test_a_file_that_is_a_pipe_is_not_waited_for(authority: Authority, tmp_path: Path, file: str) -> None:
+    files = authority.files(tmp_path, "redis", REDIS)
+    os.mkfifo(tmp_path / "pipe")
+    identity = Identity("redis", str(files.certificate), str(files.key), str(files.bundle), "")
+    with pytest.raises(ConfigError, match="pipe: can't be read: it is not a regular file"):
+        IdentityStore().refresh({"redis": dataclasses.replace(identity, **{file: str(tmp_path / "pipe")})})
