@@ -195,7 +195,7 @@ def _read_clusters(
     for index, item in enumerate(raw):
         name = item.get("name") if isinstance(item, dict) else None
         same = before.get(name) if isinstance(name, str) else None
-        if same and same[0] == item:
+        if same and _are_same(same[0], item):
             cluster = same[1]
         else:
             section, errors = schema.validate(schema.ClusterSection, item)
@@ -217,6 +217,17 @@ def _read_clusters(
         clusters.append(cluster)
         known[cluster.name] = (item, cluster)
     return clusters, known
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Equal as YAML has it, where 1, 1.0 and true are three values."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_are_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_are_same, one, other))
+    return bool(one == other)
 
 
 def _placeholder(name: str) -> Cluster:

@@ -396,6 +396,17 @@ def test_a_cluster_that_was_refused_is_refused_again_when_something_else_changes
                 load_config([tmp_path], cache)
 
 
+@pytest.mark.parametrize(("before", "after"), [("weight: 1", "weight: true"), ("weight: 1", "weight: 1.0"), ("zone: a", "zone: [a]")])
+def test_a_value_that_python_takes_for_the_one_before_is_looked_at(tmp_path: Path, before: str, after: str) -> None:
+    cache = ConfigCache()
+    text = LISTENER + 'clusters: [{name: a, endpoints: [{address: "127.0.0.1:1", %s}]}]\n'
+    write(tmp_path, a=text % before)
+    load_config([tmp_path], cache)
+    write(tmp_path, a=text % after)
+    with pytest.raises(ConfigError, match="a.yaml:2: clusters"):
+        load_config([tmp_path], cache)
+
+
 ATOMS: Any = st.one_of(
     st.none(),
     st.booleans(),
