@@ -421,6 +421,9 @@ def _check_mesh(parsed: list[ParsedFile], *, complete: bool) -> Iterator[Finding
                 if owners.setdefault(address, workload.name) != workload.name:
                     yield file.file, ("workloads", index, "addresses"), f"{address} belongs to workload {owners[address]} already"
         for index, policy in enumerate(file.section.policies):
+            if policy.action == "deny" and policy.from_ == []:
+                message = "must not be [] for deny, which would refuse nobody: leave from out to mean everybody"
+                yield file.file, ("policies", index, "from"), message
             for at, clause in enumerate(policy.from_ or ()):
                 if clause == schema.PeersSection():
                     yield file.file, ("policies", index, "from", at), "must not be empty: leave from out to mean everybody"

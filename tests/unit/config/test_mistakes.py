@@ -222,6 +222,7 @@ CASES = [
     (top("policies: [{name: p, action: allow, from: [{}]}]\n"), "5: policies[0].from[0]: must not be empty: leave from out to mean everybody"),
     (top("policies: [{name: p, action: allow, from: }]\n"), "5: policies[0].from: has no value: give it one, or leave the key out"),
     (listener("tls: "), "2: listeners[0].tls: has no value: give it one, or leave the key out"),
+    (top("policies: [{name: p, action: deny, from: []}]\n"), "5: policies[0].from: must not be [] for deny, which would refuse nobody: leave from out to mean everybody"),
     (top("policies: [{name: p, action: deny, from: [{identities: [web]}]}]\n"), "5: policies[0].from[0].identities[0]: must begin with spiffe:// or *; got 'web'"),
     (top("policies: [{name: p, action: deny, from: [{identities: ['spiffe://a//b']}]}]\n"), "5: policies[0].from[0].identities[0]: must be a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web; got 'spiffe://a//b'"),
     (top("policies: [{name: p, action: deny, from: [{identities: ['spiffe://Example.org/*']}]}]\n"), "5: policies[0].from[0].identities[0]: must be as a SPIFFE ID such as spiffe://example.org/ns/shop/sa/web begins or ends with; got 'spiffe://Example.org/*'"),
