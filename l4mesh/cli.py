@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -139,10 +140,13 @@ def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None
     from l4mesh.identity.store import IdentityStore
 
     config = load_config(_paths(paths))
-    materials = IdentityStore(try_material).refresh(config.identities)
+    store = IdentityStore(try_material)
+    materials = store.refresh(config.identities)
     for material in materials.values():
         for warning in material.warnings:
             click.echo(f"l4mesh: warning: {warning}", err=True)
+    for _, fields in store.overdue(time.time()):
+        click.echo(f"l4mesh: warning: identity {fields['identity']} {fields['state']}", err=True)
     for missing in config.identities.keys() - materials.keys():
         click.echo(f"l4mesh: warning: identity {missing} has no certificate yet; `l4mesh run` asks the CA for it", err=True)
     if explain:

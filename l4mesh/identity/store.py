@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from l4mesh.model import Identity
 
 EXPIRY_WARNING_SHARE = 0.2
 """A certificate with less than this share of its life left should have been renewed."""
+
+
+Event = tuple[str, dict[str, object]]
+"""A name and fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,6 @@ class IdentityStatus:
     refused: int
     error: str
     """Of the newest look; "" when that one succeeded."""
-    warnings: tuple[str, ...]
     in_use: bool
     """False until the CA has given the first certificate."""
 
@@ -52,8 +56,8 @@ class IdentityStore:
         self._try_out = try_out
         self._entries: dict[str, _Entry] = {}
         self._before: dict[str, _Entry] = {}
-        self.events: list[tuple[str, dict[str, str]]] = []
-        """What the last refresh wants to be logged: an event's name and its fields."""
+        self.events: list[Event] = []
+        """What the last refresh wants to be logged."""
 
     def refresh(self, identities: Mapping[str, Identity], now_unix_s: float | None = None) -> dict[str, Material]:
         """Looks at the files and gives what is good.
@@ -64,6 +68,7 @@ class IdentityStore:
         self.events = []
         problems: list[Problem] = []
         entries: dict[str, _Entry] = {}
+        now_unix_s = time.time() if now_unix_s is None else now_unix_s
         for name, identity in identities.items():
             entry = entries[name] = self._look(identity, now_unix_s)
             if entry.material is None and not identity.spiffe_id:
@@ -77,7 +82,7 @@ class IdentityStore:
         """What the last refresh gave could not be used: it is as if it had not been."""
         self._entries = self._before
 
-    def _look(self, identity: Identity, now_unix_s: float | None) -> _Entry:
+    def _look(self, identity: Identity, now_unix_s: float) -> _Entry:
         before = self._entries.get(identity.name)
         if before and before.identity != identity:
             # Other files are another identity as far as what is good goes; the old one serves until they are.
@@ -102,9 +107,10 @@ class IdentityStore:
             self.events.append(("identity_warning", {"identity": identity.name, "warning": warning}))
         if before and before.material:
             self.events.append(("identity_rotated", {"identity": identity.name, "spiffe_id": material.spiffe_id}))
+        self.events += _overdue(material, now_unix_s)
         return _Entry(identity, signature, material, "", (before.loaded if before else 0) + 1, before.refused if before else 0)
 
-    def _load(self, identity: Identity, now_unix_s: float | None) -> Material:
+    def _load(self, identity: Identity, now_unix_s: float) -> Material:
         """Raises IdentityError."""
         material = load_identity(identity, now_unix_s)
         try:
@@ -122,28 +128,28 @@ class IdentityStore:
                 entry.material.expires_unix_s if entry.material else 0.0,
                 entry.material.crl_until_unix_s if entry.material else 0.0,
                 entry.loaded, entry.refused, entry.error,
-                entry.material.warnings if entry.material else (),
                 entry.material is not None,
             )
             for name, entry in list(self._entries.items())
         ]  # fmt: skip
 
-    def overdue(self, now_unix_s: float) -> list[tuple[str, dict[str, object]]]:
-        """What should have been renewed by now and serves on: an event's name and its fields, to be logged as warnings."""
-        events: list[tuple[str, dict[str, object]]] = []
-        for name, entry in list(self._entries.items()):
-            material = entry.material
-            if material is None:
-                continue
-            life_s = material.expires_unix_s - material.not_before_unix_s
-            left_s = material.expires_unix_s - now_unix_s
-            if left_s < life_s * EXPIRY_WARNING_SHARE:
-                state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
-                events.append(("identity_expires", {"identity": name, "state": state, "left_s": round(left_s)}))
-            if 0 < material.crl_until_unix_s <= now_unix_s:
-                late_s = round(now_unix_s - material.crl_until_unix_s)
-                events.append(("crl_out_of_date", {"identity": name, "since_s": late_s, "state": "what was revoked since is trusted"}))
-        return events
+    def overdue(self, now_unix_s: float) -> list[Event]:
+        """What should have been renewed by now and serves on, to be logged as warnings."""
+        return [event for entry in list(self._entries.values()) if entry.material for event in _overdue(entry.material, now_unix_s)]
+
+
+def _overdue(material: Material, now_unix_s: float) -> list[Event]:
+    events: list[Event] = []
+    life_s = material.expires_unix_s - material.not_before_unix_s
+    left_s = material.expires_unix_s - now_unix_s
+    if left_s < life_s * EXPIRY_WARNING_SHARE:
+        state = "expires soon" if left_s > 0 else "has expired: handshakes fail"
+        events.append(("identity_expires", {"identity": material.name, "state": state, "left_s": round(left_s)}))
+    if 0 < material.crl_until_unix_s <= now_unix_s:
+        late_s = round(now_unix_s - material.crl_until_unix_s)
+        state = "has a revocation list that is out of date: what was revoked since is trusted"
+        events.append(("crl_out_of_date", {"identity": material.name, "since_s": late_s, "state": state}))
+    return events
 
 
 def _sign(path: str) -> tuple[int, ...] | None:

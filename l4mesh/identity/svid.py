@@ -77,7 +77,7 @@ def load_identity(identity: Identity, now_unix_s: float | None = None) -> Materi
         material = judge_identity(identity, contents, time.time() if now_unix_s is None else now_unix_s)
     except UNREADABLE as error:
         raise IdentityError(f"{identity.certificate}: can't be judged together with {', '.join(identity.files[1:])}: {error}") from None
-    warnings = list(material.warnings)
+    warnings = []
     if not material.chained:
         warnings.append(
             f"{identity.certificate}: is signed by no CA of {identity.trust_bundle}; peers with the same bundle will refuse it"
@@ -91,7 +91,6 @@ def judge_identity(identity: Identity, contents: Mapping[str, bytes], now: float
     """``contents``: by the names that ``identity`` has for its files. Raises IdentityError."""
     chain = _read_certificates(identity.certificate, contents[identity.certificate])
     leaf = chain[0]
-    warnings: list[str] = []
     spiffe_id = read_spiffe_id(identity.certificate, leaf)
     if identity.spiffe_id and spiffe_id != identity.spiffe_id:
         raise IdentityError(f"{identity.certificate}: is for {spiffe_id}, not for {identity.spiffe_id}")
@@ -106,11 +105,11 @@ def judge_identity(identity: Identity, contents: Mapping[str, bytes], now: float
     revoked: tuple[tuple[bytes, bytes], ...] = ()
     crl_until = 0.0
     if identity.crl:
-        revoked, crl_until = _read_revoked(identity.crl, contents[identity.crl], bundle, chain[1:], now, warnings)
+        revoked, crl_until = _read_revoked(identity.crl, contents[identity.crl], bundle, chain[1:])
     digest = hashlib.sha256(b"".join(hashlib.sha256(contents[path]).digest() for path in identity.files)).digest()
     return Material(
         identity.name, spiffe_id, contents[identity.certificate], contents[identity.private_key], contents[identity.trust_bundle],
-        revoked, crl_until, not_before, expires, digest, tuple(warnings), _chains_to(chain, bundle),
+        revoked, crl_until, not_before, expires, digest, (), _chains_to(chain, bundle),
     )  # fmt: skip
 
 
@@ -193,12 +192,7 @@ def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> boo
 
 
 def _read_revoked(
-    path: str,
-    content: bytes,
-    bundle: Sequence[x509.Certificate],
-    intermediates: Sequence[x509.Certificate],
-    now: float,
-    warnings: list[str],
+    path: str, content: bytes, bundle: Sequence[x509.Certificate], intermediates: Sequence[x509.Certificate]
 ) -> tuple[tuple[tuple[bytes, bytes], ...], float]:
     """What the lists in a file revoke, and when the first of them is due to be replaced (Unix time; 0.0: none says).
 
@@ -224,9 +218,6 @@ def _read_revoked(
             )
         if crl.next_update_utc:
             due.append(crl.next_update_utc.timestamp())
-            if due[-1] <= now:
-                since = crl.next_update_utc.isoformat()
-                warnings.append(f"{path}: the list of {crl.issuer.rfc4514_string()} is out of date since {since}")
         # The CA's name as its certificates have it: the list may write the same letters as strings of another kind.
         names = {name.public_bytes() for name in (crl.issuer, *(signer.subject for signer in signers))}
         revoked += [(name, number_bytes(entry.serial_number)) for entry in crl for name in sorted(names)]

@@ -503,7 +503,8 @@ class App:
         self._hang_up_task = asyncio.get_running_loop().create_task(self._reloader.reload())
 
     async def _tick(self) -> None:
-        expiry_at = time.monotonic()
+        # Until then loading has told.
+        expiry_at = time.monotonic() + EXPIRY_LOOK_EVERY_S
         heartbeat = Heartbeat()
         while True:
             if not self._replaced:

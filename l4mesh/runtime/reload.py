@@ -144,7 +144,7 @@ class Reloader:
 
     def _say_identities(self) -> None:
         for event, fields in self.identities.events:
-            (log.error if event == "identity_refused" else log.warning if event == "identity_warning" else log.info)(event, **fields)
+            (log.error if event == "identity_refused" else log.info if event == "identity_rotated" else log.warning)(event, **fields)
 
     def _note_failure(self, problems: list[str]) -> None:
         said = self.status.last_error == tuple(problems)

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from l4mesh.cli import cli
 from l4mesh.errors import ConfigError
 from l4mesh.identity.store import IdentityStore
 from l4mesh.model import Identity
@@ -62,3 +64,23 @@ def test_a_file_that_is_a_pipe_is_not_waited_for(authority: Authority, tmp_path:
     identity = Identity("redis", str(files.certificate), str(files.key), str(files.bundle), "")
     with pytest.raises(ConfigError, match="pipe: can't be read: it is not a regular file"):
         IdentityStore().refresh({"redis": dataclasses.replace(identity, **{file: str(tmp_path / "pipe")})})
+
+
+def test_what_is_overdue_when_it_is_loaded_is_told_once(authority: Authority, tmp_path: Path) -> None:
+    generation = authority._generations()[-1]
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(
+        generation.intermediate.public_bytes(Encoding.PEM)
+        + revocation_list(generation.intermediate, generation.intermediate_key, next_update=datetime.timedelta(hours=-1))
+    )
+    store = make_store(authority, tmp_path, str(crl))
+    assert [event for event, _ in store.events] == ["crl_out_of_date"]
+    (tmp_path / "mesh.yaml").write_text(
+        f"identities: [{{name: redis, certificate: {tmp_path}/redis.pem, private_key: {tmp_path}/redis.key, "
+        f"trust_bundle: {authority.bundle_path}, crl: {crl}}}]\n"
+        "listeners: [{name: web, bind: '127.0.0.1:1', cluster: web}]\nclusters: [{name: web}]\n"
+    )
+    checked = CliRunner().invoke(cli, ["check", "-c", str(tmp_path / "mesh.yaml")])
+    assert checked.stderr.splitlines() == [
+        "l4mesh: warning: identity redis has a revocation list that is out of date: what was revoked since is trusted"
+    ]
