@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ssl
 import os
 import ssl
 from collections.abc import Callable, Sequence
@@ -9,6 +10,9 @@ from collections.abc import Callable, Sequence
 from cryptography import x509
 
 from l4mesh.identity.svid import UNREADABLE, IdentityError, Material, check_leaf, number_bytes, read_spiffe_id
+
+Secured = ssl.SSLSocket | ssl.SSLObject
+"""One end of a handshake that is over."""
 
 
 def server_context(credential: bytes, bundle: bytes, on_failure: Callable[[ssl.SSLError], None]) -> ssl.SSLContext:
@@ -40,7 +44,9 @@ def client_context(node: Material, server: str) -> ssl.SSLContext:
     class Checked(ssl.SSLObject):
         def do_handshake(self) -> None:
             super().do_handshake()
-            _check_server(self.getpeercert(True) or b"", server, node)
+            found = _read_peer(self, "the CA's certificate", node)
+            if found != server:
+                raise ssl.SSLCertVerificationError(1, f"the other end is {found}, not {server}")
 
     context = _context(ssl.PROTOCOL_TLS_CLIENT, _credential(node), node.trust_bundle)
     context.sslobject_class = Checked
@@ -65,14 +71,13 @@ def open_context() -> ssl.SSLContext:
     return context
 
 
-def check_peer(der: bytes, peers: Sequence[str], material: Material) -> None:
+def check_peer(secured: Secured, peers: Sequence[str], material: Material) -> None:
     """That the other end is of our trust domain, among ``peers`` (patterns), and not revoked. Raises ssl.SSLCertVerificationError."""
-    found, certificate = _read_peer(der, "the endpoint's certificate")
+    found = _read_peer(secured, "the endpoint's certificate", material)
     if found.split("/")[2] != material.spiffe_id.split("/")[2]:
         raise ssl.SSLCertVerificationError(1, f"the other end is {found}, of another trust domain")
     if not any(_matches(pattern, found) for pattern in peers):
         raise ssl.SSLCertVerificationError(1, f"the other end is {found}, which is not among the peers")
-    _check_revoked(certificate, found, material)
 
 
 def _matches(pattern: str, text: str) -> bool:
@@ -105,22 +110,18 @@ def _context(protocol: int, credential: bytes, bundle: bytes) -> ssl.SSLContext:
     return context
 
 
-def _check_server(der: bytes, server: str, node: Material) -> None:
-    found, certificate = _read_peer(der, "the CA's certificate")
-    if found != server:
-        raise ssl.SSLCertVerificationError(1, f"the other end is {found}, not {server}")
-    _check_revoked(certificate, server, node)
-
-
-def _read_peer(der: bytes, whose: str) -> tuple[str, x509.Certificate]:
+def _read_peer(secured: Secured, whose: str, own: Material) -> str:
+    """Its SPIFFE ID, when neither its certificate nor one that this hangs on is revoked. Raises ssl.SSLCertVerificationError."""
+    # The chain has a public name since Python 3.13.
+    chain = secured._sslobj.get_verified_chain()  # type: ignore[union-attr]
     try:
-        certificate = x509.load_der_x509_certificate(der)
-        check_leaf(whose, certificate)
-        return read_spiffe_id(whose, certificate), certificate
+        certificates = [x509.load_der_x509_certificate(one.public_bytes(_ssl.ENCODING_DER)) for one in chain]
+        check_leaf(whose, certificates[0])
+        spiffe_id = read_spiffe_id(whose, certificates[0])
     except (IdentityError, *UNREADABLE) as error:
         raise ssl.SSLCertVerificationError(1, str(error)) from None
-
-
-def _check_revoked(certificate: x509.Certificate, spiffe_id: str, own: Material) -> None:
-    if (certificate.issuer.public_bytes(), number_bytes(certificate.serial_number)) in own.revoked:
-        raise ssl.SSLCertVerificationError(1, f"the certificate of {spiffe_id} is revoked")
+    for depth, certificate in enumerate(certificates):
+        if (certificate.issuer.public_bytes(), number_bytes(certificate.serial_number)) in own.revoked:
+            above = "a CA above " if depth else ""
+            raise ssl.SSLCertVerificationError(1, f"{above}the certificate of {spiffe_id} is revoked")
+    return spiffe_id

@@ -193,8 +193,8 @@ class Terms:
     allow_tls12: bool = True
 
 
-Judge = Callable[[bytes], None]
-"""Takes the other end's certificate as DER; raises ssl.SSLError when that is not who it should be."""
+Judge = Callable[[ssl.SSLSocket], None]
+"""Looks at the other end's certificate; raises ssl.SSLError when that is not who it should be."""
 Secure = Callable[[Terms], tuple[ssl.SSLContext, Judge | None]]
 """Raises Unfit."""
 
@@ -371,7 +371,7 @@ class Prober:
         assert isinstance(one.sock, ssl.SSLSocket)
         one.sock.do_handshake()
         if one.judge:
-            one.judge(one.sock.getpeercert(True) or b"")
+            one.judge(one.sock)
         self._ready(one)
 
     def _ready(self, one: _UnderWay) -> None:

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Factory, skip_or_fail
-from tests.flow.test_tls import inbound, outbound
-from tests.support.certificates import REDIS, Files
+from tests.flow.test_tls import inbound, outbound, server_context
+from tests.flow.test_tls_trust import certificates
+from tests.support.certificates import REDIS, Authority, Files, hostile, revocation_list
 from tests.support.mesh import Config, Mesh, simple
 from tests.support.peers import RST, Server, black_hole, closed_port, connect, echo, read_exactly, read_to_end, reset, talk
 from tests.support.proxies import free_port
@@ -350,6 +352,25 @@ def test_a_check_speaks_as_the_cluster_does_and_refuses_whom_it_refuses(mesh: Fa
     failures = {name for name in near.metrics() if name.startswith("l4mesh_tls_failures_total")}
     # The plaintext check's; the others have ended as TLS wants it.
     assert failures <= {'l4mesh_tls_failures_total{cause="not_tls",side="downstream"}'}
+
+
+def test_a_check_refuses_who_hangs_on_a_revoked_ca(mesh: Factory, ca: Authority, web: Files, tmp_path: Path) -> None:
+    generation = ca._generations()[-1]
+    below = hostile(ca, tmp_path, "below", uris=[REDIS], links=2)
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(revocation_list(generation.root, generation.root_key))
+    context = server_context(below)
+
+    def serve(peer: socket.socket) -> None:
+        with context.wrap_socket(peer, server_side=True) as secured:
+            read_to_end(secured)
+
+    with Server(serve) as server:
+        config = secured(web, server.address, (REDIS, {"type": "tls"})) | {"identities": [web.identity("web", crl=str(crl))]}
+        m = mesh(config)
+        wait_health(m, server.address, "healthy", "c0")
+        crl.write_bytes(revocation_list(generation.root, generation.root_key, certificates(below)[2]))
+        wait_health(m, server.address, "unhealthy", "c0", f"tls: a CA above the certificate of {REDIS} is revoked")
 
 
 # -- reload and trouble of ours ----------------------------------------------------------------------------------------------
