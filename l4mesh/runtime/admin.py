@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import structlog
 from aiohttp import web
@@ -25,7 +26,13 @@ from l4mesh.snapshot import ConnectionSnapshot, EndpointSnapshot, Snapshot
 PAGE_MAX = 1000
 REQUESTS_AT_ONCE = 16
 BACKLOG = 128
+CONNECTIONS_MAX = 64
+"""Well below ``RESERVED_DESCRIPTORS``, so that traffic has its own."""
+LIFE_S = 30.0
+"""Of a connection: slow heads, slow readers and idlers alike. What is being answered then has as long again."""
 GRACE_S = 0.05
+SHUTDOWN_S = 0.25
+"""For a request that is being answered: an upgrade, and with it new connections, waits for it."""
 
 log = structlog.get_logger()
 
@@ -57,7 +64,9 @@ class AdminServer:
         self._started = time.monotonic()
         self._runner: web.AppRunner | None = None
         self._site: _Site | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._released = False
+        self._on_loopback = False
         self.listening: socket.socket | None = None
         self._places = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
@@ -69,7 +78,11 @@ class AdminServer:
         except OSError as error:
             reason = error.strerror or str(error)
             raise CommandError(f"admin: can't listen on {address}: {reason}; set admin.bind to another") from error
-        return address if address.startswith("unix:") else str(SocketAddress(*self.listening.getsockname()[:2]))
+        if address.startswith("unix:"):
+            return address
+        host, port = self.listening.getsockname()[:2]
+        self._on_loopback = ipaddress.ip_address(host).is_loopback
+        return str(SocketAddress(host, port))
 
     async def answer(self) -> None:
         """Begins to answer at the socket, at first or after ``release``; nothing where there is none."""
@@ -84,10 +97,11 @@ class AdminServer:
         app.router.add_get("/clusters", self._clusters)
         app.router.add_get("/connections", self._connections)
         app.router.add_get("/config", self._config)
-        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=15, shutdown_timeout=1, max_line_size=4096)
+        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=15, shutdown_timeout=SHUTDOWN_S, max_line_size=4096)
         await self._runner.setup()
         self._site = _Site(self._runner, self.listening.dup())
         await self._site.start()
+        self._watching = asyncio.create_task(_watch(self._site.handlers))
 
     async def release(self) -> None:
         """Answers no more than what has come, and leaves the socket open: who has it as well goes on with it."""
@@ -99,7 +113,8 @@ class AdminServer:
         self._released = True
 
     async def _end_answering(self) -> None:
-        if self._runner:
+        if self._runner and self._watching:
+            self._watching.cancel()
             await self._runner.cleanup()
             self._runner = None
 
@@ -117,6 +132,10 @@ class AdminServer:
 
     @web.middleware
     async def _limit(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        host = request.headers.get("Host", "")
+        if self._on_loopback and not _is_local(host):
+            # A page of a browser on this host, whose author has given its name our address.
+            return web.json_response({"error": f"{host[:100]!r} is not this server: ask by address or as localhost"}, status=421)
         async with self._places:
             try:
                 return await handler(request)
@@ -279,7 +298,33 @@ def _plain(value: Any) -> Any:
         return [_plain(inner) for inner in value]
     if isinstance(value, str | int | float | bool) or value is None:
         return value
+    if isinstance(value, bytes):
+        # Of a health check, which may send a password.
+        return f"{len(value)} bytes"
     return str(value)
+
+
+def _is_local(host: str) -> bool:
+    """Whether a Host header names an address, or localhost, or nothing."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+        return name in (None, "localhost") or bool(ipaddress.ip_address(str(name)))
+    except ValueError:
+        return False
+
+
+async def _watch(handlers: web.Server) -> None:
+    """Ends connections that have lived for long enough, until cancelled."""
+    since: dict[web.RequestHandler, float] = {}
+    while True:
+        await asyncio.sleep(LIFE_S / 30)
+        now_s = time.monotonic()
+        since = {connection: since.get(connection, now_s) for connection in handlers.connections}
+        for connection, since_s in since.items():
+            if now_s - since_s > 2 * LIFE_S:
+                connection.force_close()
+            elif now_s - since_s > LIFE_S:
+                connection.close()
 
 
 class _Site(web.BaseSite):
@@ -287,6 +332,8 @@ class _Site(web.BaseSite):
 
     def __init__(self, runner: web.AppRunner, listening: socket.socket) -> None:
         super().__init__(runner)
+        assert runner.server is not None
+        self.handlers = runner.server
         self._listening = listening
 
     @property
@@ -296,9 +343,15 @@ class _Site(web.BaseSite):
     async def start(self) -> None:
         await super().start()
         loop = asyncio.get_running_loop()
-        assert self._runner.server is not None
         listen = loop.create_unix_server if self._listening.family == socket.AF_UNIX else loop.create_server
-        self._server = await listen(self._runner.server, sock=self._listening)
+        self._server = await listen(self._accept, sock=self._listening)
+
+    def _accept(self) -> web.RequestHandler:
+        """For a new connection. When there are too many the oldest makes room: who holds them keeps nobody out."""
+        live = [connection for connection in self.handlers.connections if connection.transport]
+        if len(live) >= CONNECTIONS_MAX:
+            live[0].force_close()
+        return self.handlers()
 
 
 def _listen(address: str) -> socket.socket:

@@ -18,6 +18,7 @@ import yaml
 
 from l4mesh.config.load import parse_config
 from l4mesh.datapath import Datapath, Traveller
+from l4mesh.runtime.admin import CONNECTIONS_MAX
 from l4mesh.runtime.listeners import Listeners
 from l4mesh.snapshot import ConnectionRecord
 from tests.conftest import Factory, skip_or_fail
@@ -71,6 +72,21 @@ def test_the_admin_server_survives_abuse(mesh: Factory) -> None:
             peer.close()
         with connect(m.port()) as client:
             talk(client)
+
+
+def test_who_holds_admin_connections_keeps_nobody_out_and_takes_no_descriptors_of_traffic(mesh: Factory) -> None:
+    with Server(echo) as server, contextlib.ExitStack() as stack:
+        m = mesh(simple(server.address))
+        before = m.count_descriptors()
+        for _ in range(CONNECTIONS_MAX + CONNECTIONS_MAX // 2):
+            slow = stack.enter_context(socket.socket(socket.AF_UNIX))
+            slow.connect(m.admin.removeprefix("unix:"))
+            # Some are gone already.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                slow.sendall(b"GET /live HT")
+        assert m.status()["ready"]
+        wait_until(lambda: m.count_descriptors() <= before + CONNECTIONS_MAX, "most of them are gone")
+        assert m.status()["ready"]
 
 
 def test_live_connections_are_shown_in_pages(mesh: Factory) -> None:
