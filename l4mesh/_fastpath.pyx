@@ -1379,12 +1379,21 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
     conn_arm(worker, conn, slot, dial.attempt_at_ms)
 
 
+cdef bint dial_was_answered(const conn_t *conn) noexcept nogil:
+    # An endpoint that accepted, answered and reset before we came to see any of it: the answer can still be read. What is said before a
+    # handshake is none.
+    cdef int queued = 0
+    if conn.phase.dial.cluster.settings.tls and not conn.local:
+        return False
+    return ioctl(conn.side[UPSTREAM].fd, SIOCINQ, &queued) == 0 and queued > 0
+
+
 cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side, uint32_t events) noexcept nogil:
     # An event while we dial.
     if side == UPSTREAM:
         if conn.phase.dial.handshaking:
             lanes_push(worker, conn, slot, QUEUED_HEAVY)
-        elif events & (EPOLLERR | EPOLLHUP):
+        elif events & (EPOLLERR | EPOLLHUP) and not dial_was_answered(conn):
             dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
             conn_dial(worker, conn, slot)
         elif events & EPOLLOUT:

@@ -1,6 +1,7 @@
 """How connections end: the same script against l4mesh and the others, side by side. Invariants 1, 2, 3 and 5 of the design."""
 
 import contextlib
+import platform
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from tests.flow.test_fairness import at_once
 from tests.support.mesh import simple
 from tests.support.peers import RST, Server, black_hole, closed_port, connect, is_refused, read_exactly, read_to_end, reset, unsent
 from tests.support.proxies import run_proxy
+from tests.support.tracer import Tracer, worker_thread
 from tests.support.waiting import wait_until
 
 KB_100 = b"x" * 100_000
+EPOLL_CTL = {"x86_64": 233, "aarch64": 21}.get(platform.machine(), -1)
 
 
 @dataclass
@@ -243,3 +246,27 @@ def test_a_reset_that_comes_with_the_end_before_it_is_a_reset(mesh: Factory, who
         stage.done.set()
         m.wait_closed(**{f"{who}_reset": 1})
         client.close()
+
+
+@pytest.mark.parametrize("proxy_protocol", ["off", "v2"])
+def test_an_answer_and_a_reset_behind_it_that_come_before_we_look_are_passed_on(mesh: Factory, proxy_protocol: str) -> None:
+    over = threading.Event()
+
+    def answer_and_reset(peer: socket.socket) -> None:
+        peer.sendall(b"answer")
+        reset(peer)
+        over.set()
+
+    with Server(answer_and_reset) as server:
+        m = mesh(simple(server.address, proxy_protocol=proxy_protocol) | {"workers": 1, "watchdog": "off"})
+        port = m.port()
+        with Tracer(worker_thread(m.process.pid), EPOLL_CTL) as tracer:
+            client = connect(port)
+            # It has dialled, and is about to watch that socket.
+            tracer.wait_stopped()
+            assert over.wait(15)
+        with client:
+            assert read_to_end(client) == (b"answer", RST)
+        m.wait_closed(upstream_reset=1)
+        assert m.cluster()["connect_failures"] == 0
+        assert server.accepted == 1
