@@ -51,7 +51,7 @@ from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse
 from l4mesh._native.queue cimport lane_hint, queue_push, queue_remove
 from l4mesh._native.rates cimport arrival_take, rate_take
 from l4mesh._native.relay cimport (
-    PACE_NS, half_drop, half_pace, half_park, half_release_pipe, half_set_pace, half_step, pipe_close,
+    PACE_NS, clamp_us, half_drop, half_pace, half_park, half_release_pipe, half_set_pace, half_step, pipe_close,
 )
 from l4mesh._native.retries cimport retry_pause_ms, retry_take
 from l4mesh._native.ring cimport ring_claim, ring_park, ring_peek, ring_pop, ring_push
@@ -427,6 +427,12 @@ cdef const listener_t *conn_listener(const worker_t *worker, const conn_t *conn)
     return NULL
 
 
+cdef void conn_unreadable(worker_t *worker, conn_t *conn, uint32_t slot, int error) noexcept nogil:
+    # A look at the client's first bytes failed.
+    conn.errno_seen = error
+    conn_finish(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED if is_shortage(error) else CLOSE_DOWNSTREAM_RESET, True)
+
+
 cdef void conn_preface(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogil:
     # Waits for a whole PROXY header, looking at the queue without taking from it, so that nothing after it is touched.
     cdef const listener_t *listener
@@ -434,8 +440,7 @@ cdef void conn_preface(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     cdef int header
     if n < 0:
         if errno != EAGAIN and errno != EINTR:
-            conn.errno_seen = errno
-            conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_RESET, True)
+            conn_unreadable(worker, conn, slot, errno)
         return
     header = proxy_parse(worker.scratch, <uint32_t> n, &conn.source, &conn.destination)
     if header == PROXY_PARTIAL and n and not conn.side[DOWNSTREAM].flags & SIDE_FIN_SEEN:
@@ -558,8 +563,7 @@ cdef void conn_hello(worker_t *worker, conn_t *conn, uint32_t slot, bint late) n
     cdef hello_t hello
     cdef int found
     if n < 0 and errno != EAGAIN and errno != EINTR:
-        conn.errno_seen = errno
-        conn_finish(worker, conn, slot, CLOSE_DOWNSTREAM_RESET, True)
+        conn_unreadable(worker, conn, slot, errno)
         return
     if listener == NULL:
         conn_refuse(worker, conn, slot, CLOSE_NO_ROUTE)
@@ -1513,7 +1517,7 @@ cdef void conn_connected(worker_t *worker, conn_t *conn, uint32_t slot) noexcept
     conn.errno_seen = 0
     conn.tls_cause = TLS_OK
     conn.alert = 0
-    conn.connected_us = <uint32_t> ((conn.phase.dial.attempt_started_ns + took_ns - conn.accepted_ns) // 1000) or 1
+    conn.connected_us = clamp_us(conn.phase.dial.attempt_started_ns + took_ns - conn.accepted_ns) or 1
     memset(&conn.phase, 0, sizeof(phase_t))
     conn.phase.half[DOWNSTREAM].pipe.read_fd = -1
     conn.phase.half[UPSTREAM].pipe.read_fd = -1
@@ -1550,7 +1554,10 @@ cdef bint conn_send_proxy_header(worker_t *worker, conn_t *conn) noexcept nogil:
     if conn.side[UPSTREAM].tls != NULL:
         # In the clear, before the handshake, as HAProxy has it.
         return tls_park(conn.side[UPSTREAM].tls, header + n, length - <uint32_t> n)
-    return <uint32_t> n == length or half_park(&conn.phase.half[DOWNSTREAM], header + n, length - <uint32_t> n)
+    if <uint32_t> n == length:
+        return True
+    conn.phase.half[DOWNSTREAM].flags |= HALF_HEADER
+    return half_park(&conn.phase.half[DOWNSTREAM], header + n, length - <uint32_t> n)
 
 
 cdef uint64_t conn_deadline(const worker_t *worker, const conn_t *conn) noexcept nogil:
@@ -1792,9 +1799,10 @@ cdef void worker_begin_sweep(worker_t *worker) noexcept nogil:
     # again because trust has changed, is still for what it was for.
     if worker.sweep_end == 0:
         worker.sweep_from = worker.sweep
-    worker.sweep = load_acquire(&worker.engine.sweep)
     worker.sweep_slot = 0
     worker.sweep_end = worker.n_chunks * CONN_CHUNK
+    # Last: who finds it begun must not find the end of the one before (Engine.swept).
+    store_release(&worker.sweep, load_acquire(&worker.engine.sweep))
 
 
 cdef void worker_sweep(worker_t *worker) noexcept nogil:

@@ -250,7 +250,7 @@ cdef class Engine:
         """Whether every worker has looked at all connections since the last sweep was asked for."""
         cdef uint32_t i
         for i in range(self.engine.n_workers):
-            if load_u(&self.workers[i].sweep) != self.engine.sweep or self.workers[i].sweep_end:
+            if load_acquire(&self.workers[i].sweep) != self.engine.sweep or self.workers[i].sweep_end:
                 return False
         return True
 

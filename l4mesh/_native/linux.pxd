@@ -1,4 +1,4 @@
-# Declarations only: the kernel's calls and constants that the data path uses.
+# Declarations: the kernel's calls and constants that the data path uses.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -106,3 +106,8 @@ cdef extern from *:
     int clock_gettime(int clock, timespec *ts) noexcept nogil
     uint16_t htons(uint16_t value) noexcept nogil
     uint16_t ntohs(uint16_t value) noexcept nogil
+
+
+cdef inline bint is_shortage(int error) noexcept nogil:
+    # Of a call on a socket that is connected: it was not the peer.
+    return error == ENOMEM or error == ENOBUFS

@@ -17,8 +17,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from l4mesh._native.linux cimport (
-    EAGAIN, EINTR, EINVAL, ENOBUFS, ENOMEM, F_SETPIPE_SZ, IPPROTO_TCP, MSG_NOSIGNAL, O_CLOEXEC, O_NONBLOCK, SOL_SOCKET, SO_MEMINFO,
-    SO_RCVLOWAT, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, getsockopt, pipe2, recv, send, setsockopt,
+    EAGAIN, EINTR, EINVAL, F_SETPIPE_SZ, IPPROTO_TCP, MSG_NOSIGNAL, O_CLOEXEC, O_NONBLOCK, SOL_SOCKET, SO_MEMINFO,
+    SO_RCVLOWAT, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, getsockopt, is_shortage, pipe2, recv, send, setsockopt,
     socklen_t, splice,
 )
 from l4mesh._native.shaping cimport shaping_allow, shaping_cut, shaping_settle, shaping_spend
@@ -26,7 +26,7 @@ from l4mesh._native.outlier cimport outlier_answered
 from l4mesh._native.stats cimport cluster_row_t
 from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
 from l4mesh._native.types cimport (
-    FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_END, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, HALF_DROPPED, HALF_ENDED,
+    FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_END, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, HALF_DROPPED, HALF_ENDED, HALF_HEADER,
     HALF_PACED, HALF_SPLICE, HALF_WAITS, PIPE_POOL, PLAIN_BYTES, SCRATCH_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_NODELAY,
     SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_LARGE_BYTES, TLS_READ_BYTES, TLS_SHUT, UPSTREAM,
     conn_t, flow_t, half_t, pipe_t, side_t, worker_t,
@@ -89,15 +89,18 @@ cdef inline void half_drop(worker_t *worker, half_t *half) noexcept nogil:
     half.flags |= HALF_DROPPED
 
 
+cdef inline uint32_t clamp_us(uint64_t ns) noexcept nogil:
+    # In 32 bits, which hold 71 minutes: what took longer took so long at least.
+    return <uint32_t> -1 if ns // 1000 > <uint32_t> -1 else <uint32_t> (ns // 1000)
+
+
 cdef inline void half_count(worker_t *worker, conn_t *conn, int h, ssize_t n) noexcept nogil:
     # Counted when the destination's socket has taken them.
     cdef half_t *half = &conn.phase.half[h]
     cdef cluster_row_t *row = &conn.cluster_stat.rows[worker.index]
-    cdef uint64_t age_us
     if h == UPSTREAM:
         if half.bytes == 0:
-            age_us = (worker.now_ns - conn.accepted_ns) // 1000
-            conn.first_byte_us = <uint32_t> -1 if age_us > <uint32_t> -1 else <uint32_t> age_us
+            conn.first_byte_us = clamp_us(worker.now_ns - conn.accepted_ns)
             outlier_answered(conn)
         row.bytes_to_downstream += <size_t> n
     else:
@@ -111,7 +114,7 @@ cdef inline flow_t send_failed(conn_t *conn, side_t *sink, half_t *half) noexcep
     if errno == EAGAIN:
         sink.flags &= ~<uint32_t> SIDE_WRITABLE
         return FLOW_BLOCKED
-    if errno == ENOBUFS or errno == ENOMEM:
+    if is_shortage(errno):
         return FLOW_EXHAUSTED
     conn.errno_seen = errno
     sink.flags |= SIDE_RESET | SIDE_READABLE
@@ -132,7 +135,8 @@ cdef inline flow_t half_flush_parked(worker_t *worker, conn_t *conn, int h) noex
             if errno == EINTR:
                 continue
             return send_failed(conn, sink, half)
-        half_count(worker, conn, h, n)
+        if not half.flags & HALF_HEADER:
+            half_count(worker, conn, h, n)
         worker.bytes_copied += <size_t> n
         half.parked_offset += <uint32_t> n
         half.parked_length -= <uint32_t> n
@@ -140,6 +144,7 @@ cdef inline flow_t half_flush_parked(worker_t *worker, conn_t *conn, int h) noex
             sink.flags &= ~<uint32_t> SIDE_WRITABLE
     free(half.parked)
     half.parked = NULL
+    half.flags &= ~<uint8_t> HALF_HEADER
     return FLOW_MORE
 
 
@@ -169,6 +174,8 @@ cdef inline flow_t source_failed(conn_t *conn, side_t *source) noexcept nogil:
         return FLOW_BLOCKED
     if errno == EINTR:
         return FLOW_MORE
+    if is_shortage(errno):
+        return FLOW_EXHAUSTED
     conn.errno_seen = errno
     source.flags |= SIDE_RESET
     return FLOW_SOURCE_RESET

@@ -17,7 +17,7 @@ from l4mesh._native.address cimport mix64
 from l4mesh._native.balance cimport cluster_t
 from l4mesh._native.debug cimport L4_BUG
 from l4mesh._native.hello cimport HINT_EXTENSION, hint_read
-from l4mesh._native.linux cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, MSG_NOSIGNAL, CLOCK_REALTIME, clock_gettime, errno, recv, send, timespec
+from l4mesh._native.linux cimport EAGAIN, EINTR, MSG_NOSIGNAL, CLOCK_REALTIME, clock_gettime, errno, is_shortage, recv, send, timespec
 from l4mesh._native.openssl cimport *
 from l4mesh._native.sessions cimport given_find, given_keep, session_forget, session_keep
 from l4mesh._native.spiffe cimport fnv_add, fnv_start, pattern_matches, spiffe_parse, spiffe_t, text_equal
@@ -88,6 +88,8 @@ cdef inline int tls_bio_read(BIO *bio, char *buffer, int size) noexcept nogil:
     if errno == EAGAIN:
         side.flags &= ~<uint32_t> SIDE_READABLE
         l4_bio_retry_read(bio)
+    elif is_shortage(errno):
+        side.tls.cause = TLS_INTERNAL
     else:
         worker.bio_errno = errno
     return -1
@@ -557,7 +559,7 @@ cdef inline flow_t tls_sent(side_t *side, int32_t *error) noexcept nogil:
     if errno == EAGAIN:
         side.flags &= ~<uint32_t> SIDE_WRITABLE
         return FLOW_BLOCKED
-    if errno == ENOBUFS or errno == ENOMEM:
+    if is_shortage(errno):
         return FLOW_EXHAUSTED
     error[0] = errno
     side.flags |= SIDE_RESET | SIDE_READABLE

@@ -145,6 +145,7 @@ cdef enum:
     HALF_DROPPED = 8       # the destination is gone
     HALF_PACED = 16        # a stream that is read in large steps: its source tells only of PACE_BYTES
     HALF_WAITS = 32        # the source had nothing more when it was last read
+    HALF_HEADER = 64       # what is parked is our PROXY header, none of the source's bytes
 
 cdef enum:
     QUEUED_READY = 1       # used up its budget: goes on at the next turn

@@ -82,6 +82,11 @@ def test_every_allocation_may_fail(shim: Path, tmp_path: Path) -> None:
     assert not missed, f"allocations that no scenario reaches: {missed}"
 
 
+def test_what_moving_bytes_lacks_is_no_reset_of_a_peer(shim: Path, tmp_path: Path) -> None:
+    done = sweep(shim, tmp_path, *(f"moving:{name}:{SAMPLES or 10}" for name in ("plain", "tls")))
+    assert sum(one["cut"] for one in done) > 20
+
+
 def test_every_system_call_may_lack_something(shim: Path, tmp_path: Path) -> None:
     done = sweep(shim, tmp_path, *(f"system:{name}:{SAMPLES or 5}" for name in (("fresh", "plain", "tls") if SAMPLES else ("fresh",))))
     for one in done:

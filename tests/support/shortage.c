@@ -4,6 +4,7 @@
 
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <link.h>
 #include <sched.h>
 #include <stdint.h>
@@ -15,7 +16,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { OWN = 1, OPENSSL = 2, SOCKET = 4, ACCEPT = 8, PIPE = 16, EPOLL = 32, CONNECT = 64, SEND = 128, BIND = 256, EVENTFD = 512 };
+enum { OWN = 1, OPENSSL = 2, SOCKET = 4, ACCEPT = 8, PIPE = 16, EPOLL = 32, CONNECT = 64, SEND = 128, BIND = 256, EVENTFD = 512,
+       RECV = 1024, SPLICE = 2048 };
 enum { MAX_RANGES = 16, MAX_SITES = 1 << 20, PLACES = 1 << 18 };
 
 static struct { uintptr_t start, end, base; int kind; } ranges[MAX_RANGES];
@@ -210,10 +212,21 @@ static ssize_t our_send(int fd, const void *data, size_t length, int flags)
     return fails(SEND, CALLER) ? -1 : send(fd, data, length, flags);
 }
 
+static ssize_t our_recv(int fd, void *buffer, size_t length, int flags)
+{
+    return fails(RECV, CALLER) ? -1 : recv(fd, buffer, length, flags);
+}
+
+static ssize_t our_splice(int in, off_t *in_at, int out, off_t *out_at, size_t length, unsigned flags)
+{
+    return fails(SPLICE, CALLER) ? -1 : splice(in, in_at, out, out_at, length, flags);
+}
+
 #define OURS(name) { #name, (void *) our_##name }
 static const struct { const char *name; void *function; } ours[] = {
     OURS(malloc), OURS(calloc), OURS(realloc), OURS(free), OURS(posix_memalign), OURS(strdup), OURS(socket), OURS(accept4), OURS(pipe2),
     OURS(epoll_ctl), OURS(epoll_create1), OURS(eventfd), OURS(connect), OURS(bind), OURS(send),
+    OURS(recv), OURS(splice),
 };
 
 static void put(uintptr_t base, const ElfW(Rela) *rela, size_t size, const ElfW(Sym) *symbols, const char *names)

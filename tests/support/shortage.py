@@ -37,7 +37,7 @@ from tests.support.certificates import REDIS, WEB, Authority
 from tests.support.peers import FIN, RST, Server, connect, make_bytes, read_to_end
 from tests.support.waiting import wait_until
 
-OWN, OPENSSL, SOCKET, ACCEPT, PIPE, EPOLL, CONNECT, SEND, BIND, EVENTFD = (1 << bit for bit in range(10))
+OWN, OPENSSL, SOCKET, ACCEPT, PIPE, EPOLL, CONNECT, SEND, BIND, EVENTFD, RECV, SPLICE = (1 << bit for bit in range(12))
 FAILURES: dict[str, list[tuple[int, int]]] = {
     "own": [(OWN, errno.ENOMEM)],
     "openssl": [(OPENSSL, errno.ENOMEM)],
@@ -47,6 +47,7 @@ FAILURES: dict[str, list[tuple[int, int]]] = {
         (PIPE, errno.EMFILE), (PIPE, errno.ENFILE), (EPOLL, errno.ENOMEM), (EPOLL, errno.ENOSPC),
         (CONNECT, errno.EADDRNOTAVAIL), (CONNECT, errno.ENOBUFS), (CONNECT, errno.EAGAIN), (SEND, errno.ENOBUFS), (SEND, errno.ENOMEM),
     ],
+    "moving": [(SEND, errno.ENOBUFS), (RECV, errno.ENOMEM), (RECV, errno.ENOBUFS), (SPLICE, errno.ENOMEM)],
 }  # fmt: skip
 PAYLOAD = make_bytes(1 << 20) * 7
 """More than sockets hold."""
@@ -131,6 +132,10 @@ class Node:
     def relays(self) -> int:
         """Connections that got as far as an endpoint."""
         return sum(endpoint.opened for endpoint in self.datapath.endpoints())
+
+    def sent(self, cluster: str) -> int:
+        """Bytes of clients that the cluster's endpoints got."""
+        return next(one.bytes_to_upstream for one in self.datapath.snapshot().clusters if one.name == cluster)
 
     @property
     def waiting(self) -> int:
@@ -311,7 +316,9 @@ class Stage:
         play = Play()
         play.ask(self.near.ports["plain"])
         for name in ("proxied", "shaped", "delayed"):
+            before, exact = self.near.sent(name), play.exact
             play.ask(self.near.ports[name])
+            assert self.near.sent(name) - before in ((6,) if play.exact > exact else (0, 6)), "what the client said, and no header"
         play.ask(self.near.ports["plain"], b"some\n", PAYLOAD[:SOME])
         play.ask(self.far.ports["both"], b"large\n", PAYLOAD, slow_at=self.far)
         return play
@@ -539,7 +546,7 @@ def choose(sites: list[int], samples: int, rng: random.Random) -> list[int]:
 
 
 def main() -> None:
-    """SHIM FOLDER SEED (own|openssl|system):SCENARIO:SAMPLES …: one line of JSON for each sweep."""
+    """SHIM FOLDER SEED (own|openssl|system|moving):SCENARIO:SAMPLES …: one line of JSON for each sweep."""
     shim, folder, seed, *sweeps = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     stage = Stage(Shim(shim), Path(folder))
