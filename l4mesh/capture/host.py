@@ -6,6 +6,7 @@ a comparison never stumbles over how a rule is spelt.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from l4mesh.errors import CommandError
 _V6 = Path("/proc/net/if_inet6")
 """Not there where the kernel was told to do without IPv6."""
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
+_JUMP = re.compile(rf"^-A .* -[jg] {CHAIN_PREFIX}\w+$")
 Place = tuple[str, str]
 """(table, chain)"""
 
@@ -43,8 +45,19 @@ def require_tools() -> None:
 def apply_rules(families: Sequence[FamilyRules], netns: str | None = None) -> dict[bool, Listing]:
     """Puts the rules in place, each family in one transaction; what is there of ours is replaced.
 
-    Gives what iptables lists of ours then, by "is IPv6". Raises CommandError.
+    Gives what iptables lists of ours then, by "is IPv6". Raises CommandError; where nothing of ours was before, nothing is then.
     """
+    found = {family.is_v6: _list(family.is_v6, netns) for family in families}
+    try:
+        return _apply_rules(families, found, netns)
+    except CommandError:
+        if not any(listing.chains for listing in found.values()):
+            with contextlib.suppress(CommandError):
+                remove_rules(netns)
+        raise
+
+
+def _apply_rules(families: Sequence[FamilyRules], found: Mapping[bool, Listing], netns: str | None) -> dict[bool, Listing]:
     for family in families:
         # First, so that nothing of either family is captured that can't be delivered. Only where they differ: a moment without them
         # would cost live connections packets.
@@ -59,8 +72,7 @@ def apply_rules(families: Sequence[FamilyRules], netns: str | None = None) -> di
             _remove_family(is_v6, netns)
             listed[is_v6] = Listing()
             continue
-        found = _list(is_v6, netns)
-        _restore(is_v6, render(wanted, found.jumps, list(found.chains)), netns)
+        _restore(is_v6, render(wanted, found[is_v6].jumps, list(found[is_v6].chains)), netns)
         if not wanted.routes:
             _remove_routes(is_v6, netns)
         listed[is_v6] = _list(is_v6, netns)
@@ -201,7 +213,7 @@ def _parse(saved: str) -> Listing:
             listing.chains[table, line[1:].split()[0]] = []
         elif line.startswith(f"-A {CHAIN_PREFIX}"):
             listing.chains.setdefault((table, line.split()[1]), []).append(line)
-        elif line.startswith("-A ") and f"-j {CHAIN_PREFIX}" in line:
+        elif _JUMP.match(line):
             listing.jumps.append((table, line))
     # iptables-legacy lists tables in the order of their first use, not in one of its own.
     listing.jumps.sort(key=lambda jump: jump[0])

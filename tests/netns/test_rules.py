@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from l4mesh.capture.host import apply_rules, check_rules, remove_rules
-from l4mesh.capture.rules import FamilyRules, build_rules
+from l4mesh.capture.rules import FamilyRules, Rule, build_rules
 from l4mesh.config.load import parse_config
 from l4mesh.errors import CommandError
 from l4mesh.lab import Host, Lab
@@ -37,6 +38,7 @@ FOREIGN = """\
 :FOREIGN - [0:0]
 -A PREROUTING -p tcp -m tcp --dport 9999 -j FOREIGN
 -A OUTPUT -p tcp -m tcp --dport 9998 -j ACCEPT
+-A FOREIGN -m comment --comment "before -j L4MESH_OUTPUT"
 -A FOREIGN -j RETURN
 COMMIT
 *mangle
@@ -80,6 +82,7 @@ TAMPERING = [
     (("iptables", "-t", "nat", "-F"), "IPv4 nat: missing: -A OUTPUT"),
     (("ip6tables", "-t", "mangle", "-F", "PREROUTING"), "IPv6 mangle: missing: -A PREROUTING"),
     (("iptables", "-t", "nat", "-I", "OUTPUT", "-m", "comment", "--comment", "l4mesh", "-j", "L4MESH_OUTPUT"), "IPv4 nat: one too many: -A OUTPUT"),
+    (("iptables", "-t", "nat", "-A", "OUTPUT", "-g", "L4MESH_OUTPUT"), "IPv4 nat: one too many: -A OUTPUT -g L4MESH_OUTPUT"),
     (("ip", "rule", "del", "pref", "32764"), "IPv4 routing: missing: rule"),
     (("ip", "-6", "route", "flush", "table", "1539"), "IPv6 routing: missing: local route"),
 ]  # fmt: skip
@@ -154,6 +157,29 @@ def test_where_ipv6_is_disabled_nothing_is_captured_by_halves(host: Host, rules:
     assert "L4MESH" not in saved(host)
     apply_rules(rules[:1], host.namespace)
     assert check_rules(rules[:1], host.namespace) == []
+
+
+def test_what_others_send_to_our_chains_is_no_hindrance_to_remove_them(host: Host, rules: list[FamilyRules]) -> None:
+    before = saved(host)
+    apply_rules(rules, host.namespace)
+    host.run("iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-g", "L4MESH_OUTPUT")
+    host.run("iptables", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "L4MESH_OUTPUT")
+    remove_rules(host.namespace)
+    assert saved(host) == before
+
+
+def test_rules_that_can_not_all_be_put_in_place_are_not_put_there_at_all(host: Host, rules: list[FamilyRules]) -> None:
+    before = saved(host)
+    v4, v6 = rules
+    broken = replace(v6, rules=(*v6.rules, Rule("nat", "L4MESH_OUTPUT", ("-m", "nothing"))))
+    with pytest.raises(CommandError, match="^ip6tables-restore"):
+        apply_rules([v4, broken], host.namespace)
+    assert saved(host) == before
+    apply_rules(rules, host.namespace)
+    right = saved(host)
+    with pytest.raises(CommandError, match="^ip6tables-restore"):
+        apply_rules([v4, broken], host.namespace)
+    assert saved(host) == right
 
 
 def test_another_configuration_replaces_the_whole(host: Host, rules: list[FamilyRules]) -> None:
