@@ -74,7 +74,7 @@ class Totals:
         """What ``encode`` gave, by this version or another: what that one did not count is 0, what only it counts is left out.
         Raises ValueError for anything else."""
         try:
-            return cls(**{name: _decode(hint, dict_of(data).get(name)) for name, hint in get_type_hints(cls).items()})
+            return cls(**{name: decode(hint, dict_of(data).get(name)) for name, hint in get_type_hints(cls).items()})
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not the counters of a process: {error}") from error
 
@@ -160,18 +160,18 @@ def _encode(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
-def _decode(hint: Any, data: Any) -> Any:
-    """``data`` as the type ``hint``; None is its zero."""
+def decode(hint: Any, data: Any) -> Any:
+    """``data``, from JSON, as the type ``hint``; None is its zero. Raises TypeError or ValueError for anything else."""
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(hint, types.GenericAlias) and origin is dict:
         known = [(_decode_key(args[0], key), count) for key, count in data or ()]
-        return {key: _decode(args[1], count) for key, count in known if key is not None}
+        return {key: decode(args[1], count) for key, count in known if key is not None}
     if origin is tuple and args[-1] is ...:
-        return tuple(_decode(args[0], item) for item in data or ())
+        return tuple(decode(args[0], item) for item in data or ())
     if dataclasses.is_dataclass(hint):
         fields = _hints_of(hint)  # type: ignore[arg-type]
         given = {} if data is None else dict_of(data)
-        return hint(**{name: _decode(fields[name], given.get(name)) for name in fields})  # type: ignore[operator]
+        return hint(**{name: decode(fields[name], given.get(name)) for name in fields})  # type: ignore[operator]
     if data is None:
         return hint()
     if hint is float and isinstance(data, int):
@@ -194,4 +194,4 @@ def _decode_key(hint: Any, key: Any) -> Any:
         return None if None in parts else parts
     if issubclass(hint, Enum):
         return hint.__members__.get(key)
-    return _decode(hint, key)
+    return decode(hint, key)

@@ -48,7 +48,7 @@ from l4mesh.runtime import health
 from l4mesh.runtime.channel import DESCRIPTORS_MAX, Channel, DescriptorsLost, Garbled, Message, PeerGone
 from l4mesh.runtime.listeners import Place
 from l4mesh.runtime.notify import notify
-from l4mesh.totals import Totals, dict_of
+from l4mesh.totals import Totals, decode, dict_of
 
 PROTOCOL = 1
 """Of the messages, and of ``carried_t``: processes of different numbers don't take over from each other."""
@@ -154,11 +154,7 @@ P = TypeVar("P", health.Past, outlier.Past)
 
 def _decode_pasts(kind: type[P], data: object) -> dict[str, list[P]]:
     hints = get_type_hints(kind).values()
-    pasts = {name: [kind(*row) for row in rows] for name, rows in ({} if data is None else dict_of(data)).items()}
-    for past in (past for of_cluster in pasts.values() for past in of_cluster):
-        if any(type(value) is not hint and not (hint is float and type(value) is int) for value, hint in zip(past, hints, strict=True)):
-            raise TypeError(f"{past} is not what is known of an endpoint")
-    return pasts
+    return {name: [kind(*map(decode, hints, row)) for row in rows] for name, rows in ({} if data is None else dict_of(data)).items()}
 
 
 @dataclass(frozen=True, slots=True)
