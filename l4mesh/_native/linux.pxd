@@ -1,4 +1,4 @@
-# Declarations: the kernel's calls and constants that the data path uses.
+# Implementation, inlined into _fastpath: declarations of the kernel's calls and constants that the data path uses, and what errors mean.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
