@@ -219,8 +219,7 @@ class HealthChecker:
             if target.health.healthy != (old.health.healthy if old else True):
                 self._on_verdict(cluster.name, endpoint.address, target.health.healthy, target.health.why)
         if before:
-            kept = {id(target) for target in checked.targets.values()}
-            before.targets = {address: target for address, target in known.items() if id(target) not in kept}
+            before.targets = {address: target for address, target in known.items() if checked.targets.get(address) is not target}
             self._drop_targets(before)
 
     def _add_target(self, probe: Probe, before: Health | None, *, up: bool) -> _Target:

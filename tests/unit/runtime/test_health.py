@@ -467,6 +467,30 @@ def test_an_answer_to_a_check_that_is_gone_is_nobody_s() -> None:
     assert world.said == []
 
 
+def test_endpoints_that_share_a_check_leave_it_one_by_one() -> None:
+    """Two ports of one host, whose health a third one tells."""
+
+    def ports(*numbers: int) -> Config:
+        listed = ", ".join(f'"10.0.0.0:{number}"' for number in numbers)
+        return parse_config(f"{LISTENER}clusters: [{{name: web, endpoints: [{listed}], health_check: {{{CHECK}, port: 8081}}}}]")
+
+    world = World()
+    world.checker.configure(ports(80, 81))
+    world.run(2.02)
+    world.checker.configure(ports(80))
+    before = world.checker.counts()[0][2]["passed"]
+    begun = len(world.wire.begun)
+    world.run(10)
+    assert world.checker.counts()[0][2]["passed"] - before == len(world.wire.begun) - begun
+    world.wire.answer = lambda probe: "refused"
+    world.run(10)
+    assert [(address, healthy) for _, _, address, healthy, _ in world.said] == [("10.0.0.0:80", False)]
+    world.checker.configure(config(name="other", endpoints=0))
+    begun = len(world.wire.begun)
+    world.run(10)
+    assert len(world.wire.begun) == begun
+
+
 def test_clusters_without_checks_cost_nothing() -> None:
     class Untouched(tuple):  # type: ignore[type-arg]
         def __iter__(self) -> object:
