@@ -78,21 +78,27 @@ def talk_expect(send: bytes, expect: Expect) -> Talk:
 
 
 def talk_http(host: str, path: str, status: tuple[tuple[int, int], ...]) -> Talk:
-    """GET, and no more of the answer than its status line."""
+    """GET, and no more of the answer than its status line. Interim answers come before it, unasked (RFC 9110, 15.2)."""
     request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: l4mesh-health\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-    line = yield from _first_line(request.encode())
-    version, _, rest = line.partition(b" ")
-    code = rest[:3]
-    if version not in (b"HTTP/1.1", b"HTTP/1.0") or not code.isdigit() or len(code) < 3 or rest[3:4] not in (b"", b" "):
-        return Said(f"expected an HTTP status, got {show(line)}")
-    if not any(first <= int(code) <= last for first, last in status):
-        return Said(f"status {int(code)}")
-    return Said()
+    got, start = (yield request.encode()), 0
+    while True:
+        line, got = yield from _line(got, start)
+        version, _, rest = line.partition(b" ")
+        code = rest[:3]
+        if version not in (b"HTTP/1.1", b"HTTP/1.0") or not code.isdigit() or len(code) < 3 or rest[3:4] not in (b"", b" "):
+            return Said(f"expected an HTTP status, got {show(line)}")
+        if any(first <= int(code) <= last for first, last in status):
+            return Said()
+        if not 100 <= int(code) < 200 or int(code) == 101:
+            return Said(f"status {int(code)}")
+        while (end := got.find(b"\r\n\r\n", start)) < 0:
+            got = yield b""
+        start = end + 4
 
 
 def talk_redis() -> Talk:
     """PING. A server that wants a password, or lets this user do nothing, is alive; one that loads its data is not ready."""
-    line = yield from _first_line(PING)
+    line, _ = yield from _line((yield PING))
     if line == b"+PONG" or line.startswith((b"-NOAUTH ", b"-NOPERM ")):
         return Said()
     return Said(f"expected +PONG, got {show(line)}")
@@ -159,14 +165,13 @@ def _mysql_error(packet: bytes) -> str:
     return f"error {int.from_bytes(packet[1:3], 'little')}, {show(packet[3:])}"
 
 
-def _first_line(send: bytes) -> Generator[bytes, bytearray, bytes]:
-    """Without its end."""
-    got = yield send
-    while (end := got.find(b"\n")) < 0:
-        if len(got) > 4096:
-            return bytes(got[:SHOWN_MAX])
+def _line(got: bytearray, start: int = 0) -> Generator[bytes, bytearray, tuple[bytes, bytearray]]:
+    """The line that begins there, without its end, and all that has come by then."""
+    while (end := got.find(b"\n", start)) < 0:
+        if len(got) - start > 4096:
+            return bytes(got[start : start + SHOWN_MAX]), got
         got = yield b""
-    return bytes(got[:end]).removesuffix(b"\r")
+    return bytes(got[start:end]).removesuffix(b"\r"), got
 
 
 def show(got: bytes | bytearray) -> str:
