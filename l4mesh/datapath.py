@@ -96,7 +96,7 @@ class _Removed:
 
     compiled: list[_fastpath.Cluster] = field(default_factory=list)
     clusters: list[tuple[str, _fastpath.ClusterStat, bool]] = field(default_factory=list)
-    endpoints: list[_fastpath.EndpointStat] = field(default_factory=list)
+    endpoints: dict[tuple[_fastpath.ClusterStat, str], _fastpath.EndpointStat] = field(default_factory=dict)
     listeners: list[tuple[str, _fastpath.ListenerStat, bool]] = field(default_factory=list)
 
 
@@ -455,7 +455,7 @@ class Datapath:
             address = endpoint.address
             endpoint_stat = known.get(address)
             if endpoint_stat is None:
-                endpoint_stat = _fastpath.EndpointStat(self._new_id())
+                endpoint_stat = self._join(stat, address)
                 # An endpoint that joins a cluster in service warms up; those that were there from the start don't.
                 if before and cluster.slow_start_ms:
                     endpoint_stat.warm(now_ms, now_ms + cluster.slow_start_ms)
@@ -468,6 +468,17 @@ class Datapath:
         stat.watch(*compile_watch(cluster.outlier_detection))
         compiled = _fastpath.Cluster(stat, rows, peers, sni, **compile_settings(cluster, identity))
         return _ClusterEntry(cluster, zone, compiled, endpoints)
+
+    def _join(self, cluster: _fastpath.ClusterStat, address: str) -> _fastpath.EndpointStat:
+        """The counters of an endpoint that joins. One that has been away, as names that flap do to it, goes on with those that its
+        connections still count in, or its limit would begin anew beside them; and they need not leave any more."""
+        stat = self._removed.endpoints.get((cluster, address))
+        if stat is None:
+            return _fastpath.EndpointStat(self._new_id())
+        stat.out = 0
+        stat.stay()
+        stat.forget_failures()
+        return stat
 
     def _add_listener(
         self, plan: _fastpath.Plan, listener: Listener, sockets: BoundSockets, index: Mapping[str, int], faults: bool
@@ -515,11 +526,14 @@ class Datapath:
                 continue
             kept = after.endpoints if after else {}
             self._removed.compiled.append(before.compiled)
-            gone = [stat for address, stat in before.endpoints.items() if kept.get(address) is not stat]
-            self._removed.endpoints += gone
+            cluster = before.compiled.stat
+            for address in kept:
+                self._removed.endpoints.pop((cluster, address), None)
+            gone = {(cluster, address): stat for address, stat in before.endpoints.items() if kept.get(address) is not stat}
+            self._removed.endpoints |= gone
             drain = (after or before).model.drain
             if gone and drain.removed_ms:
-                self._engine.leave([(stat, 1000) for stat in gone], CloseReason.ENDPOINT_REMOVED, drain.removed_ms)
+                self._engine.leave([(stat, 1000) for stat in gone.values()], CloseReason.ENDPOINT_REMOVED, drain.removed_ms)
             if after and drain.rebalance_ms:
                 self._rebalance(before, after)
             if after is None:
@@ -556,7 +570,7 @@ class Datapath:
             removed = self._removed
             self._removed = _Removed(
                 compiled=[cluster for cluster in removed.compiled if cluster.dials],
-                endpoints=[stat for stat in removed.endpoints if stat.in_use],
+                endpoints={key: stat for key, stat in removed.endpoints.items() if stat.in_use},
             )
             # A connection that was routed there and is still in its handshake has yet to be counted.
             awaited = {cluster.stat for cluster in self._removed.compiled}
@@ -761,8 +775,8 @@ class Datapath:
             self._removed.clusters.append((cluster, cluster_stat, False))
         endpoint_stat = entry.endpoints.get(endpoint) if entry else None
         if endpoint and endpoint_stat is None:
-            endpoint_stat = _fastpath.EndpointStat(self._new_id())
-            self._removed.endpoints.append(endpoint_stat)
+            key = cluster_stat, endpoint
+            endpoint_stat = self._removed.endpoints.setdefault(key, _fastpath.EndpointStat(self._new_id()))
             if entry and entry.model.drain.removed_ms:
                 self._engine.leave([(endpoint_stat, 1000)], CloseReason.ENDPOINT_REMOVED, entry.model.drain.removed_ms)
         return listener_stat, cluster_stat, endpoint_stat

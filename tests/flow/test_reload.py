@@ -13,7 +13,7 @@ from tests.conftest import Factory
 from tests.flow.test_tls import client_context, inbound
 from tests.support.certificates import Files
 from tests.support.mesh import Config, simple
-from tests.support.peers import Server, black_hole, closed_port, connect, echo, read_to_end, talk
+from tests.support.peers import Server, black_hole, closed_port, connect, echo, is_refused, read_to_end, talk
 from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
 
@@ -42,6 +42,26 @@ def test_live_connections_stay_where_they_are_and_new_ones_follow_the_new_plan(m
             talk(client)
         assert m.opened() == {new.address: 1}
         wait_until(lambda: m.total("l4mesh_connections_closed_total") == 2, "both ends are counted")
+
+
+def test_an_endpoint_that_was_away_comes_back_with_the_connections_that_it_still_has(mesh: Factory) -> None:
+    with Server(echo) as flaps, Server(echo) as other:
+        more: Config = {"listener": {"bind": f"127.0.0.1:{free_port()}"}, "limits": {"connections_per_endpoint": 1}}
+        m = mesh(simple(flaps.address, **more))
+        port = m.port()
+        with connect(port) as client:
+            talk(client)
+            m.reload(simple(other.address, **more))
+            m.reload(simple(flaps.address, other.address, **more))
+            assert {one["address"]: one["active"] for one in m.cluster()["endpoints"]} == {flaps.address: 1, other.address: 0}
+            with connect(port) as second:
+                talk(second)
+                assert is_refused(port)
+            talk(client)
+        with connect(port) as client:
+            talk(client)
+        assert flaps.accepted + other.accepted == 3
+        m.wait_closed(limit_endpoint=1)
 
 
 def test_a_bad_file_changes_nothing_and_is_shown(mesh: Factory) -> None:
