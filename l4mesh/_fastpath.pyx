@@ -1464,6 +1464,7 @@ cdef void dial_secure(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
         return
     conn.phase.dial.handshaking = 1
     conn.phase.dial.attempt_at_ms = worker.now_ms + cluster.settings.handshake_ms
+    conn_arm(worker, conn, slot, conn.phase.dial.attempt_at_ms)
     lanes_push(worker, conn, slot, QUEUED_HEAVY)
 
 

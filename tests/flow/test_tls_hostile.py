@@ -195,6 +195,17 @@ def test_a_slow_handshake_has_one_deadline(mesh: Factory, redis: Files) -> None:
         assert wait_records(m, 1)[0]["tls_error"] == "timeout"
 
 
+def test_a_silent_endpoint_has_the_time_of_a_handshake_and_not_that_of_a_connect(mesh: Factory, web: Files) -> None:
+    with Server(read_to_end) as server:
+        config = outbound(web, server.address, {"handshake_timeout": "100ms"})
+        config["clusters"][0] |= {"connect": {"attempts": 1, "timeout": "1h"}}
+        far = mesh(config)
+        with connect(far.port()) as client:
+            assert read_to_end(client) == (b"", RST)
+        far.wait_closed(upstream_tls=1)
+        assert wait_records(far, 1)[0]["tls_error"] == "timeout"
+
+
 def test_handshakes_of_one_source_are_limited(mesh: Factory, redis: Files) -> None:
     with Server(echo) as server:
         m = mesh(inbound(redis, server.address) | {"limits": {"handshakes_per_source": 2}})
