@@ -648,9 +648,9 @@ cdef void conn_set_out(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     conn.state = CONN_DIALLING
     conn.phase.dial.deadline_ms = worker.now_ms + cluster.settings.connect_budget_ms
     conn_copy_settings(worker, conn, &cluster.settings)
-    conn_recall_end(worker, conn, slot)
     if conn.shaping != NULL and conn_inject(worker, conn, slot):
         return
+    conn_recall_end(worker, conn, slot)
     conn_dial(worker, conn, slot)
 
 
@@ -810,8 +810,10 @@ cdef bint conn_inject(worker_t *worker, conn_t *conn, uint32_t slot) noexcept no
         shaping.until_ms = worker.now_ms + conn.idle_ms if conn.idle_ms else <uint64_t> -1
     if not conn.side[DOWNSTREAM].flags & SIDE_WATCHED and not conn_watch(worker, conn, slot, DOWNSTREAM):
         conn_refuse(worker, conn, slot, CLOSE_LOCAL_EXHAUSTED)
-    elif shaping.until_ms != <uint64_t> -1:
-        conn_arm(worker, conn, slot, shaping.until_ms)
+    else:
+        if shaping.until_ms != <uint64_t> -1:
+            conn_arm(worker, conn, slot, shaping.until_ms)
+        conn_recall_end(worker, conn, slot)
     return True
 
 

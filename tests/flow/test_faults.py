@@ -270,6 +270,23 @@ def test_a_black_hole_ends_when_the_client_gives_up(mesh: Factory) -> None:
                 check_told(m, "black_hole", reason, count=count)
 
 
+def test_a_black_hole_ends_for_a_client_that_ended_its_half_before(mesh: Factory) -> None:
+    """While it waited for a place: no event tells of that again."""
+    with Server(echo) as server:
+        limits = {"connections": 1, "queue": {"size": 1, "timeout": "1m"}}
+        config = faulty(server, {"black_hole": True}, timeouts={"idle": "off", "half_closed": "200ms"}, limits=limits)
+        m = mesh(config | {"workers": 1})
+        first = connect(m.port())
+        wait_until(lambda: injected(m, "black_hole") == 1, "the first is in the hole")
+        with connect(m.port()) as second:
+            wait_until(lambda: m.cluster()["waiting"] == 1, "the second waits")
+            second.sendall(b"hello?")
+            second.shutdown(socket.SHUT_WR)
+            reset(first)
+            assert read_to_end(second) == (b"", RST)
+        m.wait_closed(downstream_left=1, fault=1)
+
+
 def test_slow_is_slow_each_way(mesh: Factory) -> None:
     data = make_bytes(300_000)
     with Server(echo) as server:
