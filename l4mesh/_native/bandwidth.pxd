@@ -56,11 +56,10 @@ cdef inline uint32_t bucket_quantum(uint64_t rate, uint64_t per_s, uint64_t leas
 
 cdef inline void bucket_set(bucket_t *bucket, uint64_t rate, uint64_t burst, uint64_t quantum) noexcept nogil:
     # `burst`: bytes that may pass at once, a quantum of them by reservation and the rest by being late; 0: as few as is exact.
-    cdef uint64_t late_ns = <uint64_t> LATE_MS * 1000000
+    # A burst may be larger than what can be counted in ns times bytes.
+    cdef uint64_t burst_ns = <uint64_t> (<double> (burst - quantum) * 1e9 / <double> rate) if burst > quantum else 0
     bucket.rate = rate
-    bucket.late_ns = late_ns
-    if burst > quantum and bucket_cost(rate, burst - quantum) > late_ns:
-        bucket.late_ns = bucket_cost(rate, burst - quantum)
+    bucket.late_ns = max(burst_ns, <uint64_t> LATE_MS * 1000000)
 
 
 cdef inline void bucket_change(bucket_t *bucket, uint64_t rate, uint64_t burst, uint64_t now_ns) noexcept nogil:
