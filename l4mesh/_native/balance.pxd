@@ -505,16 +505,19 @@ cdef inline bint endpoint_is_warm(const cluster_t *cluster, pick_t *pick, uint32
     return warmth == 1000 or below(pick_random(pick), 1000) < warmth
 
 
-cdef inline uint64_t endpoint_load(const cluster_t *cluster, uint32_t index) noexcept nogil:
+cdef inline uint64_t endpoint_load(const cluster_t *cluster, pick_t *pick, uint32_t index, uint64_t now_ms) noexcept nogil:
+    # With one connection more. Idle ones are equal (HAProxy's lb_fwlc.c): else the heaviest would get every connection as long as there
+    # are few. A cold one is idle with the chance of its warmth.
     cdef int64_t active = load(&cluster.endpoints[index].stat.active)
-    return <uint64_t> active + 1 if active > 0 else 0
+    if active > 0:
+        return <uint64_t> active + 1
+    return 0 if endpoint_is_warm(cluster, pick, index, now_ms) else 1
 
 
-cdef inline bint load_is_less(const cluster_t *cluster, uint32_t a, uint32_t b, uint64_t now_ms) noexcept nogil:
-    # Whether a would be less loaded for its weight with one connection more than b. Idle ones are equal (HAProxy's lb_fwlc.c):
-    # else the heaviest would get every connection as long as there are few.
-    cdef uint64_t of_a = endpoint_load(cluster, a)
-    cdef uint64_t of_b = endpoint_load(cluster, b)
+cdef inline bint load_is_less(
+    const cluster_t *cluster, uint32_t a, uint64_t of_a, uint32_t b, uint64_t of_b, uint64_t now_ms
+) noexcept nogil:
+    # Whether a would be less loaded for its weight than b.
     return (
         of_a * cluster.endpoints[b].weight * endpoint_warmth(cluster, b, now_ms)
         < of_b * cluster.endpoints[a].weight * endpoint_warmth(cluster, a, now_ms)
@@ -534,16 +537,20 @@ cdef inline int32_t scan_least(const cluster_t *cluster, const tier_t *tier, pic
     # random start.
     cdef uint32_t i, index
     cdef uint32_t start = below(pick_random(pick), tier.n_members)
+    cdef uint64_t of_best = 0, of_this
     cdef int32_t best = PICK_NONE
     if cluster.settings.balance == BALANCE_LEAST_CONNECTIONS:
         index = alias_draw(tier, pick)
         if endpoint_is_usable(cluster, pick, index):
             best = <int32_t> index
+            of_best = endpoint_load(cluster, pick, index, now_ms)
     for i in range(tier.n_members):
         index = tier.members[start + i if start + i < tier.n_members else start + i - tier.n_members]
         if endpoint_is_usable(cluster, pick, index):
-            if best < 0 or load_is_less(cluster, index, <uint32_t> best, now_ms):
+            of_this = endpoint_load(cluster, pick, index, now_ms)
+            if best < 0 or load_is_less(cluster, index, of_this, <uint32_t> best, of_best, now_ms):
                 best = <int32_t> index
+                of_best = of_this
     return best
 
 
@@ -552,6 +559,7 @@ cdef inline int32_t draw_least(const cluster_t *cluster, const tier_t *tier, pic
     # never get more than two draws in n; comparing by weight as well only decides which of the two is behind its share.
     cdef uint32_t first = alias_draw(tier, pick)
     cdef uint32_t second = alias_draw(tier, pick)
+    cdef uint64_t of_first, of_second
     cdef int _i
     for _i in range(REDRAWS):
         if second != first:
@@ -563,7 +571,9 @@ cdef inline int32_t draw_least(const cluster_t *cluster, const tier_t *tier, pic
         second = first
     if not endpoint_is_usable(cluster, pick, first):
         return PICK_NONE
-    return <int32_t> (second if load_is_less(cluster, second, first, now_ms) else first)
+    of_first = endpoint_load(cluster, pick, first, now_ms)
+    of_second = endpoint_load(cluster, pick, second, now_ms)
+    return <int32_t> (second if load_is_less(cluster, second, of_second, first, of_first, now_ms) else first)
 
 
 cdef inline bint load_is_bounded(const cluster_t *cluster, const tier_t *tier, const pick_t *pick, uint32_t index) noexcept nogil:

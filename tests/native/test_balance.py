@@ -206,6 +206,22 @@ def test_a_new_endpoint_warms_up(balance: int, n: int) -> None:
     assert shares[2] > 0.85
 
 
+@pytest.mark.parametrize("n", [4, 20])
+def test_a_new_endpoint_warms_up_where_connections_are_few_as_well(n: int) -> None:
+    balancer = probe.Balancer(endpoints([1] * n, warm=[1000] + [0] * (n - 1)), LEAST, seed=9, slow_start_ms=10_000)
+    shares = [balancer.count(2000 * n, now_ms)[0] / 2000 for now_ms in (1000, 6000, 11_000)]
+    assert 0 < shares[0] < 0.25
+    assert 0.3 < shares[1] < 0.75
+    assert shares[2] > 0.85
+
+
+@pytest.mark.parametrize("balance", ALL)
+@pytest.mark.parametrize("n", [4, 20])
+def test_where_all_are_new_one_is_picked(balance: int, n: int) -> None:
+    balancer = probe.Balancer(endpoints([1] * n, warm=[1000] * n), balance, seed=9, slow_start_ms=10_000)
+    assert {balancer.pick(source * 2654435761, now_ms=1000) for source in range(200 * n)} == set(range(n))
+
+
 @pytest.mark.parametrize("balance", ALL)
 @pytest.mark.parametrize("n", [4, 40])
 def test_an_endpoint_that_is_out_is_picked_in_a_panic_only(balance: int, n: int) -> None:
