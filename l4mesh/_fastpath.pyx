@@ -1146,7 +1146,8 @@ cdef inline pick_t dial_wish(worker_t *worker, conn_t *conn) noexcept nogil:
     pick.cursor = &conn.cluster_stat.rows[worker.index].cursor
     pick.tried = conn.phase.dial.tried
     pick.n_tried = conn.attempts
-    pick.cluster_active = &conn.cluster_stat.active
+    # One that waits for a place, or looks for one, is not counted yet.
+    pick.others = <uint64_t> (load(&conn.cluster_stat.active) - (conn.state == CONN_DIALLING))
     pick.panic = load(&conn.cluster_stat.panic) != 0
     return pick
 

@@ -105,7 +105,7 @@ ctypedef struct pick_t:
     uint64_t *cursor             # round robin's place, of this worker in this cluster
     const uint32_t *tried        # indexes that this connection has dialled
     uint32_t n_tried
-    const int64_t *cluster_active
+    uint64_t others              # live connections of the cluster but for this one
     bint panic                   # endpoints that are out are picked as well
     bint wary                    # those whose last dial failed are not
 
@@ -577,10 +577,9 @@ cdef inline int32_t draw_least(const cluster_t *cluster, const tier_t *tier, pic
 
 
 cdef inline bint load_is_bounded(const cluster_t *cluster, const tier_t *tier, const pick_t *pick, uint32_t index) noexcept nogil:
-    # active + 1 <= ceil(c * (total + 1) * weight / sum of weights)
+    # active + 1 <= ceil(c * (others + 1) * weight / sum of weights)
     cdef uint64_t active = <uint64_t> load(&cluster.endpoints[index].stat.active)
-    cdef uint64_t total = <uint64_t> load(pick.cluster_active)
-    cdef uint64_t share = cluster.settings.bounded_load_percent * (total + 1) * cluster.endpoints[index].weight
+    cdef uint64_t share = cluster.settings.bounded_load_percent * (pick.others + 1) * cluster.endpoints[index].weight
     return active * 100 * tier.weight < share
 
 

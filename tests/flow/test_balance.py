@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import Factory
 from tests.support.mesh import simple
-from tests.support.peers import Server, connect, is_refused, read_to_end
+from tests.support.peers import Server, connect, echo, is_refused, read_to_end, talk
 from tests.support.proxies import free_port
 
 
@@ -48,6 +48,15 @@ def test_a_source_stays_with_its_endpoint(mesh: Factory, balance: str) -> None:
         home = {source: ask(port, source) for source in (f"127.0.0.{n}" for n in range(2, 60))}
         assert len(set(home.values())) == 4
         assert all(ask(port, source) == endpoint for source, endpoint in home.items())
+
+
+@pytest.mark.parametrize("balance", ["source_hash", "maglev"])
+def test_a_bound_on_the_load_is_kept_from_the_first_connection_on(mesh: Factory, balance: str) -> None:
+    with Server(echo) as one, Server(echo) as other, ExitStack() as stack:
+        m = mesh(simple(one.address, other.address, balance=balance, bounded_load="100%"))
+        for count in range(1, 7):
+            talk(stack.enter_context(connect(m.port())))
+            assert max(one.accepted, other.accepted) == (count + 1) // 2
 
 
 def test_connections_go_to_the_own_zone_and_spill_over_when_it_is_full(mesh: Factory) -> None:

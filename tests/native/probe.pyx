@@ -136,7 +136,7 @@ cdef class Balancer:
         pick.cursor = &self.cursor
         pick.tried = indexes
         pick.n_tried = len(tried)
-        pick.cluster_active = &self.active
+        pick.others = self.active
         pick.panic = self.panic
         return cluster_pick(self.cluster, &pick, now_ms)
 
