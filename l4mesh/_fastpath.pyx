@@ -44,7 +44,7 @@ from l4mesh._native.outlier cimport (
     outlier_take,
 )
 from l4mesh._native.overload cimport (
-    SHARE_BUCKETS, overload_ends, overload_pauses, overload_source_limit, share_least, sources_measure,
+    SHARE_BUCKETS, overload_count, overload_ends, overload_pauses, overload_source_limit, share_least, sources_measure,
 )
 from l4mesh._native.places cimport line_join, line_leave, place_take, places_offer
 from l4mesh._native.proxy_protocol cimport PROXY_MAX, PROXY_PARTIAL, proxy_parse, proxy_write_v1, proxy_write_v2
@@ -1819,6 +1819,7 @@ cdef void worker_sweep(worker_t *worker) noexcept nogil:
     while worker.sweep_slot < end:
         conn = conn_at(worker, worker.sweep_slot)
         if conn.state == CONN_RELAYING or conn.state == CONN_QUEUED or conn.state == CONN_DIALLING:
+            overload_count(worker, conn)
             if worker.sweep_trust and not conn_still_trusted(worker, conn, &reason):
                 conn_finish(worker, conn, worker.sweep_slot, reason, True)
             elif conn.state == CONN_RELAYING and overload_ends(worker, conn):
@@ -2254,6 +2255,9 @@ cdef void worker_adopt(worker_t *worker, plan_t *plan) noexcept nogil:
                 lanes_serve(worker, worker.lanes.n)
         if worker.plan.trust != plan.trust:
             worker.sweep_trust = 1
+            worker_begin_sweep(worker)
+        elif plan.max_connections_per_source and not worker.plan.max_connections_per_source:
+            # Those that are there are to be counted.
             worker_begin_sweep(worker)
     worker.accept_paused_until_ms = 0
     for i in range(worker.n_armed):

@@ -21,13 +21,16 @@ cdef inline bint overload_pauses(worker_t *worker) noexcept nogil:
     return True
 
 
+cdef inline void overload_count(worker_t *worker, conn_t *conn) noexcept nogil:
+    # Counts a live connection to its source's, where it was made before anybody did.
+    if conn.source_count == NULL and (worker.plan.max_connections_per_source or load(&worker.engine.source_share)):
+        source_take(worker.engine.sources, &conn.source, <int64_t> 1 << 62, &conn.source_count)
+
+
 cdef inline bint overload_ends(worker_t *worker, conn_t *conn) noexcept nogil:
     # Asked by a sweep about a live connection: has it been idle for longer than is good now? One whose idle timeout is off has
-    # none that could be shortened. Counts the connection to its source's, where it was made before anybody did.
+    # none that could be shortened.
     cdef int64_t cap_ms = load(&worker.engine.idle_cap_ms)
-    cdef int64_t share = load(&worker.engine.source_share)
-    if share and conn.source_count == NULL:
-        source_take(worker.engine.sources, &conn.source, <int64_t> 1 << 62, &conn.source_count)
     if cap_ms == 0 or conn.idle_ms == 0 or conn.queued == QUEUED_EVENT or worker.now_ms - conn.active_ms < <uint64_t> cap_ms:
         return False
     worker.shed[<int> SHED_IDLE] += 1

@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import Factory
 from tests.support.mesh import simple
 from tests.support.peers import FIN, RST, Server, closed_port, connect, echo, is_refused, read_exactly, read_to_end, talk
+from tests.support.proxies import free_port
 from tests.support.waiting import wait_until
 
 
@@ -103,6 +104,33 @@ def test_the_limit_by_source_counts_each_source(mesh: Factory) -> None:
         m.wait_closed(limit_source=2, downstream_closed=4)
         with connect(port, source="127.0.0.2") as client:
             talk(client)
+
+
+def is_served(port: int, source: str) -> bool:
+    try:
+        with connect(port, source=source) as client:
+            talk(client)
+    except ConnectionResetError:
+        return False
+    return True
+
+
+def test_a_limit_by_source_that_a_reload_brings_counts_who_is_there(mesh: Factory) -> None:
+    with Server(echo) as server, contextlib.ExitStack() as stack:
+        config = simple(server.address, listener={"bind": f"127.0.0.1:{free_port()}"})
+        m = mesh(config)
+        port = m.port()
+        held = [stack.enter_context(connect(port, source=f"127.0.0.{n}")) for n in (2, 2, 2, 3)]
+        for client in held:
+            talk(client)
+        m.reload(config | {"limits": {"connections_per_source": 2}})
+        wait_until(lambda: not is_served(port, "127.0.0.2"), "those that were there are counted")
+        assert is_served(port, "127.0.0.3")
+        for left in (3, 2):
+            assert not is_served(port, "127.0.0.2")
+            held.pop(0).close()
+            wait_until(lambda left=left: m.active() == left, "it has ended")  # type: ignore[misc]
+        assert is_served(port, "127.0.0.2")
 
 
 def test_the_limit_of_the_process_makes_new_connections_wait(mesh: Factory) -> None:
