@@ -254,6 +254,8 @@ def _check_cluster(cluster: Cluster) -> Iterator[tuple[KeyPath, str]]:
     if cluster.name == ORIGINAL_DESTINATION:
         if cluster.endpoints:
             yield ("endpoints",), "must be left out: the endpoint of this cluster is the address that the client dialled"
+        if cluster.max_connections_per_endpoint:
+            yield ("limits", "connections_per_endpoint"), "does not go with original_destination: its addresses are not counted"
     elif cluster.name == "reject":
         yield ("name",), "must not be reject: as a listener's default this word refuses connections"
     seen: dict[str, int] = {}

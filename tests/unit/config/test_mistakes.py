@@ -97,6 +97,7 @@ CASES = [
     (cluster("outlier_detection: {failure_percentage: {threshold: 0%}}"), "4: clusters[0].outlier_detection.failure_percentage.threshold: must be above 0%: else every endpoint is over it"),
     (cluster("outlier_detection: {latency: {floor: off}}"), f"4: clusters[0].outlier_detection.latency.floor: {DURATION}; got 'off'"),
     (GOOD.replace("{name: web, endpoints: [\"127.0.0.1:9001\"]}", "{name: original_destination, outlier_detection: {}}").replace("cluster: web", "capture: redirect, default: original_destination"), "4: clusters[0].outlier_detection: does not go with original_destination, where there is no other endpoint to go to"),
+    (GOOD.replace("{name: web, endpoints: [\"127.0.0.1:9001\"]}", "{name: original_destination, limits: {connections_per_endpoint: 2}}").replace("cluster: web", "capture: redirect, default: original_destination"), "4: clusters[0].limits.connections_per_endpoint: does not go with original_destination: its addresses are not counted"),
     (cluster("panic_threshold: half"), "4: clusters[0].panic_threshold: must be a share such as 50%, or off; got 'half'"),
     (cluster("drain: {removed: 5}"), f"4: clusters[0].drain.removed: {OPTIONAL}; got 5"),
     (top("drain: {time: soon}\n"), f"5: drain.time: {OPTIONAL}; got 'soon'"),
