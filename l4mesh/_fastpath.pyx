@@ -2028,8 +2028,7 @@ cdef void conn_welcome(worker_t *worker, conn_t *conn, uint32_t slot) noexcept n
     add(&conn.cluster_stat.active, 1)
     if conn.endpoint_stat != NULL:
         add(&conn.endpoint_stat.active, 1)
-    if worker.plan.max_connections_per_source:
-        source_take(worker.engine.sources, &conn.source, <int64_t> (<uint64_t> -1 >> 1), &conn.source_count)
+    overload_count(worker, conn)
     conn.state = CONN_RELAYING
     if not conn_still_trusted(worker, conn, &reason):
         conn_finish(worker, conn, slot, reason, True)
