@@ -64,6 +64,7 @@ def test_places_go_to_those_who_wait_in_their_order(mesh: Factory) -> None:
             client.sendall(b"%d" % index)
             clients.append(client)
             wait_for_waiting(m, index)
+        wait_until(lambda: served, "the first is served")
         assert server.accepted == 1
         for client in clients:
             assert read_exactly(client, 1) == b"!"
