@@ -82,15 +82,19 @@ class EndpointRegistry:
 
     def configure(self, config: Config) -> None:
         """The configuration in force is another. States of endpoints that stay, stay."""
-        self._clusters = config.clusters
+        before, self._clusters = self._clusters, config.clusters
         self._weighted = {name: known for name, known in self._weighted.items() if name in config.clusters}
         for name in list(self._out):
             cluster = config.clusters.get(name)
+            drains_anew = cluster is not None and name in before and cluster.drain.unhealthy_ms != before[name].drain.unhealthy_ms
             addresses = {endpoint.address for endpoint in cluster.endpoints} if cluster else set()
             kept = {address: outs for address, outs in self._out[name].items() if address in addresses}
             if kept:
                 self._out[name] = kept
                 self._weighted_out[name] = sum(1 for address in self._addresses(name) if address in kept)
+                for address in self.marked(name, OutCause.UNHEALTHY) if drains_anew else ():
+                    self._marks.keep_endpoint(name, address)
+                    self._drain(name, address)
             else:
                 del self._out[name]
                 self._weighted_out.pop(name, None)
@@ -102,10 +106,15 @@ class EndpointRegistry:
         outs = self._out.get(cluster, {}).get(address, ())
         kept = tuple(out for out in outs if out.cause is not cause)
         since = since_unix_s or next((out.since_unix_s for out in outs if out.cause is cause), time.time())
-        over_ms = self._clusters[cluster].drain.unhealthy_ms if cluster in self._clusters else 0
-        if cause is OutCause.UNHEALTHY and over_ms:
-            self._marks.close_endpoint(cluster, address, CloseReason.ENDPOINT_UNHEALTHY, over_ms)
+        if cause is OutCause.UNHEALTHY and cluster in self._clusters:
+            self._drain(cluster, address)
         return self._set(cluster, address, (*kept, Out(cause, since, why)))
+
+    def _drain(self, cluster: str, address: str) -> None:
+        """The connections of an unhealthy endpoint end gradually, where its cluster has it so."""
+        over_ms = self._clusters[cluster].drain.unhealthy_ms
+        if over_ms:
+            self._marks.close_endpoint(cluster, address, CloseReason.ENDPOINT_UNHEALTHY, over_ms)
 
     def put_back(self, cluster: str, address: str, cause: OutCause) -> bool:
         """Takes back what this cause said; with nothing else against it the endpoint serves again, by slow start."""

@@ -83,6 +83,16 @@ def test_connections_of_an_unhealthy_endpoint_end_when_asked(tmp_path: Path) -> 
     assert not marks.leaving
 
 
+def test_a_reload_that_changes_how_unhealthy_endpoints_drain_is_for_those_that_are_so(tmp_path: Path) -> None:
+    registry, marks, (first, second, *_) = make_registry(tmp_path)
+    registry.take_out("web", first, OutCause.UNHEALTHY, "connect: refused")
+    registry.take_out("web", second, OutCause.EJECTED, "5 failures in a row")
+    cluster = marks.config.clusters["web"]
+    for over_ms in (500, 2000, 0):
+        registry.configure(make_config(replace(cluster, drain=replace(cluster.drain, unhealthy_ms=over_ms)), marks.config))
+        assert marks.leaving == ({first: (CloseReason.ENDPOINT_UNHEALTHY, over_ms)} if over_ms else {})
+
+
 def test_since_is_the_first_time(tmp_path: Path) -> None:
     registry, _, (first, *_) = make_registry(tmp_path)
     registry.take_out("web", first, OutCause.UNHEALTHY, "timeout")
