@@ -477,7 +477,8 @@ cdef bint conn_is_in_time(worker_t *worker, conn_t *conn, const listener_t *list
     cdef const rates_t *process = &worker.plan.arrival_rates
     cdef const rates_t *own = &listener.arrival_rates
     cdef uint64_t now_ns = clock_ns(CLOCK_MONOTONIC)
-    cdef uint64_t source = address_hash_ip(&conn.source, 0)
+    # By a secret, so that nobody can choose an address that uses up another's.
+    cdef uint64_t source = address_hash_ip(&conn.source, worker.engine.seed)
     cdef uint64_t scope = listener.stat.id
     cdef const workload_t *workload = NULL
     if not (

@@ -44,6 +44,7 @@ cdef class Engine:
         self.engine.given = <SSL_SESSION **> memory(GIVEN * sizeof(void *))
         self.engine.revocation_seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x5bf0a8b1457695b3)
         self.engine.seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x9e3779b97f4a7c15)
+        self.engine.sources.seed = self.engine.handshakes.seed = self.engine.seed
         self.engine.wake_fds = <int *> calloc(n_workers, sizeof(int))
         if self.engine.wake_fds == NULL:
             raise MemoryError

@@ -30,7 +30,7 @@ cdef inline void source_unlock(int64_t *lock) noexcept nogil:
 
 cdef inline bint source_take(sources_t *table, const address_t *address, int64_t limit, source_t **taken) noexcept nogil:
     # Counts one more connection of the source; false when it has `limit` already. *taken is NULL when there is no memory.
-    cdef uint32_t at = <uint32_t> address_hash_ip(address, 0) & 0xffff
+    cdef uint32_t at = <uint32_t> address_hash_ip(address, table.seed) & 0xffff
     cdef int64_t *lock = &table.locks[at & 255]
     cdef source_t *source
     cdef bint fits = True
@@ -58,7 +58,7 @@ cdef inline bint source_take(sources_t *table, const address_t *address, int64_t
 cdef inline void source_give(sources_t *table, source_t *source) noexcept nogil:
     cdef address_t address
     memcpy(address.ip, source.ip, 16)
-    cdef uint32_t at = <uint32_t> address_hash_ip(&address, 0) & 0xffff
+    cdef uint32_t at = <uint32_t> address_hash_ip(&address, table.seed) & 0xffff
     cdef int64_t *lock = &table.locks[at & 255]
     cdef source_t **link
     source_lock(lock)

@@ -691,6 +691,7 @@ ctypedef struct armed_t:
 
 ctypedef struct sources_t:
     # Live connections by source address, shared by the workers: an exact limit needs one count.
+    uint64_t seed                    # of the hashes
     int64_t locks[256]
     source_t *heads[65536]
 

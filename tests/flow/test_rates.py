@@ -1,5 +1,6 @@
 """New connections in a time. The rates here give one an hour, so that what passes is exactly the burst."""
 
+import ipaddress
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,37 @@ def test_a_rate_of_a_source_leaves_the_others_alone(mesh: Factory) -> None:
         assert [passed(m.port(), 5, f"127.0.0.{n}") for n in range(2, 6)] == [3, 3, 3, 3]
         m.wait_closed(limit_rate=8)
         assert m.metrics()["l4mesh_rate_overflows_total"] == 0
+
+
+def test_nobody_can_choose_an_address_that_has_another_s_bucket(mesh: Factory) -> None:
+    """For each address there is one in any /64 that has the same hash where that is no secret."""
+    prefix = ipaddress.IPv6Address("2001:db8:0:1::").packed[:8]
+    victim = b"\0" * 10 + b"\xff\xff" + ipaddress.IPv4Address("192.0.2.1").packed
+    there, high, low = (int.from_bytes(part, "little") for part in (prefix, victim[:8], victim[8:]))
+    factor = 0x9E3779B97F4A7C15
+    chosen = (mix64(there) ^ mix64(high) ^ low * factor) * pow(factor, -1, 1 << 64) % (1 << 64)
+    twin = ipaddress.IPv6Address(prefix + chosen.to_bytes(8, "little"))
+
+    def passes_for(header: str) -> bool:
+        try:
+            with connect(m.port()) as client:
+                client.sendall(header.encode() + b"x")
+                return client.recv(1) == b"x"
+        except ConnectionResetError:
+            return False
+
+    with Server(echo) as server:
+        listener = {"limits": {"rate_per_source": hourly(1)}, "proxy_protocol": {"from": ["127.0.0.1"]}}
+        m = mesh(simple(server.address, listener=listener))
+        by_twin, by_victim = f"PROXY TCP6 {twin} ::1 1 2\r\n", "PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n"
+        assert [passes_for(header) for header in (by_twin, by_twin, by_victim, by_victim)] == [True, False, True, False]
+
+
+def mix64(x: int) -> int:
+    """As in address.pxd."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ x >> 33) * factor % (1 << 64)
+    return x ^ x >> 33
 
 
 def test_who_is_over_its_own_rate_takes_nothing_of_what_is_for_all(mesh: Factory) -> None:
