@@ -539,11 +539,13 @@ cdef inline int32_t scan_least(const cluster_t *cluster, const tier_t *tier, pic
     cdef uint32_t start = below(pick_random(pick), tier.n_members)
     cdef uint64_t of_best = 0, of_this
     cdef int32_t best = PICK_NONE
-    if cluster.settings.balance == BALANCE_LEAST_CONNECTIONS:
+    cdef int _i
+    for _i in range(REDRAWS if cluster.settings.balance == BALANCE_LEAST_CONNECTIONS else 0):
         index = alias_draw(tier, pick)
         if endpoint_is_usable(cluster, pick, index):
             best = <int32_t> index
             of_best = endpoint_load(cluster, pick, index, now_ms)
+            break
     for i in range(tier.n_members):
         index = tier.members[start + i if start + i < tier.n_members else start + i - tier.n_members]
         if endpoint_is_usable(cluster, pick, index):

@@ -241,6 +241,14 @@ def test_an_endpoint_that_is_out_is_picked_in_a_panic_only(balance: int, n: int)
     assert balancer.pick(7) == 0
 
 
+@pytest.mark.parametrize("balance", [ROUND_ROBIN, RANDOM, LEAST])
+def test_the_share_of_endpoints_that_are_out_goes_to_all_others(balance: int) -> None:
+    balancer = probe.Balancer(endpoints([1] * 8), balance, seed=3)
+    for index in range(3):
+        balancer.set_out(index, True)
+    assert balancer.count(5000)[3:] == pytest.approx([1000] * 5, rel=0.15)
+
+
 @pytest.mark.parametrize("balance", ALL)
 @pytest.mark.parametrize("n", [6, 40])
 def test_a_retry_goes_where_the_last_dial_succeeded(balance: int, n: int) -> None:
