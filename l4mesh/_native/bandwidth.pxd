@@ -38,7 +38,7 @@ ctypedef struct lane_t:
     bucket_t *shared[LANE_BUCKETS]       # NULL: none
     uint64_t at_ns                # when what is reserved may move
     uint64_t epoch                # of the shared buckets, when it was reserved
-    int32_t left                  # reserved and not moved; below 0: moved and not yet paid for, as TLS reads whole records
+    int32_t left                  # reserved and not moved
     uint8_t busy                  # it has had something to move ever since it reserved
 
 
@@ -85,10 +85,8 @@ cdef inline void bucket_drop(bucket_t *bucket) noexcept nogil:
         free(bucket)
 
 
-cdef inline uint64_t bucket_reserve(
-    bucket_t *bucket, uint64_t owed, uint64_t bytes, bint busy, uint64_t now_ns
-) noexcept nogil:
-    # When the bytes may move: the owed ones, which have moved already, come before them.
+cdef inline uint64_t bucket_reserve(bucket_t *bucket, uint64_t bytes, bint busy, uint64_t now_ns) noexcept nogil:
+    # When the bytes may move.
     cdef uint64_t rate = load_u(&bucket.rate)
     cdef uint64_t late_ns = load_u(&bucket.late_ns)
     cdef uint64_t next_ns, start_ns
@@ -100,7 +98,6 @@ cdef inline uint64_t bucket_reserve(
         next_ns = load_u(&bucket.next_ns)
         # Signed: what comes back across a change of the rate may leave the clock below 0.
         start_ns = next_ns if <int64_t> (next_ns + late_ns - now_ns) > 0 else now_ns - late_ns
-        start_ns += bucket_cost(rate, owed)
         if swap_u(&bucket.next_ns, next_ns, start_ns + bucket_cost(rate, bytes)):
             return start_ns
 
@@ -143,8 +140,7 @@ cdef inline uint64_t lane_epoch(const lane_t *lane) noexcept nogil:
 
 
 cdef inline void lane_reserve(lane_t *lane, uint64_t now_ns) noexcept nogil:
-    # A quantum, after what is owed.
-    cdef uint64_t owed = <uint64_t> -lane.left
+    # Reserves a quantum.
     cdef uint64_t quantum = QUANTUM_MAX
     cdef uint64_t wait_ms = 0
     cdef uint64_t rate, most, start_ns
@@ -169,10 +165,10 @@ cdef inline void lane_reserve(lane_t *lane, uint64_t now_ns) noexcept nogil:
         quantum = most if most < quantum else quantum
     lane.left = <int32_t> quantum
     lane.epoch = lane_epoch(lane)
-    lane.at_ns = bucket_reserve(&lane.own, owed, quantum, lane.busy, now_ns)
+    lane.at_ns = bucket_reserve(&lane.own, quantum, lane.busy, now_ns)
     for i in range(LANE_BUCKETS):
         if lane.shared[i] != NULL:
-            start_ns = bucket_reserve(lane.shared[i], owed, quantum, lane.busy, now_ns)
+            start_ns = bucket_reserve(lane.shared[i], quantum, lane.busy, now_ns)
             if start_ns > lane.at_ns:
                 lane.at_ns = start_ns
     lane.busy = 1

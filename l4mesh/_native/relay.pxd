@@ -21,7 +21,7 @@ from l4mesh._native.linux cimport (
     SO_RCVLOWAT, SPLICE_F_MOVE, SPLICE_F_NONBLOCK, TCP_NODELAY, close, errno, fcntl, getsockopt, is_shortage, pipe2, recv, send, setsockopt,
     socklen_t, splice,
 )
-from l4mesh._native.shaping cimport shaping_allow, shaping_cut, shaping_settle, shaping_spend
+from l4mesh._native.shaping cimport shaping_allow, shaping_settle, shaping_spend
 from l4mesh._native.outlier cimport outlier_answered
 from l4mesh._native.stats cimport cluster_row_t
 from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
@@ -295,12 +295,12 @@ cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t
     cdef side_t *source = &conn.side[h]
     cdef size_t length = 0
     cdef bint ended = False
-    cdef bint large = half.full_reads and side_has_room(&conn.side[1 - h])
+    cdef bint large = half.full_reads and limit >= PLAIN_BYTES and side_has_room(&conn.side[1 - h])
     cdef size_t most = TLS_LARGE_BYTES if large else TLS_READ_BYTES
     cdef ssize_t n
     cdef flow_t flow = FLOW_MORE, sent
     if source.tls != NULL:
-        flow = tls_read(worker, source, large, &length, &ended, &conn.errno_seen)
+        flow = tls_read(worker, source, large, limit, &length, &ended, &conn.errno_seen)
         if ended:
             half.flags |= HALF_ENDED
     else:
@@ -316,8 +316,6 @@ cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t
     half.full_reads = length >= TLS_READ_BYTES
     if length == 0:
         return flow
-    if conn.shaping != NULL:
-        length = shaping_cut(conn, h, length)
     moved[0] += <uint32_t> length
     if conn.side[1 - h].tls != NULL:
         sent = half_encrypt(worker, conn, h, worker.plain, length)
@@ -409,7 +407,7 @@ cdef inline bint half_pace(conn_t *conn, int h, uint64_t moved, uint64_t answere
 
 
 cdef inline flow_t half_read(worker_t *worker, conn_t *conn, int h, uint32_t *moved, uint32_t limit) noexcept nogil:
-    # One read, of no more than `limit` but for whole records of TLS.
+    # One read, of no more than `limit`.
     if conn.phase.half[h].flags & HALF_SPLICE:
         return half_splice(worker, conn, h, moved, limit)
     if conn.side[h].tls != NULL or conn.side[1 - h].tls != NULL:

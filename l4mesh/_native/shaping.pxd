@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free
 from l4mesh._native.bandwidth cimport lane_allow, lane_end, lane_is_limited, lane_settle, lane_t, lane_waits
 from l4mesh._native.route cimport prefixes_hold
 from l4mesh._native.types cimport (
-    FAULT_DELAY, FAULT_RESET, FAULT_STALL, conn_t, fault_rule_t, fault_t, plan_t, shaping_t, span_t, worker_t,
+    FAULT_DELAY, FAULT_STALL, conn_t, fault_rule_t, fault_t, plan_t, shaping_t, span_t, worker_t,
 )
 
 cdef enum:
@@ -97,15 +97,6 @@ cdef inline uint32_t shaping_allow(worker_t *worker, conn_t *conn, int h, uint32
 cdef inline void shaping_spend(conn_t *conn, int h, uint32_t bytes) noexcept nogil:
     if lane_is_limited(&conn.shaping.lanes[h]):
         conn.shaping.lanes[h].left -= <int32_t> bytes
-
-
-cdef inline size_t shaping_cut(const conn_t *conn, int h, size_t length) noexcept nogil:
-    # TLS gives whole records: what lies behind the byte at which the connection is to be reset is thrown away.
-    cdef uint64_t left
-    if not shaping_counts(conn, h) or conn.shaping.fault.kind != FAULT_RESET:
-        return length
-    left = conn.shaping.fault.bytes - conn.phase.half[h].bytes
-    return <size_t> left if left < length else length
 
 
 cdef inline void shaping_settle(worker_t *worker, conn_t *conn, int h) noexcept nogil:

@@ -702,12 +702,12 @@ cdef inline handshake_t tls_handshake(worker_t *worker, side_t *side, int32_t *e
 
 
 cdef inline flow_t tls_read(
-    worker_t *worker, side_t *side, bint large, size_t *length, bint *ended, int32_t *error
+    worker_t *worker, side_t *side, bint large, uint32_t limit, size_t *length, bint *ended, int32_t *error
 ) noexcept nogil:
-    # Into worker.plain: what OpenSSL has, and what comes of one large read; or up to TLS_STEP_BYTES. FLOW_SOURCE_RESET: the peer broke
-    # off or broke the rules; `length` bytes before that are good. `ended`: the peer's close_notify.
+    # Into worker.plain: what OpenSSL has, and what comes of one large read; or up to TLS_STEP_BYTES, and no more than `limit`.
+    # FLOW_SOURCE_RESET: the peer broke off or broke the rules; `length` bytes before that are good. `ended`: the peer's close_notify.
     cdef tls_t *tls = side.tls
-    cdef size_t room = PLAIN_BYTES if large else TLS_STEP_BYTES
+    cdef size_t room = PLAIN_BYTES if large else TLS_STEP_BYTES if limit > TLS_STEP_BYTES else limit
     cdef size_t n
     cdef int rc, why
     cdef flow_t flow = FLOW_BLOCKED

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from tests.conftest import Factory
-from tests.flow.test_tls import inbound, outbound
+from tests.flow.test_tls import client_context, inbound, outbound, secure
 from tests.support.certificates import Files
 from tests.support.mesh import Config, simple
 from tests.support.peers import FIN, RST, Server, connect, digest, echo, make_bytes, read_exactly, read_to_end, reset
@@ -96,6 +96,17 @@ def test_limits_of_tls_connections_count_what_it_carries(mesh: Factory, web: Fil
         with connect(far.port()) as client, no_sooner_than(len(data), 2 * MB):
             client.sendall(data)
             assert digest(read_exactly(client, len(data))) == digest(data)
+
+
+def test_what_comes_by_tls_passes_no_sooner_either(mesh: Factory, web: Files, redis: Files) -> None:
+    data = make_bytes(40 * KB)
+    with Server(echo) as server:
+        config = inbound(redis, server.address)
+        config["clusters"][0]["bandwidth_per_connection"] = {"to_upstream": "50kB/s"}
+        m = mesh(config)
+        with secure(client_context(web, web.bundle), m.port()) as client, no_sooner_than(len(data), 50 * KB):
+            client.sendall(data)
+            assert read_exactly(client, len(data)) == data
 
 
 def limited_workload(server: Server, **bandwidth: str) -> Config:

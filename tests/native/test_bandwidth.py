@@ -185,15 +185,6 @@ def test_a_new_rate_is_for_those_who_wait_as_well() -> None:
     assert bucket.refs == 1
 
 
-def test_what_was_moved_too_much_is_paid_for_later() -> None:
-    lane = Lane(1_000_000)
-    assert lane.allow(START)
-    lane.spend(80_000)
-    assert lane.allow(START) == 0
-    # 80,000 bytes are 80 ms of the rate, which it may be 25 ms behind.
-    assert lane.at_ns == START + (80 - 25) * MS
-
-
 def test_turns_that_are_not_taken_go_to_the_others() -> None:
     bucket = SharedBucket(1_000_000, START)
     idle = [Lane(shared=(bucket,)) for _ in range(1000)]
