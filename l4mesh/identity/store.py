@@ -34,6 +34,8 @@ class IdentityStatus:
     """Of the newest look; "" when that one succeeded."""
     in_use: bool
     """False until the CA has given the first certificate."""
+    serial: int
+    """Of the certificate; 0 until there is one."""
 
 
 @dataclass(slots=True)
@@ -129,6 +131,7 @@ class IdentityStore:
                 entry.material.crl_until_unix_s if entry.material else 0.0,
                 entry.loaded, entry.refused, entry.error,
                 entry.material is not None,
+                entry.material.serial if entry.material else 0,
             )
             for name, entry in list(self._entries.items())
         ]  # fmt: skip

@@ -56,6 +56,7 @@ class Material:
     warnings: tuple[str, ...]
     chained: bool
     """Whether the certificate leads to a root of the bundle."""
+    serial: int
 
 
 def read_file(path: str) -> bytes:
@@ -110,6 +111,7 @@ def judge_identity(identity: Identity, contents: Mapping[str, bytes], now: float
     return Material(
         identity.name, spiffe_id, contents[identity.certificate], contents[identity.private_key], contents[identity.trust_bundle],
         revoked, crl_until, not_before, expires, digest, (), _chains_to(chain, bundle),
+        leaf.serial_number,
     )  # fmt: skip
 
 

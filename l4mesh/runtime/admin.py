@@ -205,6 +205,7 @@ class AdminServer:
                     "spiffe_id": identity.spiffe_id,
                     "source": "ca" if renewal else "files",
                     "in_use": identity.in_use,
+                    "serial": f"{identity.serial:X}" if identity.in_use else None,
                     "expires_unix_s": identity.expires_unix_s if identity.in_use else None,
                     "renewed_unix_s": renewal.renewed_unix_s or None if renewal else None,
                     "renewals": renewal.succeeded if renewal else 0,

@@ -517,10 +517,16 @@ def test_a_root_is_rotated_under_traffic(mesh: Factory, authority: Authority, tm
             count = len(rounds)
             wait_until(lambda: len(rounds) >= count + 20, "traffic goes on")
 
-        credentials = [a.credential(), a.credential("web"), b.credential(), b.credential("redis")]
+        identities = [(far, a, "node"), (far, a, "web"), (near, b, "node"), (near, b, "redis")]
+
+        def is_of(generation: int, m: Mesh, node: Node, name: str) -> bool:
+            """Not in its file only, but in use."""
+            shown = leaf(node.credential() if name == "node" else node.credential(name))
+            is_new = f"intermediate {generation}" in shown.issuer.rfc4514_string()
+            return is_new and identity_of(m, name)["serial"] == f"{shown.serial_number:X}"
 
         def all_of(generation: int) -> bool:
-            return all(f"intermediate {generation}" in leaf(path).issuer.rfc4514_string() for path in credentials)
+            return all(is_of(generation, m, node, name) for m, node, name in identities)
 
         def roots(node: Node) -> int:
             return (node.folder / "bundle.pem").read_text().count("BEGIN CERTIFICATE")

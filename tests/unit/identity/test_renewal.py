@@ -30,7 +30,7 @@ SHOP = Identity("web", "w", "w", "b", "c", WEB)
 
 
 def material(identity: Identity, not_before: float, expires: float) -> Material:
-    return Material(identity.name, identity.spiffe_id, b"", b"", b"", (), 0.0, not_before, expires, b"", (), True)
+    return Material(identity.name, identity.spiffe_id, b"", b"", b"", (), 0.0, not_before, expires, b"", (), True, 1)
 
 
 def schedule(*wanted: Identity, now: float = 0.0, random: float = 0.5, retry_s: float = 5.0, **known: Material) -> Schedule:
