@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
+from urllib.parse import urlencode
 
 import click
 
@@ -436,16 +437,17 @@ def redirect_remove(paths: tuple[Path, ...], netns: str | None) -> None:
 
 @cli.command(cls=Examples, epilog="l4mesh status --admin unix:/run/l4mesh/admin.sock")
 @admin_option
+@click.option("--cluster", default=None, metavar="NAME", help="Show the endpoints of this cluster only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the server's answers as they are.")
-def status(admin: str, as_json: bool) -> None:
+def status(admin: str, cluster: str | None, as_json: bool) -> None:
     """Show listeners, endpoints and how connections ended."""
     from l4mesh.runtime.tables import print_status
 
-    answers = _ask(admin, "/status", "/clusters")
+    answers = _ask(admin, "/status", "/clusters" if cluster is None else f"/clusters?{urlencode({'name': cluster})}")
     if as_json:
         click.echo(_as_json({"status": answers[0], "clusters": answers[1]["clusters"]}))
     else:
-        print_status(_console(), answers[0], answers[1]["clusters"])
+        print_status(_console(), answers[0], answers[1]["clusters"], every_endpoint=cluster is not None)
 
 
 @cli.command(cls=Examples, epilog="l4mesh drain --admin unix:/run/l4mesh/admin.sock")

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import ipaddress
+import json
 import os
 import socket
 import stat
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -21,10 +22,12 @@ from l4mesh import __version__
 from l4mesh.errors import CommandError, Fault
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.metrics import Sources, render_metrics
-from l4mesh.snapshot import ConnectionSnapshot, EndpointSnapshot, Snapshot
+from l4mesh.snapshot import ClusterSnapshot, ConnectionSnapshot, EndpointSnapshot, Snapshot
 
 PAGE_MAX = 1000
 REQUESTS_AT_ONCE = 16
+PIECES_A_TURN = 100
+"""Of an answer that may be long: 2 ms of work."""
 BACKLOG = 128
 CONNECTIONS_MAX = 64
 """Well below ``RESERVED_DESCRIPTORS``, so that traffic has its own."""
@@ -219,44 +222,63 @@ class AdminServer:
         snapshot, endpoints = await asyncio.gather(
             asyncio.to_thread(self._datapath.snapshot), asyncio.to_thread(self._datapath.endpoints, name)
         )
-        by_cluster: dict[str, list[dict[str, Any]]] = {}
+        by_cluster: dict[str, list[EndpointSnapshot]] = {}
         for endpoint in endpoints:
-            shown = dataclasses.asdict(endpoint)
-            del shown["cluster"]
-            shown["out"] = [
-                {"cause": out.cause.label, "since_unix_s": round(out.since_unix_s, 3), "why": out.why}
-                for out in self._sources.registry.out(endpoint.cluster, endpoint.address)
-            ]
-            verdict = self._sources.health.verdict(endpoint.cluster, endpoint.address)
-            shown["health"] = dataclasses.asdict(verdict) if verdict else None
-            ejection = self._sources.outliers.view(endpoint.cluster, endpoint.address)
-            shown["ejection"] = dataclasses.asdict(ejection) if ejection else None
-            by_cluster.setdefault(endpoint.cluster, []).append(shown)
-        clusters = [
-            {
-                "name": cluster.name,
-                "active": cluster.active,
-                "opened": cluster.opened,
-                "closed": {reason.label: count for reason, count in cluster.closed.items()},
-                "bytes_to_upstream": cluster.bytes_to_upstream,
-                "bytes_to_downstream": cluster.bytes_to_downstream,
-                "connect_attempts": cluster.connect_attempts,
-                "connect_failures": cluster.connect_failures,
-                "waiting": cluster.waiting,
-                "queued": cluster.queued,
-                "queued_ms_mean": _mean_ms(cluster.queued_seconds, cluster.queued),
-                "retrying": cluster.retrying,
-                "retries_refused": cluster.retries_refused,
-                "panic": self._sources.registry.is_panicking(cluster.name),
-                "connect_ms_mean": _mean_ms(cluster.connect_seconds_sum, sum(cluster.connect_seconds_buckets)),
-                "endpoints": by_cluster.get(cluster.name, []),
-            }
-            for cluster in snapshot.clusters
-            if cluster.name and name in (None, cluster.name)
-        ]
+            by_cluster.setdefault(endpoint.cluster, []).append(endpoint)
+        clusters = [cluster for cluster in snapshot.clusters if cluster.name and name in (None, cluster.name)]
         if name is not None and not clusters:
             return web.json_response({"error": f"there is no cluster {name[:100]!r}"}, status=404)
-        return web.json_response({"generation": snapshot.generation, "clusters": clusters})
+        texts = []
+        for text in self._spell_clusters(snapshot.generation, clusters, by_cluster):
+            texts.append(text)
+            if len(texts) % PIECES_A_TURN == 0:
+                # Of thousands of endpoints the control loop would do nothing else for seconds.
+                await asyncio.sleep(0)
+        return web.Response(text="".join(texts), content_type="application/json")
+
+    def _spell_clusters(
+        self, generation: int, clusters: Sequence[ClusterSnapshot], endpoints: Mapping[str, Sequence[EndpointSnapshot]]
+    ) -> Iterator[str]:
+        """As JSON, in small pieces."""
+        yield f'{{"generation": {generation}, "clusters": ['
+        for at, cluster in enumerate(clusters):
+            yield (", " if at else "") + json.dumps(self._show_cluster(cluster)).removesuffix("}") + ', "endpoints": ['
+            for i, endpoint in enumerate(endpoints.get(cluster.name, ())):
+                yield (", " if i else "") + json.dumps(self._show_endpoint(endpoint))
+            yield "]}"
+        yield "]}"
+
+    def _show_cluster(self, cluster: ClusterSnapshot) -> dict[str, Any]:
+        return {
+            "name": cluster.name,
+            "active": cluster.active,
+            "opened": cluster.opened,
+            "closed": {reason.label: count for reason, count in cluster.closed.items()},
+            "bytes_to_upstream": cluster.bytes_to_upstream,
+            "bytes_to_downstream": cluster.bytes_to_downstream,
+            "connect_attempts": cluster.connect_attempts,
+            "connect_failures": cluster.connect_failures,
+            "waiting": cluster.waiting,
+            "queued": cluster.queued,
+            "queued_ms_mean": _mean_ms(cluster.queued_seconds, cluster.queued),
+            "retrying": cluster.retrying,
+            "retries_refused": cluster.retries_refused,
+            "panic": self._sources.registry.is_panicking(cluster.name),
+            "connect_ms_mean": _mean_ms(cluster.connect_seconds_sum, sum(cluster.connect_seconds_buckets)),
+        }
+
+    def _show_endpoint(self, endpoint: EndpointSnapshot) -> dict[str, Any]:
+        where = endpoint.cluster, endpoint.address
+        shown = {field.name: getattr(endpoint, field.name) for field in dataclasses.fields(endpoint) if field.name != "cluster"}
+        shown["out"] = [
+            {"cause": out.cause.label, "since_unix_s": round(out.since_unix_s, 3), "why": out.why}
+            for out in self._sources.registry.out(*where)
+        ]
+        verdict = self._sources.health.verdict(*where)
+        shown["health"] = dataclasses.asdict(verdict) if verdict else None
+        ejection = self._sources.outliers.view(*where)
+        shown["ejection"] = dataclasses.asdict(ejection) if ejection else None
+        return shown
 
     async def _connections(self, request: web.Request) -> web.Response:
         try:

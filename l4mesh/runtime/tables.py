@@ -9,6 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+LISTED_ENDPOINTS = 500
+"""More is read by nobody, and takes minutes to set."""
+
 
 def make_table(title: str, *columns: str) -> Table:
     """A table whose columns are right-aligned when their name starts with ">"."""
@@ -32,8 +35,15 @@ def show_ms(ms: float | None) -> str:
     return f"{ms:.2f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
 
 
-def cluster_table(clusters: list[dict[str, Any]]) -> Table:
-    table = make_table("endpoints", "cluster", "endpoint", ">weight", ">active", ">opened", ">failed", ">sent", ">received", "state")
+def cluster_table(clusters: list[dict[str, Any]], *, every_endpoint: bool) -> Table:
+    """Of very many endpoints, unless told so, not every one: those that are out, then those that have failed, then those with the most
+    connections."""
+    title = "endpoints"
+    total = sum(len(cluster["endpoints"]) for cluster in clusters)
+    if total > LISTED_ENDPOINTS and not every_endpoint:
+        title += f": the most telling {LISTED_ENDPOINTS} of {total:,}; --cluster NAME shows all of one, --json all"
+        clusters = _most_telling(clusters)
+    table = make_table(title, "cluster", "endpoint", ">weight", ">active", ">opened", ">failed", ">sent", ">received", "state")
     for cluster in clusters:
         for endpoint in cluster["endpoints"]:
             state = "warming" if endpoint["warming"] else "drained" if endpoint["weight"] == 0 else "serving"
@@ -54,6 +64,18 @@ def cluster_table(clusters: list[dict[str, Any]]) -> Table:
                 show_bytes(cluster["bytes_to_upstream"]), show_bytes(cluster["bytes_to_downstream"]), "",
             )  # fmt: skip
     return table
+
+
+def _most_telling(clusters: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ranked = sorted(
+        (not one["out"], not one["connect_failures"], -one["active"], at, i)
+        for at, cluster in enumerate(clusters)
+        for i, one in enumerate(cluster["endpoints"])
+    )[:LISTED_ENDPOINTS]
+    chosen: dict[int, list[int]] = {}
+    for *_, at, i in ranked:
+        chosen.setdefault(at, []).append(i)
+    return [clusters[at] | {"endpoints": [clusters[at]["endpoints"][i] for i in sorted(own)]} for at, own in sorted(chosen.items())]
 
 
 def reason_table(closed: dict[str, int]) -> Table:
@@ -81,7 +103,7 @@ def show_time(unix_s: float | None) -> str:
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if unix_s else "-"
 
 
-def print_status(console: Console, status: dict[str, Any], clusters: list[dict[str, Any]]) -> None:
+def print_status(console: Console, status: dict[str, Any], clusters: list[dict[str, Any]], *, every_endpoint: bool) -> None:
     config = status["config"]
     active = sum(worker["active"] for worker in status["workers"])
     console.print(
@@ -115,7 +137,7 @@ def print_status(console: Console, status: dict[str, Any], clusters: list[dict[s
     for listener in status["listeners"]:
         listeners.add_row(listener["name"], ", ".join(listener["bind"]), str(listener["active"]), str(listener["opened"]))
     console.print(listeners)
-    console.print(cluster_table(clusters))
+    console.print(cluster_table(clusters, every_endpoint=every_endpoint))
     if status["identities"]:
         console.print(identity_table(status["identities"]))
     if status["faults"]["enabled"]:

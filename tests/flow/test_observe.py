@@ -271,6 +271,7 @@ def test_the_commands_show_it(mesh: Factory) -> None:
             assert server.address in shown
             assert "[fd00::1]:9" in shown
             assert "ready" in shown
+            assert server.address in command("status", "--cluster", "web")
             assert f"127.0.0.1:{client.getsockname()[1]}" in command("connections")
             assert json.loads(command("connections", "--json"))[0]["cluster"] == "web"
 
