@@ -278,10 +278,10 @@ def test_admin_connections_that_take_every_descriptor_end_nothing(mesh: Factory)
         return False
 
     with Server(echo) as server, contextlib.ExitStack() as idle:
-        m = mesh(simple(server.address), nofile=96)
+        m = mesh(simple(server.address), nofile=80)
         with connect(m.port()) as live:
             talk(live)
-            for _ in range(96):
+            for _ in range(80):
                 client = idle.enter_context(socket.socket(socket.AF_UNIX))
                 client.connect(m.admin.removeprefix("unix:"))
             wait_until(lambda: 3 in levels_said(m, "descriptors"), "all are taken, and it was said")
