@@ -143,6 +143,7 @@ def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None
     config = load_config(_paths(paths))
     store = IdentityStore(try_material)
     materials = store.refresh(config.identities)
+    store.keep()
     for material in materials.values():
         for warning in material.warnings:
             click.echo(f"l4mesh: warning: {warning}", err=True)

@@ -57,12 +57,12 @@ class IdentityStore:
     def __init__(self, try_out: Callable[[Material], None] = lambda material: None) -> None:
         self._try_out = try_out
         self._entries: dict[str, _Entry] = {}
-        self._before: dict[str, _Entry] = {}
+        self._looked: dict[str, _Entry] = {}
         self.events: list[Event] = []
         """What the last refresh wants to be logged."""
 
     def refresh(self, identities: Mapping[str, Identity], now_unix_s: float | None = None) -> dict[str, Material]:
-        """Looks at the files and gives what is good.
+        """Looks at the files and gives what is good. What it found counts when ``keep`` says that it is in use.
 
         Raises ConfigError for an identity that is new and can't be used. One that was good before keeps what it had. One that comes
         from the CA may be missing: it is left out until it is there.
@@ -77,12 +77,12 @@ class IdentityStore:
                 problems.append(Problem(identity.certificate, 0, f"identity {name}", entry.error))
         if problems:
             raise ConfigError(problems)
-        self._before, self._entries = self._entries, entries
+        self._looked = entries
         return {name: entry.material for name, entry in entries.items() if entry.material}
 
-    def undo(self) -> None:
-        """What the last refresh gave could not be used: it is as if it had not been."""
-        self._entries = self._before
+    def keep(self) -> None:
+        """What the last refresh gave is in use."""
+        self._entries = self._looked
 
     def _look(self, identity: Identity, now_unix_s: float) -> _Entry:
         before = self._entries.get(identity.name)

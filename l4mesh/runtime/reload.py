@@ -127,14 +127,10 @@ class Reloader:
             and config.digest == self.config.digest
             and all(self._materials.get(name) is material for name, material in materials.items())
         ):
-            self._say_identities()
+            self._keep_identities()
             return False
-        try:
-            generation = self._apply(config, materials)
-        except BaseException:
-            self.identities.undo()
-            raise
-        self._say_identities()
+        generation = self._apply(config, materials)
+        self._keep_identities()
         self._materials = materials
         self.config = config
         self.status = replace(self.status, generation=generation, digest=config.digest, loaded_unix_s=time.time())
@@ -142,7 +138,8 @@ class Reloader:
             log.info("config_reloaded", generation=generation)
         return True
 
-    def _say_identities(self) -> None:
+    def _keep_identities(self) -> None:
+        self.identities.keep()
         for event, fields in self.identities.events:
             (log.error if event == "identity_refused" else log.info if event == "identity_rotated" else log.warning)(event, **fields)
 

@@ -255,15 +255,19 @@ def test_a_missing_certificate_is_waited_for_and_one_for_somebody_else_is_not_sh
     identity = files_in(tmp_path / "node")
     store = IdentityStore()
     assert store.refresh({"web": identity}) == {}
+    store.keep()
     assert [(one.spiffe_id, one.in_use) for one in store.status()] == [(WEB, False)]
     keep_trust(identity, *ca.trust())
     issued = ca.issue(REDIS)
     keep_credential(identity, issued.private_key, issued.certificates)
     assert store.refresh({"web": identity}) == {}
+    store.keep()
     assert f"is for {REDIS}, not for {WEB}" in store.status()[0].error
     issued = ca.issue(WEB)
     keep_credential(identity, issued.private_key, issued.certificates)
     assert store.refresh({"web": identity})["web"].spiffe_id == WEB
+    assert not store.status()[0].in_use
+    store.keep()
     assert store.status()[0].in_use
 
 

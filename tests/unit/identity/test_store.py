@@ -27,6 +27,7 @@ def make_store(authority: Authority, folder: Path, crl: str = "") -> IdentitySto
     files = authority.files(folder, "redis", REDIS, datetime.timedelta(hours=10))
     store = IdentityStore()
     store.refresh({"redis": Identity("redis", str(files.certificate), str(files.key), str(files.bundle), crl)})
+    store.keep()
     return store
 
 
