@@ -5,7 +5,7 @@ PYTEST := $(PY) -m pytest -q
 ASAN := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-.PHONY: help demo test check bench build test-asan test-debug coverage fuzz soak clean
+.PHONY: help demo test test-flow test-rest check bench build test-asan test-debug coverage fuzz soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -16,7 +16,14 @@ demo: ## the main job on real traffic, in network namespaces (under 30 s)
 
 test: ## all tests
 	@.ci/bootstrap test
-	@$(PYTEST)
+	@$(MAKE) --no-print-directory -j2 test-flow test-rest
+
+# Side by side, because most of their time goes into waiting for processes. What the second says comes when it is through.
+test-flow:
+	@$(PYTEST) tests/flow
+
+test-rest:
+	@$(PYTEST) --ignore tests/flow >.cache/test-rest.log 2>&1; code=$$?; cat .cache/test-rest.log; exit $$code
 
 check: ## style, types, layers, stubs, and the generated C
 	@.ci/bootstrap run
