@@ -27,7 +27,7 @@ from l4mesh.snapshot import ClusterSnapshot, ConnectionSnapshot, EndpointSnapsho
 PAGE_MAX = 1000
 REQUESTS_AT_ONCE = 16
 PIECES_A_TURN = 100
-"""Of an answer that may be long: 2 ms of work."""
+"""Of an answer that may be long, before others have their turn."""
 BACKLOG = 128
 CONNECTIONS_MAX = 64
 """Well below ``RESERVED_DESCRIPTORS``, so that traffic has its own."""
