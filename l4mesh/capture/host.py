@@ -23,6 +23,13 @@ _V6 = Path("/proc/net/if_inet6")
 """Not there where the kernel was told to do without IPv6."""
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _JUMP = re.compile(rf"^-A .* -[jg] {CHAIN_PREFIX}\w+$")
+_HOOKS = tuple(f"-A {hook} " for hook in dict.fromkeys(JUMPS.values()))
+_TARGET = re.compile(r' -[jg] (\S+)(?=[^"]*(?:"[^"]*"[^"]*)*$)')
+_GOES_ON = re.compile(
+    "AUDIT|CHECKSUM|CLASSIFY|CONNMARK|CONNSECMARK|CT|DSCP|HL|HMARK|IDLETIMER|LED|LOG|MARK|NFLOG|NOTRACK|RATEEST|SECMARK|SET|TCPMSS"
+    "|TCPOPTSTRIP|TEE|TOS|TRACE|TTL|ULOG"
+)
+"""Targets after which a packet goes on to the next rule."""
 Place = tuple[str, str]
 """(table, chain)"""
 
@@ -34,6 +41,8 @@ class Listing:
     chains: dict[Place, list[str]] = field(default_factory=dict)
     jumps: list[tuple[str, str]] = field(default_factory=list)
     """(table, "-A …" line) by table, in order."""
+    ahead: list[tuple[str, str]] = field(default_factory=list)
+    """(table, "-A …" line) of others that stand before a jump and may keep a packet from it."""
 
 
 def require_tools() -> None:
@@ -139,6 +148,7 @@ def _check_family(family: FamilyRules | None, is_v6: bool, netns: str | None, wa
             differences.append(f"{where}: {'missing' if count < 0 else 'one too many'}: {jump[1]}")
     if not differences and found.jumps != wanted.jumps:
         differences.append(f"{name}: the jumps to our chains are in another order")
+    differences += [f"{name} {table}: ahead of ours, which never see what it takes: {line}" for table, line in found.ahead]
     return differences + [f"{name} {text}" for text in _check_routes(family, is_v6, netns)]
 
 
@@ -205,6 +215,7 @@ def _list(is_v6: bool, netns: str | None) -> Listing:
 def _parse(saved: str) -> Listing:
     listing = Listing()
     table = ""
+    foreign: dict[Place, list[str]] = {}
     for raw in saved.splitlines():
         line = _COUNTERS.sub("", raw)
         if line.startswith("*"):
@@ -215,9 +226,17 @@ def _parse(saved: str) -> Listing:
             listing.chains.setdefault((table, line.split()[1]), []).append(line)
         elif _JUMP.match(line):
             listing.jumps.append((table, line))
+            listing.ahead += [(table, other) for other in foreign.pop((table, line.split()[1]), [])]
+        elif line.startswith(_HOOKS) and _takes(line):
+            foreign.setdefault((table, line.split()[1]), []).append(line)
     # iptables-legacy lists tables in the order of their first use, not in one of its own.
     listing.jumps.sort(key=lambda jump: jump[0])
     return listing
+
+
+def _takes(line: str) -> bool:
+    target = _TARGET.search(line)
+    return target is not None and not _GOES_ON.fullmatch(target[1])
 
 
 def _canonical(family: FamilyRules) -> str:

@@ -43,7 +43,8 @@ from l4mesh.model import Capture, CaptureFilter, Config, Direction, Listener, Ne
 CHAIN_PREFIX = "L4MESH_"
 COMMENT = "l4mesh"
 ROUTE_TABLE = 1539
-ROUTE_PREFERENCE = 32764
+ROUTE_PREFERENCE = 10
+"""Soon after the local table: marked packets are delivered here whatever others route by source or destination."""
 PORTS_A_RULE = 15
 """multiport takes no more; a range counts as two."""
 

@@ -49,6 +49,8 @@ BACK_OFF_S = 0.25
 BACK_OFF_MOST_S = 30.0
 RETRY_S = 1.0
 """After rules that could not be put in place or looked at."""
+LOOK_SHARE = 0.05
+"""Of the time, at most, goes into looking at rules: others may have a hundred thousand of them, and all are listed."""
 LISTED_DIFFERENCES = 20
 
 
@@ -94,6 +96,8 @@ class RuleKeeper:
         self._wanted: list[FamilyRules] | None = None
         self._listed: dict[bool, Listing] = {}
         self._interval_s = 0.0
+        self._look_s = 0.0
+        """What the last look took."""
         self._worked = False
         self.in_place = False
         self.repairs = 0
@@ -114,11 +118,13 @@ class RuleKeeper:
         """Repairs what differs."""
         if self._wanted is None:
             return
+        began = time.monotonic()
         try:
             differences = check_rules(self._wanted, listed=self._listed) if self.in_place else []
         except CommandError as error:
             self._fail(error)
         else:
+            self._look_s = time.monotonic() - began
             for difference in differences[:LISTED_DIFFERENCES]:
                 log("redirect_differs", "warning", difference=difference)
             if differences or not self.in_place:
@@ -150,8 +156,8 @@ class RuleKeeper:
         self.error = str(error)
 
     def _schedule(self) -> None:
-        wait_s = self._interval_s if self.in_place else RETRY_S
-        self.due_at = time.monotonic() + wait_s if wait_s else float("inf")
+        wait_s = max(self._interval_s, self._look_s / LOOK_SHARE) if self._interval_s else float("inf")
+        self.due_at = time.monotonic() + (wait_s if self.in_place else RETRY_S)
 
     def withdraw(self) -> None:
         """Captures nothing new any more. Connections that are there are left what they need."""
@@ -160,17 +166,18 @@ class RuleKeeper:
             self._apply()
             self._schedule()
 
-    def remove(self) -> None:
-        """Leaves nothing. An error is said: there is nobody left to try again."""
+    def remove(self) -> bool:
+        """Leaves nothing. False: rules may be left, which was said."""
         if self._wanted is None:
-            return
+            return True
         self.forget()
         try:
             remove_rules()
         except CommandError as error:
             log("redirect_failed", "error", error=str(error), means="rules are left: l4mesh redirect remove")
-        else:
-            log("redirect_removed")
+            return False
+        log("redirect_removed")
+        return True
 
     def forget(self) -> None:
         """They stay as they are, and are somebody else's."""
@@ -220,6 +227,8 @@ class Supervisor:
         self._down_since = 0.0
         """When the one that served died; 0: it serves, or none ever did."""
         self._stopping = False
+        self._removed = True
+        """No rule was left that was to be removed."""
         self._code: int | None = None
         self._heartbeat = Heartbeat()
 
@@ -379,9 +388,9 @@ class Supervisor:
         else:
             self._lose(child, code)
         if self._stopping and not self._children():
-            self._rules.remove()
+            removed = self._rules.remove() and self._removed
             log("supervisor_stopped")
-            self._code = 0 if code in (0, -signal.SIGTERM, -signal.SIGINT) else 1
+            self._code = 0 if removed and code in (0, -signal.SIGTERM, -signal.SIGINT) else 1
 
     def _lose(self, child: Child, code: int) -> None:
         """The one that served, or was to serve, is gone."""
@@ -441,14 +450,14 @@ class Supervisor:
             self._restart_at = float("inf")
             notify(STOPPING=1)
             if number == signal.SIGINT or not self._child:
-                self._rules.remove()
+                self._removed = self._rules.remove()
             else:
                 self._rules.withdraw()
         for child in self._children():
             if child is not told:
                 child.signal(number)
         if not self._children():
-            self._code = 0
+            self._code = 0 if self._removed else 1
 
 
 def _shown(code: int) -> str:

@@ -83,7 +83,7 @@ TAMPERING = [
     (("ip6tables", "-t", "mangle", "-F", "PREROUTING"), "IPv6 mangle: missing: -A PREROUTING"),
     (("iptables", "-t", "nat", "-I", "OUTPUT", "-m", "comment", "--comment", "l4mesh", "-j", "L4MESH_OUTPUT"), "IPv4 nat: one too many: -A OUTPUT"),
     (("iptables", "-t", "nat", "-A", "OUTPUT", "-g", "L4MESH_OUTPUT"), "IPv4 nat: one too many: -A OUTPUT -g L4MESH_OUTPUT"),
-    (("ip", "rule", "del", "pref", "32764"), "IPv4 routing: missing: rule"),
+    (("ip", "rule", "del", "pref", "10"), "IPv4 routing: missing: rule"),
     (("ip", "-6", "route", "flush", "table", "1539"), "IPv6 routing: missing: local route"),
 ]  # fmt: skip
 
@@ -105,6 +105,31 @@ def test_the_wrong_order_is_named(host: Host, rules: list[FamilyRules]) -> None:
     host.run("iptables", "-t", "nat", "-D", "L4MESH_OUTPUT", "1")
     host.run("iptables", "-t", "nat", "-A", "L4MESH_OUTPUT", "-m", "mark", "--mark", "0x539/0xfff", "-j", "RETURN")
     assert any("another order" in text for text in check_rules(rules, host.namespace))
+
+
+def test_rules_of_others_that_stand_ahead_are_named_and_ours_go_first(host: Host, rules: list[FamilyRules]) -> None:
+    apply_rules(rules, host.namespace)
+    # As kube-proxy does it: once, at the head, and with a comment.
+    host.run("iptables", "-t", "nat", "-N", "KUBE-SERVICES")
+    service = ("-m", "comment", "--comment", "kubernetes -j LOG portals", "-j", "KUBE-SERVICES")
+    for hook in ("PREROUTING", "OUTPUT"):
+        host.run("iptables", "-t", "nat", "-I", hook, "1", *service)
+    host.run("ip6tables", "-t", "mangle", "-I", "PREROUTING", "2", "-p", "tcp", "-j", "ACCEPT")
+    # These keep nothing from us: they let packets go on, or see them after us.
+    host.run("iptables", "-t", "nat", "-I", "PREROUTING", "1", "-j", "LOG", "--log-prefix", "a -j ACCEPT ")
+    host.run("iptables", "-t", "mangle", "-I", "PREROUTING", "1", "-j", "MARK", "--set-xmark", "0x1000/0x1000")
+    host.run("iptables", "-t", "mangle", "-I", "PREROUTING", "1", "-p", "udp")
+    host.run("iptables", "-t", "mangle", "-A", "PREROUTING", "-j", "ACCEPT")
+    shown = '-m comment --comment "kubernetes -j LOG portals" -j KUBE-SERVICES'
+    assert check_rules(rules, host.namespace) == [
+        f"IPv4 nat: ahead of ours, which never see what it takes: -A PREROUTING {shown}",
+        f"IPv4 nat: ahead of ours, which never see what it takes: -A OUTPUT {shown}",
+        "IPv6 mangle: ahead of ours, which never see what it takes: -A PREROUTING -p tcp -j ACCEPT",
+    ]
+    foreign = [line for line in saved(host).splitlines() if "L4MESH" not in line]
+    apply_rules(rules, host.namespace)
+    assert check_rules(rules, host.namespace) == []
+    assert [line for line in saved(host).splitlines() if "L4MESH" not in line] == foreign
 
 
 def test_tables_that_are_listed_in_another_order_are_the_same(
@@ -131,11 +156,9 @@ def test_removed_without_a_trace_and_foreign_rules_untouched(host: Host, rules: 
     foreign = tmp_path / "foreign"
     foreign.write_text(FOREIGN)
     host.run("iptables-restore", "--noflush", str(foreign))
-    # Without a preference of their own the kernel gives the second one ours.
-    for source in ("10.1.0.0/16", "10.2.0.0/16"):
-        host.run("ip", "rule", "add", "from", source, "lookup", "100")
+    # At our preference, which is nobody's own.
+    host.run("ip", "rule", "add", "from", "10.2.0.0/16", "pref", "10", "lookup", "100")
     before = saved(host)
-    assert "32764:\tfrom 10.2.0.0/16" in before
     apply_rules(rules, host.namespace)
     host.run("iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "9997", "-j", "ACCEPT")
     apply_rules(rules, host.namespace)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,8 +141,12 @@ def test_rules_come_with_readiness_and_go_with_a_clean_stop(net: Net) -> None:
 
 @pytest.mark.parametrize(
     "tampering",
-    [("iptables", "-t", "nat", "-F"), ("iptables", "-t", "nat", "-I", "L4MESH_PREROUTING", "1", "-j", "RETURN")],
-    ids=["flushed", "changed"],
+    [
+        ("iptables", "-t", "nat", "-F"),
+        ("iptables", "-t", "nat", "-I", "L4MESH_PREROUTING", "1", "-j", "RETURN"),
+        ("iptables", "-t", "nat", "-I", "PREROUTING", "1", "-p", "tcp", "--dport", "80", "-j", "ACCEPT"),
+    ],
+    ids=["flushed", "changed", "overtaken"],
 )
 def test_what_others_do_to_the_rules_is_named_and_repaired(net: Net, tampering: tuple[str, ...]) -> None:
     m = net.start(config(redirect={"check_interval": "100ms"}))
@@ -182,7 +187,7 @@ def test_the_capabilities_of_the_examples_are_enough(net: Net) -> None:
     for process in (m.process.pid, child_of(m)):
         assert "CapEff:\t0000000000003000\n" in Path(f"/proc/{process}/status").read_text()
     assert net.dial() == CLIENT
-    net.node.run("ip", "rule", "del", "pref", "32764")
+    net.node.run("ip", "rule", "del", "pref", "10")
     wait_event(m, "redirect_repaired")
     assert m.status()["workers"][0]["accepted"] == 1
     m.stop()
@@ -344,6 +349,22 @@ def test_every_way_to_stop_it_leaves_nothing(net: Net, how: str) -> None:
     assert m.process.wait(20) == 0
     assert net.rules() == before
     assert not events(m, "data_plane_died")
+
+
+def test_a_stop_that_leaves_rules_behind_is_no_success(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken"
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "iptables-restore"
+    tool.write_text(f'#!/bin/sh\n[ -e {broken} ] && echo no more memory >&2 && exit 1\nexec {shutil.which(tool.name)} "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    m = net.start(config(), "env", f"PATH={os.environ['PATH']}")
+    wait_event(m, "redirect_applied")
+    broken.touch()
+    m.process.send_signal(signal.SIGTERM)
+    assert m.process.wait(30) == 1
+    assert wait_event(m, "supervisor_stopped")
+    assert events(m, "redirect_failed")[-1]["means"] == "rules are left: l4mesh redirect remove"
 
 
 def test_a_stranger_that_takes_over_has_the_rules_as_well(net: Net) -> None:
