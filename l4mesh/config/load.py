@@ -166,6 +166,8 @@ def _parse_file(text: str, file: str, digest: bytes, before: ParsedFile | None) 
     section = section or schema.FileSection()
     for index, identity in enumerate(section.identities):
         findings += [(file, ("identities", index, *path), message) for path, message in _check_identity(identity)]
+    if section.marks:
+        findings += [(file, ("marks", *path), message) for path, message in _check_marks(section.marks)]
     folder = Path(file).parent
     return ParsedFile(
         file, digest, section, listeners, folder,
@@ -234,6 +236,12 @@ def _placeholder(name: str) -> Cluster:
     """Stands for a cluster that is wrong elsewhere, so that a reference to it is not called dangling as well."""
     section = schema.ClusterSection.model_construct(name=name)
     return schema.make_cluster(section)
+
+
+def _check_marks(marks: schema.MarksSection) -> Iterator[tuple[KeyPath, str]]:
+    upstream, returned = marks.upstream, marks.returned
+    if upstream.value & returned.mask == returned.value or returned.value & upstream.mask == upstream.value:
+        yield (), f"must be two marks that no packet has both of; upstream {upstream} and returned {returned} are one to their masks"
 
 
 def _check_identity(identity: schema.IdentitySection) -> Iterator[tuple[KeyPath, str]]:

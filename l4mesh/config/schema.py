@@ -145,8 +145,14 @@ class UpgradeSection(Section):
     socket: Annotated[str, PlainValidator(q.parse_socket_path)] = ""
 
 
+def _parse_log_path(value: object) -> str:
+    if not (path := parse_text(value)):
+        raise ValueError('must be a file, or "-" for standard output; to log nothing say when: never')
+    return path
+
+
 class AccessLogSection(Section):
-    path: Text = "-"
+    path: Annotated[str, PlainValidator(_parse_log_path)] = "-"
     format: Annotated[str, PlainValidator(_one_of(*LogFormat))] = "json"
     when: Annotated[str, PlainValidator(_one_of(*LogWhen))] = "errors"
     sample: Annotated[float, PlainValidator(q.parse_share)] = 1.0

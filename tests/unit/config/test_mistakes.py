@@ -199,6 +199,18 @@ CASES = [
     (top("upgrade: /run/up.sock\n"), "5: upgrade: must be a mapping of keys; got '/run/up.sock'"),
     (top("upgrade: {path: /run/up.sock}\n"), "5: upgrade.path: is not a known key; known here: socket"),
     (top("admin: {bind: nowhere}\n"), "5: admin.bind: must be an address with a port, such as \"127.0.0.1:8080\" (IPv6 in brackets); got 'nowhere'"),
+    (
+        top('marks: {returned: "0x39/0xff"}\n'),
+        "5: marks: must be two marks that no packet has both of; upstream 0x539/0xfff and returned 0x39/0xff are one to their masks",
+    ),
+    (
+        top('marks: {upstream: "0x111/0xfff"}\n'),
+        "5: marks: must be two marks that no packet has both of; upstream 0x111/0xfff and returned 0x111/0xfff are one to their masks",
+    ),
+    (
+        top('access_log: {path: ""}\n'),
+        '5: access_log.path: must be a file, or "-" for standard output; to log nothing say when: never',
+    ),
     (top("access_log: {when: sometimes}\n"), "5: access_log.when: must be always, errors or never; got 'sometimes'"),
     (top("limits: {connections: none}\n"), "5: limits.connections: must be auto or a whole number from 1 to 100000000; got 'none'"),
     (top("identities: [{name: a}]\n"), "5: identities[0].certificate: is missing; or give a spiffe_id alone, to get it from the CA"),
