@@ -1173,24 +1173,19 @@ cdef bint dial_pick(worker_t *worker, conn_t *conn) noexcept nogil:
         conn.endpoint_stat = NULL
         return True
     pick = dial_wish(worker, conn)
-    index = cluster_pick(cluster, &pick, worker.now_ms)
-    if index < 0:
-        if conn.attempts == 0:
-            dial.last_reason = CLOSE_LIMIT_ENDPOINT if index == PICK_FULL else CLOSE_NO_ENDPOINT
-        return False
-    # Only a lost SYN is worth a second try at the same endpoint at once; a refusal would come again.
-    if dial.last_reason != CLOSE_CONNECT_TIMEOUT and not cluster.settings.backoff_ms and dial_was_tried(conn, <uint32_t> index):
-        return False
-    endpoint = &cluster.endpoints[index]
-    if (
-        add(&endpoint.stat.active, 1) >= cluster.settings.max_connections_per_endpoint
-        and cluster.settings.max_connections_per_endpoint
-    ):
-        # Another worker took the last place meanwhile.
-        conn.endpoint_stat = endpoint.stat
-        dial_give_place(worker, conn)
-        dial.last_reason = CLOSE_LIMIT_ENDPOINT
-        return False
+    while True:
+        index = cluster_pick(cluster, &pick, worker.now_ms)
+        if index < 0:
+            if conn.attempts == 0:
+                dial.last_reason = CLOSE_LIMIT_ENDPOINT if index == PICK_FULL else CLOSE_NO_ENDPOINT
+            return False
+        # Only a lost SYN is worth a second try at the same endpoint at once; a refusal would come again.
+        if dial.last_reason != CLOSE_CONNECT_TIMEOUT and not cluster.settings.backoff_ms and dial_was_tried(conn, <uint32_t> index):
+            return False
+        endpoint = &cluster.endpoints[index]
+        # Else another worker took its last place meanwhile: there may be one elsewhere.
+        if place_take(&endpoint.stat.active, cluster.settings.max_connections_per_endpoint):
+            break
     conn.endpoint_stat = endpoint.stat
     conn.endpoint = endpoint.address
     dial.tried[conn.attempts] = <uint32_t> index
@@ -1360,15 +1355,15 @@ cdef void conn_dial(worker_t *worker, conn_t *conn, uint32_t slot) noexcept nogi
             return
         # For the whole of the attempt: only here is it asked who a local endpoint is, which spares it the handshake.
         workload = plan_workload(worker.plan, conn.endpoint.ip)
-        conn.local = workload != NULL
+        conn.spared = workload != NULL and not settings.encrypt_local
         if not conn_authorize(worker, conn, workload):
             conn_refuse(worker, conn, slot, CLOSE_DENIED)
             return
         if settings.tls:
-            if conn.local and not local_peer_is_expected(worker, conn):
+            if conn.spared and not local_peer_is_expected(worker, conn):
                 conn_fail_upstream(worker, conn, slot, TLS_WRONG_IDENTITY)
                 return
-            if not conn.local and plan_context(worker.plan, settings.tls_identity, conn.source.ip) == NULL:
+            if not conn.spared and plan_context(worker.plan, settings.tls_identity, conn.source.ip) == NULL:
                 # Before it costs an upstream connection.
                 conn_refuse(worker, conn, slot, CLOSE_NO_IDENTITY)
                 return
@@ -1391,7 +1386,7 @@ cdef bint dial_was_answered(const conn_t *conn) noexcept nogil:
     # An endpoint that accepted, answered and reset before we came to see any of it: the answer can still be read. What is said before a
     # handshake is none.
     cdef int queued = 0
-    if conn.phase.dial.cluster.settings.tls and not conn.local:
+    if conn.phase.dial.cluster.settings.tls and not conn.spared:
         return False
     return ioctl(conn.side[UPSTREAM].fd, SIOCINQ, &queued) == 0 and queued > 0
 
@@ -1405,7 +1400,7 @@ cdef void conn_dialling(worker_t *worker, conn_t *conn, uint32_t slot, int side,
             dial_failed(worker, conn, socket_error(conn.side[UPSTREAM].fd))
             conn_dial(worker, conn, slot)
         elif events & EPOLLOUT:
-            if conn.phase.dial.cluster.settings.tls and not conn.local:
+            if conn.phase.dial.cluster.settings.tls and not conn.spared:
                 dial_secure(worker, conn, slot)
             else:
                 conn_connected(worker, conn, slot)

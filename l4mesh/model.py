@@ -295,6 +295,8 @@ class ClusterTls:
     resumption: bool = True
     handshake_timeout_ms: int = 10_000
     close_expired: bool = False
+    encrypt_local: bool = False
+    """Endpoints that are workloads of this node are spoken to in TLS as well, which they must end themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +362,8 @@ class HealthCheck:
     port: int
     """0 is the endpoint's own."""
     tls: bool
-    """Under the cluster's own terms if it has TLS, else without looking at certificates."""
+    """Under the cluster's own terms if it has TLS, and then in plaintext where the data path speaks plaintext; else without looking at
+    certificates."""
     sni: str
     send: bytes
     expect: Expect | None

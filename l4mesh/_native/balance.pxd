@@ -53,6 +53,7 @@ ctypedef struct cluster_settings_t:
     uint8_t tls_v12
     uint8_t resumption
     uint8_t close_expired
+    uint8_t encrypt_local    # workloads of this node are not spared TLS
     uint32_t tls_identity    # id of the identity to show; 0: the source workload's
     uint32_t handshake_ms
     uint16_t connect_attempts

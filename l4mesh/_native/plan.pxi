@@ -76,6 +76,7 @@ cdef class Cluster:
         compiled.tls_identity = settings["tls_identity"]
         compiled.handshake_ms = settings["handshake_ms"]
         compiled.close_expired = settings["close_expired"]
+        compiled.encrypt_local = settings["encrypt_local"]
         compiled.connect_attempts = min(settings["connect_attempts"], <int> MAX_ATTEMPTS)
         compiled.connect_timeout_ms = settings["connect_timeout_ms"]
         compiled.connect_budget_ms = settings["connect_budget_ms"]

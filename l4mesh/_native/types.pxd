@@ -343,7 +343,7 @@ ctypedef struct conn_t:
     uint8_t routed                   # owns a reference to the dial's cluster: from the route to the relay
     uint8_t close_expired
     uint8_t lane_hint                # whose of the source's it is, as the source tells: 1 to LANE_HINTS; 0: not said
-    uint8_t local                    # the endpoint is a workload of this node: its policies apply, and no TLS
+    uint8_t spared                   # the endpoint is a workload of this node, and spared the cluster's TLS
 
 cdef enum:
     LOG_NEVER = 0

@@ -431,6 +431,7 @@ class ClusterTlsSection(Section):
     resumption: Switch = True
     handshake_timeout: ShortDuration = 10_000
     close_expired: Switch = False
+    encrypt_local: Switch = False
 
 
 SpiffeId = Annotated[str, PlainValidator(q.parse_spiffe_id)]
@@ -831,6 +832,7 @@ def make_cluster_tls(section: ClusterTlsSection) -> ClusterTls:
         resumption=section.resumption,
         handshake_timeout_ms=section.handshake_timeout,
         close_expired=section.close_expired,
+        encrypt_local=section.encrypt_local,
     )
 
 

@@ -82,6 +82,7 @@ class ClusterSettings(TypedDict):
     tls_identity: int
     handshake_ms: int
     close_expired: bool
+    encrypt_local: bool
     connect_attempts: int
     connect_timeout_ms: int
     connect_budget_ms: int
@@ -157,6 +158,7 @@ def compile_settings(cluster: Cluster, identity: int) -> ClusterSettings:
         tls_identity=identity,
         handshake_ms=tls.handshake_timeout_ms if tls else 0,
         close_expired=bool(tls and tls.close_expired),
+        encrypt_local=bool(tls and tls.encrypt_local),
         balance=_BALANCES[cluster.balance],
         proxy_protocol=_PROXY_VERSIONS[cluster.proxy_protocol],
         original_destination=cluster.name == ORIGINAL_DESTINATION,

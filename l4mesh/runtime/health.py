@@ -110,6 +110,8 @@ class _Checked:
 
     model: Cluster
     identity: str
+    spared: frozenset[str]
+    """Addresses of workloads of this node among the endpoints, which are spared the cluster's TLS."""
     targets: dict[str, _Target] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {PASSED: 0, FAILED: 0, NOT_MADE: 0})
 
@@ -181,19 +183,23 @@ class HealthChecker:
         self._prober.mark = config.own_mark
         for name in [name for name in self._clusters if name not in config.clusters]:
             self._drop_targets(self._clusters.pop(name))
+        local = frozenset(address for workload in config.workloads for address in workload.addresses)
         for name, cluster in config.clusters.items():
             known = self._clusters.get(name)
             if cluster.health_check is None and known is None:
                 continue
             identity = (cluster.tls.identity if cluster.tls else "") or config.node_identity
-            if known is None or known.model is not cluster or known.identity != identity:
-                self._configure_cluster(known, cluster, identity)
+            spared: frozenset[str] = frozenset()
+            if local and cluster.tls and not cluster.tls.encrypt_local:
+                spared = local.intersection(endpoint.host for endpoint in cluster.endpoints)
+            if known is None or known.model is not cluster or (known.identity, known.spared) != (identity, spared):
+                self._configure_cluster(known, _Checked(cluster, identity, spared))
         self._served = config.clusters
         self._inherited = {}
         self._arm()
 
-    def _configure_cluster(self, before: _Checked | None, cluster: Cluster, identity: str) -> None:
-        checked = _Checked(cluster, identity)
+    def _configure_cluster(self, before: _Checked | None, checked: _Checked) -> None:
+        cluster = checked.model
         known = before.targets if before else {}
         # Endpoints that were served before anybody checked them are not taken out by `initial: down`.
         served = {endpoint.address for endpoint in self._served[cluster.name].endpoints} if cluster.name in self._served else set()
@@ -209,7 +215,7 @@ class HealthChecker:
                 if old and not old.health.healthy:
                     self._on_verdict(cluster.name, endpoint.address, True, "")
                 continue
-            probe = _make_probe(cluster, cluster.health_check, endpoint, identity)
+            probe = _make_probe(checked, cluster.health_check, endpoint)
             health = old.health if old else self._inherited.get((cluster.name, endpoint.address))
             target = self._targets.get(probe) or self._add_target(
                 probe, health, up=cluster.health_check.starts_up or endpoint.address in served
@@ -412,10 +418,11 @@ class HealthChecker:
         return late_s
 
 
-def _make_probe(cluster: Cluster, check: HealthCheck, endpoint: Endpoint, identity: str) -> Probe:
+def _make_probe(checked: _Checked, check: HealthCheck, endpoint: Endpoint) -> Probe:
+    cluster = checked.model
     terms = None
-    if check.tls:
-        terms = Terms(identity, cluster.tls.peers, cluster.tls.allow_tls12) if cluster.tls else Terms()
+    if check.tls and (check.port or endpoint.host not in checked.spared):
+        terms = Terms(checked.identity, cluster.tls.peers, cluster.tls.allow_tls12) if cluster.tls else Terms()
     # Another port is another server: it gets no header that only the endpoint's own expects.
     header = ProxyProtocol.OFF if check.port else cluster.proxy_protocol
     return Probe(check, endpoint.host, check.port or endpoint.port, header, terms)

@@ -13,7 +13,20 @@ import pytest
 from tests.conftest import Factory
 from tests.support.certificates import REDIS, WEB, Authority, Files
 from tests.support.mesh import Config, Mesh
-from tests.support.peers import FIN, RST, Server, black_hole, connect, digest, echo, make_bytes, read_exactly, read_to_end, reset
+from tests.support.peers import (
+    FIN,
+    RST,
+    Server,
+    black_hole,
+    connect,
+    digest,
+    echo,
+    is_refused,
+    make_bytes,
+    read_exactly,
+    read_to_end,
+    reset,
+)
 from tests.support.waiting import wait_until
 
 MB = 1 << 20
@@ -71,6 +84,59 @@ def secure(context: ssl.SSLContext, port: int, session: ssl.SSLSession | None = 
 def wait_records(m: Mesh, count: int) -> list[dict[str, object]]:
     wait_until(lambda: len(m.records()) >= count, f"{count} lines in the access log")
     return m.records()
+
+
+# -- on one node ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encrypt_local", [True, False])
+def test_a_workload_of_this_node_gets_tls_where_it_should_and_its_policy_in_any_case(
+    mesh: Factory, web: Files, redis: Files, encrypt_local: bool
+) -> None:
+    seen: list[object] = []
+
+    def serve(peer: socket.socket) -> None:
+        if peer.recv(1, socket.MSG_PEEK) != b"\x16":
+            seen.append("plaintext")
+            echo(peer)
+            return
+        with server_context(redis).wrap_socket(peer, server_side=True) as secured:
+            seen.append(secured.getpeercert()["subjectAltName"])  # type: ignore[index]
+            echo(secured)
+
+    def policies(sources: str) -> Config:
+        peers = [{"sources": [sources]}]
+        return {"policies": [{"name": "only", "action": "allow", "workloads": {"app": "redis"}, "from": peers}]}
+
+    with Server(serve) as server:
+        config = outbound(web, server.address, {"identity": "web", "encrypt_local": encrypt_local}, workers=1)
+        config["identities"] = [web.identity("web"), redis.identity("redis")]
+        config["workloads"] = [{"name": "r", "labels": {"app": "redis"}, "addresses": ["127.0.0.1"], "identity": "redis"}]
+        m = mesh(config | policies("127.0.0.0/8"))
+        with connect(m.port()) as client:
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+        assert seen == [(("URI", WEB),) if encrypt_local else "plaintext"]
+        assert wait_records(m, 1)[0].get("upstream_tls") == ("1.3" if encrypt_local else None)
+        m.reload(config | policies("10.0.0.0/8"))
+        assert is_refused(m.port())
+        m.wait_closed(denied=1)
+        assert server.accepted == 1
+
+
+def test_a_workload_of_this_node_that_is_another_is_refused_in_tls_as_well(mesh: Factory, web: Files, redis: Files) -> None:
+    def serve(peer: socket.socket) -> None:
+        with contextlib.suppress(ssl.SSLError), server_context(web).wrap_socket(peer, server_side=True) as secured:
+            echo(secured)
+
+    with Server(serve) as server:
+        config = outbound(web, server.address, {"encrypt_local": "on"}, workers=1)
+        config["workloads"] = [{"name": "r", "addresses": ["127.0.0.1"], "identity": "web"}]
+        m = mesh(config)
+        with connect(m.port()) as client:
+            client.sendall(b"hello")
+            assert read_to_end(client) == (b"", RST)
+        m.wait_closed(upstream_tls=1)
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------

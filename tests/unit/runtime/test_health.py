@@ -357,6 +357,37 @@ def test_checks_with_other_terms_are_others() -> None:
     assert seen["tcp", 80, "off"] is None
 
 
+@pytest.mark.parametrize(
+    ("check", "encrypt_local", "plaintext"),
+    [
+        ("type: http", "off", True),
+        ("type: tls", "off", True),
+        ("type: http, port: 81, tls: on", "off", False),
+        ("type: http", "on", False),
+    ],
+)
+def test_a_workload_of_this_node_is_checked_in_plaintext_as_it_is_spoken_to(check: str, encrypt_local: str, plaintext: bool) -> None:
+    def configured(workloads: str) -> Config:
+        tls = f"tls: {{identity: node, peers: ['*'], encrypt_local: {encrypt_local}}}"
+        secured = f'- {{name: b, endpoints: ["10.0.0.9:80"], {tls}, health_check: {{{check}, jitter: 0%}}}}\n'
+        return config(more=f"{secured}identities: [{{name: node, certificate: a, private_key: b, trust_bundle: c}}]\n{workloads}")
+
+    world = World()
+    seen: list[Probe] = []
+
+    def answer(probe: Probe) -> str:
+        seen.append(probe)
+        return ""
+
+    world.wire.answer = answer
+    local = "workloads: [{name: w, addresses: [10.0.0.9]}]\n"
+    for workloads, spared in (("", False), (local, plaintext), ("", False)):
+        world.checker.configure(configured(workloads))
+        seen.clear()
+        world.run(2.1)
+        assert {probe.terms is None for probe in seen if probe.host == "10.0.0.9"} == {spared}
+
+
 # -- reload ------------------------------------------------------------------------------------------------------------------
 
 
