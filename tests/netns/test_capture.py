@@ -107,6 +107,16 @@ def test_traffic_through_the_node_is_captured_with_its_destination(net: Net, cap
     m.wait_closed(upstream_closed=1)
 
 
+def test_policy_routing_of_others_keeps_no_packet_from_us(net: Net) -> None:
+    # As cloud networks route pods: by their addresses, before the main table.
+    net.node.run("ip", "rule", "add", "pref", "512", "to", "10.244.1.0/24", "lookup", "main")
+    net.node.run("ip", "-6", "rule", "add", "pref", "512", "to", "fd00:10:244:1::/64", "lookup", "main")
+    m = net.start(outbound(capture="tproxy", direction="outbound"))
+    assert net.dial("10.244.1.11") == "server1 192.168.50.1"
+    assert net.dial("fd00:10:244:1::11") == "server1 fd00:192:168:50::1"
+    m.wait_closed(upstream_closed=2)
+
+
 def test_service_addresses_that_nobody_has_are_balanced(net: Net) -> None:
     config = outbound(
         routes=[{"match": {"destinations": ["10.96.0.10", "fd00:10:96::10"], "ports": [80]}, "cluster": "web"}], default="reject"
