@@ -170,6 +170,7 @@ class App:
             # What a large configuration is made of stays: without this every full collection of garbage walks all of it, with the loop
             # waiting (40 ms for 5,000 clusters).
             gc.freeze()
+            gc.enable()
             self._ready = True
             log.info(
                 "ready",
