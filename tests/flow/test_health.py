@@ -354,6 +354,20 @@ def test_a_check_speaks_as_the_cluster_does_and_refuses_whom_it_refuses(mesh: Fa
     assert failures <= {'l4mesh_tls_failures_total{cause="not_tls",side="downstream"}'}
 
 
+def test_a_workload_of_this_node_is_checked_in_plaintext_as_connections_speak_to_it(mesh: Factory, web: Files) -> None:
+    with Moody() as server:
+        address = server.server.address
+        config = secured(web, address, (REDIS, {"type": "http"}), (REDIS, {"type": "tls"}), (REDIS, {"type": "http"}))
+        config["clusters"][2]["tls"]["encrypt_local"] = "on"
+        m = mesh(config | {"workloads": [{"name": "r", "addresses": ["127.0.0.1"], "identity": "web"}]})
+        wait_health(m, address, "healthy", "c0")
+        wait_health(m, address, "healthy", "c1")
+        wait_health(m, address, "unhealthy", "c2", "timeout after 500ms in tls")
+        # It moves to another node: connections to it are mutual TLS from now on.
+        m.reload(config)
+        wait_health(m, address, "unhealthy", "c0", "timeout after 500ms in tls")
+
+
 def test_a_check_refuses_who_hangs_on_a_revoked_ca(mesh: Factory, ca: Authority, web: Files, tmp_path: Path) -> None:
     generation = ca._generations()[-1]
     below = hostile(ca, tmp_path, "below", uris=[REDIS], links=2)
