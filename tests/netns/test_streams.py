@@ -9,7 +9,7 @@ from l4mesh.lab import Host, Lab
 from l4mesh.netns import run_in_namespace
 from tests.conftest import Factory
 from tests.support.mesh import simple
-from tests.support.peers import DEADLINE_S, Server, connect, make_bytes, read_exactly
+from tests.support.peers import DEADLINE_S, FIN, Server, connect, make_bytes, read_exactly, read_to_end
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.netns
@@ -50,4 +50,6 @@ def test_a_stream_within_the_host_is_not_paced(mesh: Factory) -> None:
                 wait_until(lambda: congestion_control(here, f"sport = :{port}") == "cubic", "the client's stream is local")
                 assert congestion_control(here, f"dport = :{server.port}") == "reno"
                 client.sendall(b"x")
+                # The server has it: when it is closed before, it looks as if the byte were lost.
+                assert read_to_end(client) == (b"", FIN)
         mesh.stack.close()
