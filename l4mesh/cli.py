@@ -424,7 +424,7 @@ def redirect_check(paths: tuple[Path, ...], netns: str | None) -> None:
     for difference in differences:
         click.echo(difference)
     if differences:
-        fail(f"{len(differences)} differences: `l4mesh redirect apply` repairs them")
+        fail(f"differences: {len(differences)}; `l4mesh redirect apply` repairs them")
     click.echo("ok: rules and routes are as they should be")
 
 
