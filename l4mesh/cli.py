@@ -102,7 +102,7 @@ def run(paths: tuple[Path, ...], manage_redirect: bool) -> None:
         from l4mesh.runtime.supervisor import supervise
 
         sys.exit(supervise())
-    # Until it serves: what is loaded stays, and looking for garbage in it takes up to a third of the start.
+    # Until it serves: what is loaded stays, and looking for garbage in it is work for nothing.
     gc.disable()
     from l4mesh.runtime.app import run as run_app
 

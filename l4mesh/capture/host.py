@@ -25,6 +25,7 @@ _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _JUMP = re.compile(rf"^-A .* -[jg] {CHAIN_PREFIX}\w+$")
 _HOOKS = tuple(f"-A {hook} " for hook in dict.fromkeys(JUMPS.values()))
 _TARGET = re.compile(r' -[jg] (\S+)(?=[^"]*(?:"[^"]*"[^"]*)*$)')
+"""Of a rule: what it jumps or goes to, unless it stands in a quoted argument."""
 _GOES_ON = re.compile(
     "AUDIT|CHECKSUM|CLASSIFY|CONNMARK|CONNSECMARK|CT|DSCP|HL|HMARK|IDLETIMER|LED|LOG|MARK|NFLOG|NOTRACK|RATEEST|SECMARK|SET|TCPMSS"
     "|TCPOPTSTRIP|TEE|TOS|TRACE|TTL|ULOG"

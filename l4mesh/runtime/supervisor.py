@@ -100,6 +100,8 @@ class RuleKeeper:
         """What the last look took."""
         self._worked = False
         self.in_place = False
+        self.left = False
+        """The last removal may have left some."""
         self.repairs = 0
         self.error = ""
         self.differences: list[str] = []
@@ -166,18 +168,19 @@ class RuleKeeper:
             self._apply()
             self._schedule()
 
-    def remove(self) -> bool:
-        """Leaves nothing. False: rules may be left, which was said."""
+    def remove(self) -> None:
+        """Leaves nothing. An error is said: there is nobody left to try again."""
         if self._wanted is None:
-            return True
+            return
         self.forget()
         try:
             remove_rules()
         except CommandError as error:
+            self.left = True
             log("redirect_failed", "error", error=str(error), means="rules are left: l4mesh redirect remove")
-            return False
-        log("redirect_removed")
-        return True
+        else:
+            self.left = False
+            log("redirect_removed")
 
     def forget(self) -> None:
         """They stay as they are, and are somebody else's."""
@@ -227,8 +230,6 @@ class Supervisor:
         self._down_since = 0.0
         """When the one that served died; 0: it serves, or none ever did."""
         self._stopping = False
-        self._removed = True
-        """No rule was left that was to be removed."""
         self._code: int | None = None
         self._heartbeat = Heartbeat()
 
@@ -388,9 +389,9 @@ class Supervisor:
         else:
             self._lose(child, code)
         if self._stopping and not self._children():
-            removed = self._rules.remove() and self._removed
+            self._rules.remove()
             log("supervisor_stopped")
-            self._code = 0 if removed and code in (0, -signal.SIGTERM, -signal.SIGINT) else 1
+            self._code = 0 if not self._rules.left and code in (0, -signal.SIGTERM, -signal.SIGINT) else 1
 
     def _lose(self, child: Child, code: int) -> None:
         """The one that served, or was to serve, is gone."""
@@ -450,14 +451,14 @@ class Supervisor:
             self._restart_at = float("inf")
             notify(STOPPING=1)
             if number == signal.SIGINT or not self._child:
-                self._removed = self._rules.remove()
+                self._rules.remove()
             else:
                 self._rules.withdraw()
         for child in self._children():
             if child is not told:
                 child.signal(number)
         if not self._children():
-            self._code = 0 if self._removed else 1
+            self._code = int(self._rules.left)
 
 
 def _shown(code: int) -> str:

@@ -124,7 +124,7 @@ def test_a_workload_of_this_node_gets_tls_where_it_should_and_its_policy_in_any_
         assert server.accepted == 1
 
 
-def test_a_workload_of_this_node_that_is_another_is_refused_in_tls_as_well(mesh: Factory, web: Files, redis: Files) -> None:
+def test_a_workload_of_this_node_that_is_another_is_refused_in_tls_as_well(mesh: Factory, web: Files) -> None:
     def serve(peer: socket.socket) -> None:
         with contextlib.suppress(ssl.SSLError), server_context(web).wrap_socket(peer, server_side=True) as secured:
             echo(secured)
