@@ -27,7 +27,7 @@ from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
 from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
-from l4mesh.runtime.listeners import Listeners, Place
+from l4mesh.runtime.listeners import Listeners, Place, by_place
 from l4mesh.runtime.metrics import Sources
 from l4mesh.runtime.notify import Heartbeat, notify
 from l4mesh.runtime.outlier import OutlierDetector
@@ -241,8 +241,8 @@ class App:
             self._takeover.serve()
             self._owns_paths = True
             self._takeover.drop_unused()
-            self._listeners.settle()
             self._following = asyncio.get_running_loop().create_task(asyncio.to_thread(self._takeover.follow, self._datapath))
+        self._listeners.settle()
         if self._upgrades:
             self._upgrades.answer()
 
@@ -292,7 +292,7 @@ class App:
             if self._takeover:
                 self._health.inherit(self._takeover.verdicts.health)
                 self._outliers.inherit(self._takeover.verdicts.ejections)
-            self._listeners = Listeners(self._n_workers, self._takeover.take_listening() if self._takeover else None)
+            self._listeners = Listeners(self._n_workers, self._inherited_listening())
             self._overload = OverloadMonitor(self._datapath, self._listeners.sockets, usable_cpus())
         else:
             self._warn_of_fixed(config)
@@ -311,10 +311,20 @@ class App:
                 self._listeners.close_unused(self._reloader.config)
             raise CommandError(f"the configuration can't be taken into use: {error or 'out of memory; it is tried again'}") from error
         self._bound = bound
+        if self._supervised:
+            self._supervised.keep(self._listeners.lasting(config))
         self._listeners.close_unused(config)
         _say_faults(config)
         _say_missing_privilege(config)
         return generation
+
+    def _inherited_listening(self) -> Mapping[Place, list[socket.socket]]:
+        kept = self._supervised.kept if self._supervised else ()
+        if self._takeover is None:
+            return by_place(kept)
+        for listening in kept:
+            listening.close()
+        return self._takeover.take_listening()
 
     def _applied(self, config: Config) -> None:
         """Called by the reloader on the control loop."""

@@ -51,6 +51,9 @@ class Channel:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     @property
     def peer(self) -> tuple[int, int]:
         """Process and user at the other end, as the kernel knows them (SO_PEERCRED)."""

@@ -44,8 +44,8 @@ class Place(NamedTuple):
 class Listeners:
     """The listening sockets of all workers, kept over reloads. Owner of their descriptors.
 
-    ``inherited``: those of the process that this one takes over from. They stay as many as they are, since what waits in the queue of
-    one must be taken from that one: with more workers than sockets several share one, with fewer some have several.
+    ``inherited``: those of the process that this one takes over from or replaces. They stay as many as they are, since what waits in
+    the queue of one must be taken from that one: with more workers than sockets several share one, with fewer some have several.
     """
 
     def __init__(self, n_workers: int, inherited: Mapping[Place, list[socket.socket]] | None = None) -> None:
@@ -92,16 +92,23 @@ class Listeners:
 
     def close_unused(self, config: Config) -> None:
         """Closes what ``config`` does not name. Call it when no worker sees an older plan."""
-        wanted = {socket_options(listener, bind) for listener in config.listeners.values() for bind in listener.binds}
+        wanted = _wanted(config)
         for options in [known for known in self._open if known not in wanted]:
             _close_all(self._open.pop(options))
+
+    def lasting(self, config: Config) -> list[socket.socket]:
+        """Those of ``config`` that are at the same place for every process that reads it."""
+        wanted = _wanted(config)
+        return [
+            listening for options, sockets in self._open.items() if options in wanted and not options.owner for listening in sockets
+        ]
 
     def export(self) -> list[tuple[Place, list[socket.socket]]]:
         """All of them, for a process that takes over."""
         return [(options.place, sockets) for options, sockets in self._open.items()]
 
     def settle(self) -> None:
-        """The process that the sockets come from is done with them: gives them this configuration's options, and closes those
+        """The process that sockets come from, if any, is done with them: gives them this configuration's options, and closes those
         that it does not name."""
         for options in self._untuned:
             for listening in self._open.get(options, ()):
@@ -117,6 +124,20 @@ class Listeners:
             _close_all(sockets)
         self._open.clear()
         self._inherited.clear()
+
+
+def by_place(listening: Iterable[socket.socket]) -> dict[Place, list[socket.socket]]:
+    """Sockets without an owner by where they listen."""
+    found: dict[Place, list[socket.socket]] = {}
+    for one in listening:
+        level, name = (socket.IPPROTO_IPV6, IPV6_TRANSPARENT) if one.family == socket.AF_INET6 else (socket.IPPROTO_IP, IP_TRANSPARENT)
+        place = Place(SocketAddress(*one.getsockname()[:2]), bool(one.getsockopt(level, name)), "")
+        found.setdefault(place, []).append(one)
+    return found
+
+
+def _wanted(config: Config) -> set[SocketOptions]:
+    return {socket_options(listener, bind) for listener in config.listeners.values() for bind in listener.binds}
 
 
 def socket_options(listener: Listener, bind: SocketAddress) -> SocketOptions:

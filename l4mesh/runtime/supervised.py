@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from l4mesh.capture.rules import build_rules
 from l4mesh.model import Config
+from l4mesh.runtime.channel import DESCRIPTORS_MAX, Channel, PeerGone
 from l4mesh.runtime.supervisor import CHANNEL, encode_rules
 
 
@@ -49,9 +50,15 @@ class Successor:
 
 
 class Supervised:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keeper: Channel, kept: Sequence[socket.socket]
+    ) -> None:
         self._reader = reader
         self._writer = writer
+        self._keeper = keeper
+        self._keeps: Sequence[socket.socket] = ()
+        self.kept = kept
+        """Listening sockets of the process that this one replaces. The caller's to close."""
         self._loop = asyncio.get_running_loop()
         self._successor: Successor | None = None
         self.status = Supervision()
@@ -60,12 +67,13 @@ class Supervised:
     async def connect(cls) -> Supervised | None:
         """None: nobody supervises this process."""
         # Not for processes that this one starts.
-        descriptor = os.environ.pop(CHANNEL, "")
-        if not descriptor:
+        descriptors = os.environ.pop(CHANNEL, "")
+        if not descriptors:
             return None
-        connected = socket.socket(fileno=int(descriptor))
-        connected.set_inheritable(False)
-        return cls(*await asyncio.open_connection(sock=connected))
+        connected, keeper, *kept = (socket.socket(fileno=int(descriptor)) for descriptor in descriptors.split(","))
+        for one in (connected, keeper, *kept):
+            one.set_inheritable(False)
+        return cls(*await asyncio.open_connection(sock=connected), Channel(keeper), kept)
 
     async def listen(self, gone: Callable[[], None]) -> None:
         """Hears what the supervisor says, until cancelled. ``gone`` is called when it is not there any more."""
@@ -96,6 +104,18 @@ class Supervised:
             say, rules=encode_rules(build_rules(config)), on_crash=redirect.on_crash, check_interval_ms=redirect.check_interval_ms
         )
 
+    def keep(self, listening: Sequence[socket.socket]) -> None:
+        """Gives the listening sockets to the supervisor, for the process that replaces this one when it dies. Blocks; not for several
+        threads at once."""
+        if listening == self._keeps:
+            return
+        self._keeps = listening
+        descriptors = [one.fileno() for one in listening]
+        with contextlib.suppress(PeerGone):
+            self._keeper.send("keep", {"of": len(descriptors)}, descriptors=descriptors[:DESCRIPTORS_MAX])
+            for first in range(DESCRIPTORS_MAX, len(descriptors), DESCRIPTORS_MAX):
+                self._keeper.send("keep_more", descriptors=descriptors[first : first + DESCRIPTORS_MAX])
+
     def drains(self) -> None:
         """This process is about to end, as it was told to."""
         self._tell("drains")
@@ -115,3 +135,4 @@ class Supervised:
 
     def close(self) -> None:
         self._writer.close()
+        self._keeper.close()

@@ -2,14 +2,19 @@
 
 It holds no traffic and does little, so that it has little to die of: no engine, no event loop, and only what it must import. The data
 plane is a child at the other end of a socket (``supervised.py``). It says there when it serves and which rules its configuration wants,
-and learns by its end that the parent is gone; it is told there what became of the rules. Both speak lines of JSON.
+and learns by its end that the parent is gone; it is told there what became of the rules. Both speak lines of JSON. By a second socket
+the parent gets the child's listening sockets, and keeps them for the next one, as nginx's master process does for its workers: while
+somebody has them open the kernel accepts connections, and these wait.
 
 =================== ==============================================================================================
 the child           what happens
 =================== ==============================================================================================
 says ready          the rules are put in place; then they are looked at again and again, and repaired
 reloads             the rules follow
-dies                it is replaced: at once, then after a time that doubles; the rules stay or go (``redirect.on_crash``)
+dies                it is replaced: at once, then after a time that doubles; the rules stay or go (``redirect.on_crash``). Its
+                    listening sockets go to the replacement, unless that is long in coming; when it as well ends before
+                    it serves, connections are refused
+does not come up    a replacement or successor that does not serve within a minute is killed
 ends before it was  a configuration that can't be used: so does the parent, and has touched no rule
 ever ready
 is told to stop     nothing new is captured any more, live connections are; then it drains and the rest of the rules goes
@@ -24,6 +29,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import select
 import signal
 import socket
@@ -31,17 +37,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from l4mesh.capture.host import Listing, apply_rules, check_rules, remove_rules, require_tools
 from l4mesh.capture.rules import FamilyRules, Rule, without_capture
 from l4mesh.errors import CommandError
+from l4mesh.runtime.channel import Channel, DescriptorsLost, Garbled, PeerGone
 from l4mesh.runtime.notify import Heartbeat, notify
 
 CHANNEL = "L4MESH_SUPERVISOR"
-"""Names the child's descriptor of its end of the socket."""
+"""Names the child's descriptors: of its ends of the two sockets, and of the listening sockets that it is to serve."""
 OPTION = "--manage-redirect"
 STEADY_S = 10.0
 """A child that has served for as long and dies is replaced at once again."""
@@ -49,6 +56,10 @@ BACK_OFF_S = 0.25
 BACK_OFF_MOST_S = 30.0
 RETRY_S = 1.0
 """After rules that could not be put in place or looked at."""
+WAIT_MOST_S = 1.0
+"""Connections wait for a child that is started by then."""
+START_S = 60.0
+"""From its start until a child serves that replaces one which did."""
 LOOK_SHARE = 0.05
 """Of the time, at most, goes into looking at rules: others may have a hundred thousand of them, and all are listed."""
 LISTED_DIFFERENCES = 20
@@ -197,9 +208,15 @@ class Child:
     process: subprocess.Popen[bytes]
     pidfd: int
     channel: socket.socket
+    keeper: Channel
+    start_by: float
     ready_at: float | None = None
     received: bytes = b""
     hands_over: bool = False
+    kept: list[int] = field(default_factory=list)
+    """Listening sockets, for the next one."""
+    kept_of: int = 0
+    """How many there are: with some of them missing nobody would know which. -1: with some lost on the way."""
 
     def tell(self, say: str, **fields: object) -> None:
         """Unless it is gone, or has not read what it was told before: nothing that it is told waits."""
@@ -209,6 +226,11 @@ class Child:
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
+
+    def let_go(self) -> None:
+        """Of the listening sockets: else connections that nobody accepts would wait there."""
+        _close_all(self.kept)
+        self.kept = []
 
 
 class Supervisor:
@@ -224,6 +246,8 @@ class Supervisor:
         self._leaving: list[Child] = []
         self._was_ready = False
         self._on_crash = "closed"
+        self._kept: list[int] = []
+        """Listening sockets for the child that is started next."""
         self._restarts = 0
         self._failures = 0
         self._restart_at = float("inf")
@@ -235,6 +259,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Until told to stop. Raises CommandError when the rules can't be put in place the first time."""
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         signals, wake = socket.socketpair()
         for end in (signals, wake):
             end.setblocking(False)
@@ -265,7 +291,7 @@ class Supervisor:
         return [child for child in (self._child, self._successor, *self._leaving) if child]
 
     def _turn(self) -> None:
-        due_at = min(self._restart_at, self._rules.due_at, self._heartbeat.due_at)
+        due_at = min(self._restart_at, self._rules.due_at, self._heartbeat.due_at, *(child.start_by for child in self._children()))
         wait_ms = None if due_at == float("inf") else max(0.0, (due_at - time.monotonic()) * 1000 + 1)
         for fd, _ in self._poll.poll(wait_ms):
             if fd in self._readers:
@@ -275,6 +301,11 @@ class Supervisor:
         if now >= self._restart_at:
             self._child = self._start()
             self._restart_at = float("inf") if self._child else now + RETRY_S
+        for child in self._children():
+            if now >= child.start_by:
+                log("data_plane_hangs", "error", pid=child.process.pid, means=f"it does not serve after {START_S:g} s: killed")
+                child.start_by = float("inf")
+                child.signal(signal.SIGKILL)
         if now >= self._rules.due_at:
             self._rules.look()
             self._tell_status()
@@ -296,25 +327,55 @@ class Supervisor:
         except OSError as error:
             log("data_plane_not_started", "error", error=os.strerror(error.errno or 0))
             return None
+        finally:
+            # The child has them; where there is none, connections are refused.
+            self._let_go()
         self._watch(child.channel.fileno(), lambda: self._read(child))
+        self._watch(child.keeper.fileno(), lambda: self._keep(child))
         self._watch(child.pidfd, lambda: self._bury(child))
         return child
 
     def _spawn(self) -> Child:
         ours, theirs = socket.socketpair()
+        keeper, giver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
-        with theirs:
+        with theirs, giver:
+            given = (theirs.fileno(), giver.fileno(), *self._kept)
+            environment[CHANNEL] = ",".join(map(str, given))
             # A process group of its own: Ctrl-C is for us, who take things down in order.
-            process = subprocess.Popen(
-                self._command, env=environment | {CHANNEL: str(theirs.fileno())}, pass_fds=(theirs.fileno(),), process_group=0
-            )
+            process = subprocess.Popen(self._command, env=environment, pass_fds=given, process_group=0)
         ours.setblocking(False)
+        start_by = time.monotonic() + START_S if self._was_ready else float("inf")
         try:
-            return Child(process, os.pidfd_open(process.pid), ours)
+            return Child(process, os.pidfd_open(process.pid), ours, Channel(keeper), start_by)
         except OSError:
             process.kill()
             process.wait()
             raise
+
+    def _let_go(self) -> None:
+        _close_all(self._kept)
+        self._kept = []
+
+    def _keep(self, child: Child) -> None:
+        """The listening sockets that it has now, in place of those before."""
+        try:
+            while True:
+                message = child.keeper.receive(0.0, "keep", "keep_more")
+                if message.body["say"] == "keep":
+                    child.let_go()
+                    child.kept_of = message.body["of"]
+                child.kept += message.descriptors
+                if self._stopping or child.hands_over or child in self._leaving:
+                    child.let_go()
+        except TimeoutError:
+            return
+        except (DescriptorsLost, Garbled) as error:
+            child.let_go()
+            child.kept_of = -1
+            log("sockets_not_kept", "warning", error=str(error), means="connections are refused while this data plane is replaced")
+        except PeerGone:
+            self._forget(child.keeper.fileno())
 
     def _read(self, child: Child) -> None:
         """All that it has said so far."""
@@ -344,6 +405,7 @@ class Supervisor:
                 self._successor.signal(signal.SIGKILL)
         elif say == "hands_over":
             child.hands_over = True
+            child.let_go()
             if child is self._child and self._successor:
                 self._promote()
             elif child is self._child and not self._stopping:
@@ -354,7 +416,7 @@ class Supervisor:
             self._stop(signal.SIGTERM, told=child)
 
     def _serves(self, child: Child) -> None:
-        child.ready_at = time.monotonic()
+        child.ready_at, child.start_by = time.monotonic(), float("inf")
         if child is self._successor:
             self._promote()
         if self._down_since:
@@ -367,6 +429,7 @@ class Supervisor:
         assert self._child
         assert self._successor
         log("successor_serves", old=self._child.process.pid, new=self._successor.process.pid)
+        self._child.let_go()
         self._leaving.append(self._child)
         self._child, self._successor = self._successor, None
 
@@ -375,9 +438,11 @@ class Supervisor:
         if code is None:
             return
         self._read(child)
-        for fd in (child.channel.fileno(), child.pidfd):
+        self._keep(child)
+        for fd in (child.channel.fileno(), child.keeper.fileno(), child.pidfd):
             self._forget(fd)
         child.channel.close()
+        child.keeper.close()
         os.close(child.pidfd)
         if child in self._leaving:
             self._leaving.remove(child)
@@ -388,6 +453,7 @@ class Supervisor:
                 self._child.tell("successor_ended", code=code)
         else:
             self._lose(child, code)
+        child.let_go()
         if self._stopping and not self._children():
             self._rules.remove()
             log("supervisor_stopped")
@@ -411,7 +477,12 @@ class Supervisor:
         self._failures += 1
         # A successor that was on its way comes at once.
         self._restart_at = float("inf") if self._child else now + wait_s
-        log("data_plane_died", "error", pid=child.process.pid, ended=_shown(code), restart_s=round(wait_s, 3), on_crash=self._on_crash)
+        if child.ready_at and not self._child and wait_s <= WAIT_MOST_S and len(child.kept) == child.kept_of:
+            self._kept, child.kept = child.kept, []
+        log(
+            "data_plane_died", "error", pid=child.process.pid, ended=_shown(code), restart_s=round(wait_s, 3), on_crash=self._on_crash,
+            new_connections="wait" if self._kept else "refused",
+        )  # fmt: skip
         if self._on_crash == "open":
             self._rules.remove()
 
@@ -449,6 +520,9 @@ class Supervisor:
         if not self._stopping:
             self._stopping = True
             self._restart_at = float("inf")
+            self._let_go()
+            for child in self._children():
+                child.let_go()
             notify(STOPPING=1)
             if number == signal.SIGINT or not self._child:
                 self._rules.remove()
@@ -459,6 +533,11 @@ class Supervisor:
                 child.signal(number)
         if not self._children():
             self._code = int(self._rules.left)
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _shown(code: int) -> str:

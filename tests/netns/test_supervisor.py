@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -102,6 +103,31 @@ def wait_event(m: Mesh, name: str, count: int = 1, deadline_s: float = 15) -> An
 
 def child_of(m: Mesh) -> int:
     return int(m.status()["pid"])
+
+
+def data_plane(m: Mesh, before: int) -> int:
+    """The child, as soon as it runs, that is not the one before, nor one that works on rules or is about to; 0: there is none."""
+    for pid in Path(f"/proc/{m.process.pid}/task/{m.process.pid}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if int(pid) != before and b"\0run\0" in command and b"\0--manage-redirect\0" not in command:
+                return int(pid)
+    return 0
+
+
+@contextlib.contextmanager
+def held_back(m: Mesh, child: int) -> Iterator[None]:
+    """The child dies, and its replacement is stopped before it serves, until the end of this."""
+    before = len(events(m, "replaced"))
+    os.kill(child, signal.SIGKILL)
+    replacement = wait_until(lambda: data_plane(m, child), "there is a replacement", every_s=0.001)
+    os.kill(replacement, signal.SIGSTOP)
+    try:
+        assert len(events(m, "replaced")) == before
+        yield
+    finally:
+        os.kill(replacement, signal.SIGCONT)
+    wait_event(m, "replaced", before + 1)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +234,101 @@ def test_rules_follow_the_configuration_and_a_bad_one_changes_nothing(net: Net) 
     assert net.dial() == NODE
 
 
+@pytest.mark.parametrize("capture", ["redirect", "tproxy"])
+def test_connections_wait_for_the_replacement_of_a_child_that_dies(net: Net, capture: str) -> None:
+    m = net.start(config(capture=capture, workers=3))
+    wait_event(m, "redirect_applied")
+    for turn in (1, 2):
+        assert net.dial() == NODE
+        with contextlib.ExitStack() as stack:
+            with held_back(m, child_of(m)):
+                assert wait_event(m, "data_plane_died", turn)["new_connections"] == "wait"
+                # The kernel spreads them over the workers' sockets.
+                waiting = [stack.enter_context(net.connect()) for _ in range(12)]
+                for peer in waiting[:11]:
+                    peer.sendall(b"early")
+                # It does not wait for the answer.
+                waiting.pop().close()
+            for peer in waiting:
+                peer.settimeout(20)
+                got = b""
+                while not got.endswith(b"early"):
+                    got += peer.recv(100)
+                assert got.decode().split() == [NODE, "early"]
+    m.stop()
+
+
+def test_what_waits_is_judged_by_the_policies_of_the_replacement(net: Net) -> None:
+    plain = config(clusters=[{"name": "pod", "endpoints": [f"{POD}:80"]}])
+    plain["listeners"].append({"name": "plain", "bind": "0.0.0.0:15101", "cluster": "pod"})
+    m = net.start(plain)
+    wait_event(m, "redirect_applied")
+    with held_back(m, child_of(m)):
+        peer = run_in_namespace(net.client.path, lambda: socket.create_connection(("192.168.50.1", 15101), 5))
+        m.write(plain | {"policies": [{"name": "nobody", "action": "deny", "from": [{"sources": [CLIENT]}]}]})
+    with peer:
+        peer.settimeout(20)
+        with pytest.raises(ConnectionResetError):
+            peer.recv(100)
+
+
+def refuses(net: Net, port: int) -> bool:
+    """Whether nobody listens there; it must not be that connections wait which nobody will serve."""
+    try:
+        run_in_namespace(net.client.path, lambda: socket.create_connection(("192.168.50.1", port), 5)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_nobody_keeps_what_is_not_served_any_more(net: Net) -> None:
+    plain = {"name": "plain", "bind": ["0.0.0.0:15101", "0.0.0.0:15102"], "cluster": "pod"}
+    clusters = [{"name": "pod", "endpoints": [f"{POD}:80"]}]
+    both = config(clusters=clusters, drain={"time": "20s", "over": "off"})
+    both["listeners"].append(plain)
+    m = net.start(both)
+    wait_event(m, "redirect_applied")
+    assert not refuses(net, 15101)
+    plain["bind"] = ["0.0.0.0:15102"]
+    m.reload(both)
+    wait_until(lambda: refuses(net, 15101), "the port is free")
+    plain["bind"] = ["0.0.0.0:15101", "0.0.0.0:15102"]
+    m.reload(both)
+    assert not refuses(net, 15101)
+    with held_back(m, child_of(m)):
+        plain["bind"] = ["0.0.0.0:15101"]
+        m.write(both)
+    assert not refuses(net, 15101)
+    wait_until(lambda: refuses(net, 15102), "the replacement has closed what it does not serve")
+    with net.connect() as peer:
+        assert peer.recv(100).decode().strip() == NODE
+        m.process.terminate()
+        wait_event(m, "draining")
+        wait_until(lambda: refuses(net, 15101), "nobody listens while it drains")
+    assert m.process.wait(20) == 0
+
+
+def test_a_supervisor_short_of_descriptors_keeps_none(net: Net) -> None:
+    m = net.start(config(workers=4))
+    wait_event(m, "redirect_applied")
+    listening = [{"name": f"l{port}", "bind": f"0.0.0.0:{port}", "default": "original_destination"} for port in range(15200, 15210)]
+    more = config(workers=4)
+    more["listeners"] += [
+        listener | {"capture": "redirect", "direction": "outbound", "include": {"ports": [9]}} for listener in listening
+    ]
+    used = len(os.listdir(f"/proc/{m.process.pid}/fd"))
+    before = resource.prlimit(m.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(m.process.pid, resource.RLIMIT_NOFILE, (used + 10, before[1]))
+    m.reload(more)
+    wait_event(m, "sockets_not_kept")
+    resource.prlimit(m.process.pid, resource.RLIMIT_NOFILE, before)
+    with held_back(m, child_of(m)):
+        assert wait_event(m, "data_plane_died")["new_connections"] == "refused"
+        assert net.dial() == "ConnectionRefusedError"
+    wait_until(lambda: net.dial() == NODE, "it is served again")
+    m.stop()
+
+
 @pytest.mark.parametrize(("on_crash", "meanwhile"), [("closed", "ConnectionRefusedError"), ("open", CLIENT)])
 def test_until_a_crashed_child_is_replaced_traffic_is_refused_or_let_past(net: Net, on_crash: str, meanwhile: str) -> None:
     good = config(redirect={"on_crash": on_crash})
@@ -220,7 +341,8 @@ def test_until_a_crashed_child_is_replaced_traffic_is_refused_or_let_past(net: N
     died = wait_event(m, "data_plane_died")
     assert (died["ended"], died["restart_s"], died["on_crash"]) == ("by SIGKILL", 0, on_crash)
     again = wait_event(m, "data_plane_died", 3)
-    assert again["ended"] == "with exit code 1"
+    # Only one that has served leaves connections to the next.
+    assert (again["ended"], again["new_connections"]) == ("with exit code 1", "refused")
     assert 0.1 <= events(m, "data_plane_died")[1]["restart_s"] <= 0.25 < again["restart_s"] * 2 <= 1
     assert net.dial() == meanwhile
     m.write(good)

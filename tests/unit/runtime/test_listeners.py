@@ -6,7 +6,7 @@ import pytest
 
 from l4mesh.config.load import parse_config
 from l4mesh.model import SocketAddress
-from l4mesh.runtime.listeners import Listeners, Place
+from l4mesh.runtime.listeners import IP_TRANSPARENT, Listeners, Place, by_place
 from tests.support.proxies import free_port
 
 TEXT = """
@@ -89,3 +89,22 @@ def test_one_address_and_all_of_them_may_have_listeners_of_their_own() -> None:
 
 def socket_address(listening: socket.socket) -> SocketAddress:
     return SocketAddress(*listening.getsockname())
+
+
+def test_a_socket_tells_its_place() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        places = [Place(SocketAddress(host, one.getsockname()[1]), False, "") for host in ("127.0.0.1",)]
+        places.append(Place(SocketAddress("::1", other.getsockname()[1]), False, ""))
+        assert by_place([one, other]) == {places[0]: [one], places[1]: [other]}
+        one.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+        assert list(by_place([one])) == [places[0]._replace(transparent=True)]
+
+
+def test_only_what_the_kernel_has_not_chosen_lasts() -> None:
+    port = free_port()
+    config = parse_config(TEXT.replace('bind: "127.0.0.1:0"', f'bind: ["127.0.0.1:0", "127.0.0.1:{port}"]'))
+    listeners = Listeners(2)
+    listeners.open(config)
+    assert [one.getsockname()[1] for one in listeners.lasting(config)] == [port, port]
+    assert listeners.lasting(parse_config(TEXT)) == []
+    listeners.close()

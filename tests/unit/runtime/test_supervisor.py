@@ -1,6 +1,10 @@
-"""How often the supervisor looks at the rules."""
+"""How often the supervisor looks at the rules, and what it does with a child that does not come up."""
 
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,7 @@ from l4mesh.capture.rules import FamilyRules
 from l4mesh.errors import CommandError
 from l4mesh.runtime import supervisor
 from l4mesh.runtime.supervisor import LOOK_SHARE, RETRY_S, RuleKeeper
+from tests.support.mesh import environment_of_ours
 
 FAMILIES = [FamilyRules(False, (), "0x111/0xfff", routes=False)]
 
@@ -50,3 +55,40 @@ def test_without_an_interval_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> No
     keeper = RuleKeeper()
     keeper.keep(FAMILIES, 0.0)
     assert keeper.due_at == float("inf")
+
+
+# The first serves and dies, the second hangs, the third fails for good.
+CHILD = """
+import json, os, signal, socket, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+turns = open(sys.argv[1], "a")
+turn = turns.tell()
+print("x", end="", file=turns, flush=True)
+parent = socket.socket(fileno=int(os.environ["L4MESH_SUPERVISOR"].split(",")[0]))
+if turn == 0:
+    parent.sendall(json.dumps({"say": "ready", "rules": [], "on_crash": "closed", "check_interval_ms": 0}).encode() + b"\\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+elif turn == 1:
+    signal.pause()
+else:
+    os.kill(os.getppid(), signal.SIGINT)
+    signal.pause()
+"""
+SUPERVISOR = """
+import sys
+from l4mesh.runtime import supervisor
+supervisor.START_S = 0.3
+supervisor.apply_rules = lambda families: {}
+supervisor.remove_rules = lambda: None
+sys.exit(supervisor.Supervisor([sys.executable, "-c", sys.argv[1], sys.argv[2]]).run())
+"""
+
+
+def test_a_replacement_that_hangs_is_replaced(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SUPERVISOR, CHILD, str(tmp_path / "turns")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment_of_ours())
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(event["event"], event.get("ended", "")) for event in said if event["event"].startswith("data_plane")] == [
+        ("data_plane_died", "by SIGKILL"), ("data_plane_hangs", ""), ("data_plane_died", "by SIGKILL"),
+    ]  # fmt: skip
+    assert (tmp_path / "turns").read_text() == "xxx"
