@@ -134,8 +134,8 @@ def upgrade(paths: tuple[Path, ...]) -> None:
 @config_option
 @click.option(
     "--explain", nargs=3, type=str, metavar="SOURCE DESTINATION PORT",
-    help="Say which policy decides about a connection. SOURCE: a workload, a SPIFFE ID or an address; DESTINATION: a workload or an "
-    "address.",
+    help="Say which policy decides about a connection. SOURCE: a workload, an address, SPIFFE_ID, or SPIFFE_ID@ADDRESS; DESTINATION: "
+    "a workload or an address.",
 )  # fmt: skip
 def check(paths: tuple[Path, ...], explain: tuple[str, str, str] | None) -> None:
     """Check a configuration and its certificates: every mistake with file, line and what is allowed. Exit code 1 when there is one."""
@@ -185,18 +185,25 @@ def _explain(config: Config, identities: dict[str, str], source: str, destinatio
     if not port_text.isdecimal() or not 0 < int(port_text) < 65536:
         raise CommandError(f"{port_text} is not a port")
     if source.startswith("spiffe://"):
-        spiffe_id, address = source, "0.0.0.0"
+        # No character of an identity.
+        spiffe_id, _, address = source.partition("@")
         try:
-            parse_spiffe_id(source)
+            parse_spiffe_id(spiffe_id)
+            address = parse_ip(address) if address else ""
         except ValueError as error:
             raise CommandError(f"the source {error}") from None
+        if not address and any(peers.sources or peers.not_sources for policy in config.policies for peers in policy.peers):
+            address = "0.0.0.0"
+            click.echo(
+                f"l4mesh: warning: policies look at addresses; {address} stands for the source's: give SPIFFE_ID@ADDRESS", err=True
+            )
     else:
         workload, address = find(source)
         name = (workload.identity if workload else "") or config.node_identity
         spiffe_id = identities.get(name, "") if workload else ""
     target, _ = find(destination)
-    answer = judge(config, target, spiffe_id, address, int(port_text))
-    who = f"{spiffe_id or 'a peer without an identity'} from {address}"
+    answer = judge(config, target, spiffe_id, address or "0.0.0.0", int(port_text))
+    who = (spiffe_id or "a peer without an identity") + (f" from {address}" if address else "")
     where = f"workload {target.name} in {target.namespace}" if target else f"{destination}, which is no workload of this node,"
     click.echo(f"{who} to {where} port {port_text}: {'allowed' if answer.allowed else 'refused'}")
     if answer.policy:

@@ -191,6 +191,32 @@ policies: [{{name: only-web, action: allow, workloads: {{app: redis}}, from: [{{
     assert (asked.exit_code, "none of them matches" in asked.output) == (1, True)
 
 
+def test_an_explanation_does_not_make_up_addresses(tmp_path: Path) -> None:
+    text = """\
+listeners: [{{name: in, bind: "127.0.0.1:0", cluster: c}}]
+clusters: [{{name: c}}]
+policies: [{{name: one, action: deny, from: [{peers}]}}]
+"""
+
+    def ask(source: str, peers: str) -> tuple[int, str, str]:
+        (tmp_path / "mesh.yaml").write_text(text.format(peers=peers))
+        asked = CliRunner().invoke(cli, ["check", "-c", str(tmp_path / "mesh.yaml"), "--explain", source, "10.0.0.3", "6379"])
+        if isinstance(asked.exception, CommandError):
+            return asked.exit_code, "", str(asked.exception)
+        return asked.exit_code, asked.stdout.splitlines()[0], asked.stderr
+
+    by_address = "{sources: [10.0.0.0/8]}"
+    code, said, warned = ask(WEB, by_address)
+    assert (code, f"{WEB} from 0.0.0.0 to" in said, "give SPIFFE_ID@ADDRESS" in warned) == (0, True, True)
+    code, said, warned = ask(f"{WEB}@10.0.0.9", by_address)
+    assert (code, f"{WEB} from 10.0.0.9 to" in said, warned) == (1, True, "")
+    code, said, warned = ask(WEB, f"{{identities: [{WEB}]}}")
+    assert (code, f"{WEB} to" in said, warned) == (1, True, "")
+    for wrong in ("10.0.0", "somewhere", "10.0.0.1@10.0.0.2"):
+        code, _, error = ask(f"{WEB}@{wrong}", by_address)
+        assert (code, error.startswith("the source ")) == (1, True), error
+
+
 def test_an_explanation_needs_no_certificate_that_has_yet_to_come_from_the_ca(tmp_path: Path) -> None:
     (tmp_path / "mesh.yaml").write_text(
         f"""\
