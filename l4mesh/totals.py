@@ -11,7 +11,7 @@ import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from l4mesh.errors import CloseReason
 from l4mesh.snapshot import ClusterSnapshot, EndpointSnapshot, ListenerSnapshot, Snapshot, TlsSnapshot, WorkerSnapshot
@@ -38,6 +38,23 @@ _NAMES: Mapping[type, tuple[str, ...]] = {
     ClusterSnapshot: ("name",),
     EndpointSnapshot: ("cluster", "address"),
 }
+
+
+class Count(NamedTuple):
+    """Of what the control loop counts, as the metric tells it."""
+
+    metric: str
+    labels: dict[str, str]
+    value: float
+
+    def encode(self) -> list[Any]:
+        return [self.metric, _encode(self.labels), self.value]
+
+    @classmethod
+    def decode(cls, data: Any) -> Count:
+        """Raises TypeError or ValueError."""
+        metric, labels, value = data
+        return cls(decode(str, metric), decode(dict[str, str], labels), decode(float, value))
 
 
 @dataclass(frozen=True, slots=True)

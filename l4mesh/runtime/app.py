@@ -28,7 +28,7 @@ from l4mesh.runtime.admin import AdminServer, Facts
 from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners, Place, by_place
-from l4mesh.runtime.metrics import Sources
+from l4mesh.runtime.metrics import Sources, count_control
 from l4mesh.runtime.notify import Heartbeat, notify
 from l4mesh.runtime.outlier import OutlierDetector
 from l4mesh.runtime.overload import OverloadMonitor, OverloadStatus, control_groups
@@ -39,6 +39,7 @@ from l4mesh.runtime.supervised import Supervised
 from l4mesh.runtime.upgrade import Successor, Takeover, UpgradeServer, Verdicts, is_container, start_again
 from l4mesh.runtime.watchdog import Watchdog
 from l4mesh.snapshot import ConnectionRecord
+from l4mesh.totals import Count
 
 TICK_S = 0.25
 IDLE_LOOK_EVERY_S = 0.02
@@ -384,6 +385,7 @@ class App:
             self._outliers,
             lambda: self._supervised.status if self._supervised else None,
             lambda: self._overload.status if self._overload else OverloadStatus(),
+            lambda: self._takeover.counts if self._takeover else (),
         )
 
     def _is_ready(self) -> bool:
@@ -492,6 +494,9 @@ class App:
     async def release(self) -> None:
         assert self._admin is not None
         await self._admin.release()
+
+    def counted(self) -> list[Count]:
+        return count_control(self._sources())
 
     async def resume(self) -> None:
         assert self._admin is not None

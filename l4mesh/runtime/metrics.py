@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from l4mesh import __version__
 from l4mesh.errors import CloseReason, Fault
@@ -25,6 +26,7 @@ from l4mesh.runtime.reload import ReloadStatus
 from l4mesh.runtime.renewer import RenewalStatus
 from l4mesh.runtime.supervised import Supervision
 from l4mesh.snapshot import CONNECT_BUCKETS_S, ClusterSnapshot, EndpointSnapshot, Snapshot, TlsSnapshot
+from l4mesh.totals import Count
 
 _BUCKET_NAMES = [f"{bound:g}" for bound in CONNECT_BUCKETS_S] + ["+Inf"]
 
@@ -47,6 +49,8 @@ class Sources:
     supervision: Callable[[], Supervision | None]
     """None: no supervisor has started this process."""
     overload: Callable[[], OverloadStatus]
+    inherited: Callable[[], Sequence[Count]]
+    """What the control loop of the process before this one has counted."""
 
 
 def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
@@ -60,6 +64,12 @@ def render_metrics(sources: Sources, accept: str) -> tuple[bytes, str]:
         kind = text_format.CONTENT_TYPE_LATEST
     encode, _ = choose_encoder(kind)
     return encode(registry), kind
+
+
+def count_control(sources: Sources) -> list[Count]:
+    """For the process after this one: the counters that are not the data path's, those of the processes before included."""
+    families = _control_metrics(sources, sources.snapshot())
+    return [Count(family.name, sample.labels, sample.value) for family in families for sample in family.samples if sample.value]
 
 
 class MeshCollector(Collector):
@@ -76,46 +86,21 @@ class MeshCollector(Collector):
         yield from _endpoint_metrics(self._sources.endpoints(), self._sources.health)
         yield from _state_metrics(self._sources.registry.states())
         yield from _health_metrics(self._sources.health)
-        yield _outlier_metric(self._sources.outliers.totals())
         yield from _tls_metrics(snapshot.tls)
         yield from _identity_metrics(self._sources.identities())
-        yield from _renewal_metrics(self._sources.renewals())
         yield from _worker_metrics(snapshot)
         yield from _config_metrics(snapshot, self._sources.reload_status())
-        yield from self._overload_metrics()
+        yield from _overload_metrics(self._sources.overload())
+        yield from _control_metrics(self._sources, snapshot)
         yield from self._process_metrics(snapshot)
-
-    def _overload_metrics(self) -> Iterator[Metric]:
-        status = self._sources.overload()
-        level = GaugeMetricFamily("l4mesh_overload_level", "Step of shedding, 0 (none) to 3, by what is short.", labels=["resource"])
-        pressure = GaugeMetricFamily("l4mesh_overload_pressure", "Share of the resource that is in use.", labels=["resource"])
-        for one in status.resources:
-            level.add_metric([one.name], one.level)
-            pressure.add_metric([one.name], one.pressure)
-        shed = CounterMetricFamily(
-            "l4mesh_overload_shed", "Idle connections ended, connections refused, pauses of accepting.", labels=["action"]
-        )
-        for action, count in (
-            ("idle_closed", status.shed.idle), ("source_refused", status.shed.sources), ("accept_paused", status.shed.accepts),
-        ):  # fmt: skip
-            shed.add_metric([action], count)
-        yield from (level, pressure, shed)
 
     def _process_metrics(self, snapshot: Snapshot) -> Iterator[Metric]:
         last, greatest = self._sources.loop_lag_s()
         yield _gauge("l4mesh_loop_lag_seconds", "How late the control loop ran its last tick.", last)
         yield _gauge("l4mesh_loop_lag_max_seconds", "The latest tick since the scrape before.", greatest)
-        yield _counter(
-            "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.",
-            self._sources.access_log_dropped(),
-        )  # fmt: skip
         yield _gauge("l4mesh_faults_enabled", "1 while the configuration lets faults be injected.", int(snapshot.faults_enabled))
         yield _gauge("l4mesh_descriptors_open", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         yield _gauge("l4mesh_descriptors_limit", "RLIMIT_NOFILE.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        yield _counter(
-            "l4mesh_rate_overflows", "Connections whose source, workload or identity shared a bucket, the table being full.",
-            snapshot.rate_overflows,
-        )  # fmt: skip
         yield _gauge("l4mesh_connections_limit", "Connections at which accepting pauses.", snapshot.max_connections)
         supervision = self._sources.supervision()
         if supervision:
@@ -131,8 +116,39 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
 
 
-def _counter(name: str, text: str, value: float) -> Metric:
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
     return CounterMetricFamily(name, text, value=value)
+
+
+def _control_metrics(sources: Sources, snapshot: Snapshot) -> Iterator[CounterMetricFamily]:
+    """The counters that are not the data path's, on top of what the processes before have counted."""
+    clusters = {cluster.name for cluster in snapshot.clusters}
+    before: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for count in sources.inherited():
+        if count.labels.get("cluster") is None or count.labels["cluster"] in clusters:
+            before.setdefault(count.metric, {})[tuple(sorted(count.labels.items()))] = count.value
+    for family in _count_control(sources, snapshot):
+        left = before.get(family.name, {})
+        family.samples = [
+            sample._replace(value=sample.value + left.pop(tuple(sorted(sample.labels.items())), 0)) for sample in family.samples
+        ] + [Sample(f"{family.name}_total", dict(labels), value) for labels, value in left.items()]
+        yield family
+
+
+def _count_control(sources: Sources, snapshot: Snapshot) -> Iterator[CounterMetricFamily]:
+    yield _health_metric(sources.health)
+    yield _outlier_metric(sources.outliers.totals())
+    yield from _identity_counters(sources.identities())
+    yield from _renewal_metrics(sources.renewals())
+    yield _reload_metric(sources.reload_status())
+    yield _shed_metric(sources.overload())
+    yield _counter(
+        "l4mesh_access_log_dropped", "Lines that were not written because the log is blocked or full.", sources.access_log_dropped()
+    )
+    yield _counter(
+        "l4mesh_rate_overflows", "Connections whose source, workload or identity shared a bucket, the table being full.",
+        snapshot.rate_overflows,
+    )  # fmt: skip
 
 
 def _reasons(family: CounterMetricFamily, name: str, closed: Mapping[CloseReason, int]) -> None:
@@ -243,18 +259,21 @@ def _state_metrics(states: list[ClusterState]) -> Iterator[Metric]:
 
 
 def _health_metrics(health: HealthChecker) -> Iterator[Metric]:
-    checks = CounterMetricFamily("l4mesh_health_check", "Health checks, by result.", labels=["cluster", "type", "result"])
-    for cluster, kind, counts in health.counts():
-        for result, count in counts.items():
-            checks.add_metric([cluster, kind, result], count)
-    yield checks
     yield _gauge("l4mesh_health_checks_under_way", "Health checks begun and not ended.", health.under_way)
     yield _gauge(
         "l4mesh_health_check_late_max_seconds", "How late the latest health check began since the scrape before.", health.take_late_s()
     )
 
 
-def _outlier_metric(totals: list[tuple[str, str, str, int]]) -> Metric:
+def _health_metric(health: HealthChecker) -> CounterMetricFamily:
+    checks = CounterMetricFamily("l4mesh_health_check", "Health checks, by result.", labels=["cluster", "type", "result"])
+    for cluster, kind, counts in health.counts():
+        for result, count in counts.items():
+            checks.add_metric([cluster, kind, result], count)
+    return checks
+
+
+def _outlier_metric(totals: list[tuple[str, str, str, int]]) -> CounterMetricFamily:
     family = CounterMetricFamily(
         "l4mesh_outlier_ejections", "Endpoints found to be outliers, by whether they were ejected or why not.",
         labels=["cluster", "detector", "result"],
@@ -306,8 +325,6 @@ def _identity_metrics(identities: list[IdentityStatus]) -> Iterator[Metric]:
     lists = GaugeMetricFamily(
         "l4mesh_identity_crl_next_update_timestamp_seconds", "When the next revocation list is due.", labels=["identity"]
     )
-    loaded = CounterMetricFamily("l4mesh_identity_loads", "Certificates taken into use.", labels=["identity"])
-    refused = CounterMetricFamily("l4mesh_identity_refusals", "Files that could not be used.", labels=["identity"])
     healthy = GaugeMetricFamily(
         "l4mesh_identity_healthy", "0 while the files can't be used and an older certificate serves, or none.", labels=["identity"]
     )
@@ -316,13 +333,20 @@ def _identity_metrics(identities: list[IdentityStatus]) -> Iterator[Metric]:
             expires.add_metric([identity.name, identity.spiffe_id], identity.expires_unix_s)
         if identity.crl_until_unix_s:
             lists.add_metric([identity.name], identity.crl_until_unix_s)
+        healthy.add_metric([identity.name], int(not identity.error))
+    yield from (expires, lists, healthy)
+
+
+def _identity_counters(identities: list[IdentityStatus]) -> Iterator[CounterMetricFamily]:
+    loaded = CounterMetricFamily("l4mesh_identity_loads", "Certificates taken into use.", labels=["identity"])
+    refused = CounterMetricFamily("l4mesh_identity_refusals", "Files that could not be used.", labels=["identity"])
+    for identity in identities:
         loaded.add_metric([identity.name], identity.loaded)
         refused.add_metric([identity.name], identity.refused)
-        healthy.add_metric([identity.name], int(not identity.error))
-    yield from (expires, lists, loaded, refused, healthy)
+    yield from (loaded, refused)
 
 
-def _renewal_metrics(renewals: list[RenewalStatus]) -> Iterator[Metric]:
+def _renewal_metrics(renewals: list[RenewalStatus]) -> Iterator[CounterMetricFamily]:
     renewed = CounterMetricFamily("l4mesh_identity_renewals", "Requests to the CA for a certificate.", labels=["identity", "result"])
     fetched = CounterMetricFamily("l4mesh_trust_fetches", "Requests to the CA for bundle and revocation lists.", labels=["result"])
     for renewal in renewals:
@@ -340,7 +364,30 @@ def _config_metrics(snapshot: Snapshot, status: ReloadStatus) -> Iterator[Metric
     yield _gauge("l4mesh_config_last_reload_success", "0 while the files hold a configuration that was refused.",
                  int(status.last_error is None))  # fmt: skip
     yield _gauge("l4mesh_config_loaded_timestamp_seconds", "When the plan in force was loaded.", status.loaded_unix_s)
+
+
+def _reload_metric(status: ReloadStatus) -> CounterMetricFamily:
     reloads = CounterMetricFamily("l4mesh_config_reloads", "Looks at the files, by result.", labels=["result"])
     for result in ("succeeded", "unchanged", "failed"):
         reloads.add_metric([result], getattr(status, result))
-    yield reloads
+    return reloads
+
+
+def _overload_metrics(status: OverloadStatus) -> Iterator[Metric]:
+    level = GaugeMetricFamily("l4mesh_overload_level", "Step of shedding, 0 (none) to 3, by what is short.", labels=["resource"])
+    pressure = GaugeMetricFamily("l4mesh_overload_pressure", "Share of the resource that is in use.", labels=["resource"])
+    for one in status.resources:
+        level.add_metric([one.name], one.level)
+        pressure.add_metric([one.name], one.pressure)
+    yield from (level, pressure)
+
+
+def _shed_metric(status: OverloadStatus) -> CounterMetricFamily:
+    shed = CounterMetricFamily(
+        "l4mesh_overload_shed", "Idle connections ended, connections refused, pauses of accepting.", labels=["action"]
+    )
+    for action, count in (
+        ("idle_closed", status.shed.idle), ("source_refused", status.shed.sources), ("accept_paused", status.shed.accepts),
+    ):  # fmt: skip
+        shed.add_metric([action], count)
+    return shed

@@ -48,7 +48,7 @@ from l4mesh.runtime import health
 from l4mesh.runtime.channel import DESCRIPTORS_MAX, Channel, DescriptorsLost, Garbled, Message, PeerGone
 from l4mesh.runtime.listeners import Place
 from l4mesh.runtime.notify import notify
-from l4mesh.totals import Totals, decode, dict_of
+from l4mesh.totals import Count, Totals, decode, dict_of
 
 PROTOCOL = 1
 """Of the messages, and of ``carried_t``: processes of different numbers don't take over from each other."""
@@ -63,6 +63,7 @@ PASSES = 3
 REPORT_EVERY_S = 0.25
 REPORT_SHARE = 50
 CALLERS = 8
+ACCEPT_AGAIN_S = 0.5
 
 log = structlog.get_logger()
 
@@ -123,6 +124,10 @@ class Running(Protocol):
         """Stops to answer admin requests, without closing the socket."""
         ...
 
+    def counted(self) -> Sequence[Count]:
+        """By the control loop."""
+        ...
+
     async def resume(self) -> None:
         """Takes ``hold`` and ``release`` back: this process goes on."""
         ...
@@ -175,6 +180,7 @@ class UpgradeServer:
         self._running = running
         self._loop = asyncio.get_running_loop()
         self._listening: socket.socket | None = None
+        self._pause: asyncio.TimerHandle | None = None
         self._path = ""
         self._lock = threading.Lock()
         self._outcome: concurrent.futures.Future[Account] | None = None
@@ -201,7 +207,12 @@ class UpgradeServer:
         assert self._listening is not None
         try:
             connected, _ = self._listening.accept()
+        except BlockingIOError:
+            return
         except OSError:
+            # No descriptor is left for it: it waits, and the loop does not spin meanwhile because the socket stays ready.
+            self._loop.remove_reader(self._listening)
+            self._pause = self._loop.call_later(ACCEPT_AGAIN_S, self.answer)
             return
         channel = Channel(connected)
         pid, uid = channel.peer
@@ -359,7 +370,8 @@ class UpgradeServer:
         self._handed_over += self._running.datapath.hand_over(lambda worker, travellers: _deliver(channel, worker, travellers))
 
     def _report(self, channel: Channel, say: str) -> None:
-        channel.send(say, {"totals": self._running.datapath.totals().encode()})
+        counts = [count.encode() for count in self._running.counted()]
+        channel.send(say, {"totals": self._running.datapath.totals().encode(), "counts": counts})
 
     def _on_loop(self, work: Callable[[], Awaitable[T]]) -> T:
         async def run() -> T:
@@ -403,6 +415,8 @@ class UpgradeServer:
         if self._listening is None:
             return
         self._loop.remove_reader(self._listening)
+        if self._pause:
+            self._pause.cancel()
         if self._successor is None:
             self._stopping.set()
             for caller in list(self._callers):
@@ -467,6 +481,8 @@ class Takeover:
         self._upgrade_socket: socket.socket | None = None
         self._listening: dict[Place, list[socket.socket]] = {}
         self.verdicts = Verdicts({}, {})
+        self.counts: Sequence[Count] = ()
+        """What the control loop of the process before has counted, as far as it has told."""
         self.is_over = False
         """The process before is gone."""
 
@@ -604,7 +620,8 @@ class Takeover:
         else:
             try:
                 datapath.inherit(Totals.decode(message.body.get("totals")))
-            except ValueError as error:
+                self.counts = [Count.decode(count) for count in message.body.get("counts", ())]
+            except (TypeError, ValueError) as error:
                 raise Garbled(str(error)) from error
         return bool(say == "yours")
 

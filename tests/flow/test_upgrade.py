@@ -83,8 +83,15 @@ class Loop:
 
 
 def test_no_connection_is_lost_and_no_counter_falls_back(mesh: Factory) -> None:
+    dead = f"127.0.0.1:{closed_port()}"
     with Server(echo) as server:
-        m = mesh(simple(server.address) | {"workers": 2})
+        watched = {
+            "outlier_detection": {"consecutive_failures": 1, "base_ejection": "100ms", "max_ejection": "100ms"},
+            # Which says nothing of the dead one.
+            "health_check": {"type": "tcp", "interval": "100ms", "port": int(server.address.rpartition(":")[2])},
+            "balance": "round_robin",
+        }
+        m = mesh(simple(server.address, dead, **watched) | {"workers": 2})
         port = m.port()
         seen: dict[str, float] = {}
 
@@ -99,8 +106,7 @@ def test_no_connection_is_lost_and_no_counter_falls_back(mesh: Factory) -> None:
             counters = {name: value for name, value in m.metrics().items() if "_total" in name or "_bucket" in name or "_count" in name}
             counters = {name: value for name, value in counters.items() if not name.startswith(("python_", "process_"))}
             for name, value in seen.items():
-                if "config_reloads" not in name:
-                    assert counters[name] >= value, name
+                assert counters[name] >= value, name
             seen.update(counters)
 
         with Loop(short) as one, Loop(short) as two, Loop(scrape) as scraping:
@@ -116,6 +122,10 @@ def test_no_connection_is_lost_and_no_counter_falls_back(mesh: Factory) -> None:
         assert m.total("l4mesh_listener_connections_closed_total") == done
         assert m.total("l4mesh_worker_connections_accepted_total") == done
         assert m.total("l4mesh_connect_seconds_count") == done
+        # One by each process.
+        assert m.metrics()['l4mesh_config_reloads_total{result="succeeded"}'] == 6
+        for name in ("l4mesh_outlier_ejections_total", "l4mesh_health_check_total"):
+            assert 0 < sum(value for known, value in seen.items() if known.startswith(name)) <= m.total(name)
         assert m.closed() == {"downstream_closed": done}
 
 
@@ -728,7 +738,7 @@ def test_a_container_waits_to_be_stopped(mesh: Factory, monkeypatch: pytest.Monk
 def test_another_configuration_is_what_the_new_process_has(mesh: Factory) -> None:
     with Server(echo) as one, Server(echo) as two, contextlib.ExitStack() as stack:
         config = simple(one.address) | {"workers": 1}
-        config["clusters"].append({"name": "gone", "endpoints": [two.address]})
+        config["clusters"].append({"name": "gone", "endpoints": [two.address], "health_check": {"type": "tcp", "interval": "100ms"}})
         config["listeners"].append({"name": "gone", "bind": "127.0.0.1:0", "cluster": "gone"})
         m = mesh(config)
         port, gone = m.port(), m.port("gone")
@@ -750,6 +760,8 @@ def test_another_configuration_is_what_the_new_process_has(mesh: Factory) -> Non
         removed = 'l4mesh_listener_connections_opened_total{listener="(removed)"}'
         assert m.metrics()[removed] == 1
         assert m.metrics()['l4mesh_connections_active{cluster="(removed)"}'] == 1
+        # Of checks there is nothing that the rest would belong to.
+        assert not [name for name in m.metrics() if name.startswith("l4mesh_health_check_total")]
         stack.close()
         wait_until(lambda: m.active() == 0, "all have ended")
         assert (

@@ -8,7 +8,7 @@ import pytest
 
 from l4mesh.errors import CloseReason, Fault, TlsCause
 from l4mesh.snapshot import ClusterSnapshot, EndpointSnapshot, ListenerSnapshot, Snapshot, TlsSnapshot, WorkerSnapshot
-from l4mesh.totals import Totals
+from l4mesh.totals import Count, Totals
 
 CLOSED = {CloseReason.DOWNSTREAM_CLOSED: 3}
 CLUSTER = ClusterSnapshot("c", 1, 4, CLOSED, 10, 20, 5, 1, 0.5, (1,) * 17, (2,) * len(Fault))
@@ -121,3 +121,16 @@ def test_another_version_may_count_more_or_less() -> None:
 def test_anything_else_is_refused(data: object) -> None:
     with pytest.raises(ValueError, match="not the counters of a process|unpack|zip"):
         Totals.decode(data)
+
+
+def test_a_count_of_the_control_loop_crosses() -> None:
+    count = Count("l4mesh_health_check", {"cluster": "c", "result": "passed"}, 3)
+    assert Count.decode(json.loads(json.dumps(count.encode()))) == count
+
+
+@pytest.mark.parametrize(
+    "data", [None, 1, [], ["m", [], 1, 1], [1, [], 1], ["m", 1, 1], ["m", [["a"]], 1], ["m", [[1, 2]], 1], ["m", [], "1"]]
+)
+def test_what_is_no_count_is_refused(data: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        Count.decode(data)

@@ -1,6 +1,7 @@
 """A process that takes over, and running ones that do not keep to the protocol."""
 
 import asyncio
+import errno
 import gc
 import os
 import socket
@@ -8,16 +9,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from l4mesh.config.load import parse_config
 from l4mesh.datapath import CARRIED_BYTES, Datapath
 from l4mesh.errors import CommandError
+from l4mesh.runtime import upgrade
 from l4mesh.runtime.channel import Channel
 from l4mesh.runtime.listeners import Listeners
-from l4mesh.runtime.upgrade import Takeover, request_upgrade
+from l4mesh.runtime.upgrade import Takeover, UpgradeServer, request_upgrade
 
 Script = Callable[[Channel], Any]
 
@@ -174,3 +176,44 @@ def test_the_command_hears_why_not(tmp_path: Path) -> None:
         stack.enter_context(running(tmp_path / "gone", lambda channel: None))
         with pytest.raises(CommandError, match="does not say how the upgrade went"):
             request_upgrade(str(tmp_path / "gone"))
+
+
+class WithoutDescriptors(socket.socket):
+    """Its first accept finds no descriptor left."""
+
+    tries = 0
+
+    def accept(self) -> Any:
+        self.tries += 1
+        if self.tries == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_a_caller_for_whom_no_descriptor_is_left_waits_and_nothing_spins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        with WithoutDescriptors(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            listening.bind(str(tmp_path / "upgrade"))
+            listening.listen()
+            server = UpgradeServer(cast("Any", None))
+            server.listen("", listening)
+            server.answer()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+                caller.connect(str(tmp_path / "upgrade"))
+                while not listening.tries:
+                    await asyncio.sleep(0)
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                assert listening.tries == 1
+                # As when the pause is over.
+                server.answer()
+                channel = Channel(caller)
+                channel.send("replace", {"protocol": 0, "version": "test"})
+                answer = await loop.run_in_executor(None, channel.receive, 10, "refused")
+                assert "can't take over" in answer.body["why"]
+                assert listening.tries == 2
+            await server.stop(remove_path=False)
+
+    monkeypatch.setattr(upgrade, "ACCEPT_AGAIN_S", 3600)
+    asyncio.run(serve())
