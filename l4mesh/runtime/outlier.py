@@ -159,8 +159,10 @@ class OutlierDetector:
                 self._woken.clear()
                 self.look()
                 left_s = max(0, self._queue[0][0] - self._now_ms()) / 1000 if self._queue else None
+                # Not wait_for: before Python 3.12 that swallows a cancellation which meets what it waits for.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), left_s)
+                    async with asyncio.timeout(left_s):
+                        await self._woken.wait()
         finally:
             for task in self._probes:
                 task.cancel()
@@ -267,7 +269,8 @@ async def can_connect(endpoint: Endpoint, within_ms: int, mark: int) -> bool:
             probe.setblocking(False)
             if mark:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-            await asyncio.wait_for(asyncio.get_running_loop().sock_connect(probe, (endpoint.host, endpoint.port)), within_ms / 1000)
+            async with asyncio.timeout(within_ms / 1000):
+                await asyncio.get_running_loop().sock_connect(probe, (endpoint.host, endpoint.port))
     except (OSError, TimeoutError):
         return False
     return True

@@ -107,8 +107,10 @@ class Renewer:
                     await self._do(self._schedule, self._ca, self._config, task)
                     continue
             self._changed.clear()
+            # Not wait_for, as in outlier.py.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), sleep_s)
+                async with asyncio.timeout(sleep_s):
+                    await self._changed.wait()
 
     async def _do(self, schedule: Schedule, ca: CaClient, config: Config, task: Task) -> None:
         before = task.error

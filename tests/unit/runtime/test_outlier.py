@@ -229,3 +229,20 @@ def test_a_probe_connects_for_real(there: bool) -> None:
             assert await can_connect(Endpoint("127.0.0.1", port), 5000, 0) is there
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_it_ends_when_told_to_whatever_has_just_woken_it(turns: int) -> None:
+    async def run() -> None:
+        bench = Bench(config_of(outlier="{interval: 1h}"))
+        task = asyncio.create_task(bench.detector.run())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        bench.configure(config_of(outlier="{interval: 1s}"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert task.cancelled()
+
+    asyncio.run(run())
