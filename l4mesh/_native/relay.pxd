@@ -28,7 +28,7 @@ from l4mesh._native.tls cimport tls_flush, tls_read, tls_shut, tls_write
 from l4mesh._native.types cimport (
     FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_END, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET, HALF_DROPPED, HALF_ENDED, HALF_HEADER,
     HALF_PACED, HALF_SPLICE, HALF_WAITS, PIPE_POOL, PLAIN_BYTES, SCRATCH_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_NODELAY,
-    SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_LARGE_BYTES, TLS_READ_BYTES, TLS_SHUT, UPSTREAM,
+    SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_READ_BYTES, TLS_SHUT, TLS_STEP_BYTES, UPSTREAM,
     conn_t, flow_t, half_t, pipe_t, side_t, worker_t,
 )
 
@@ -279,14 +279,28 @@ cdef inline flow_t half_encrypt(worker_t *worker, conn_t *conn, int h, const uin
     return flow
 
 
-cdef inline bint side_has_room(const side_t *sink) noexcept nogil:
-    # Whether the socket would take a large step at once, with what the kernel adds to it for its own account: what it did not take we
-    # would have to keep.
+cdef inline uint32_t side_room(const side_t *sink) noexcept nogil:
+    # How much the socket would take at once: half of what is free, for the kernel's own account goes from it as well.
     cdef uint32_t memory[9]          # SK_MEMINFO_VARS
     cdef socklen_t size = sizeof(memory)
     if getsockopt(sink.fd, SOL_SOCKET, SO_MEMINFO, memory, &size) != 0 or memory[5] > memory[3]:
-        return False
-    return memory[3] - memory[5] >= 2 * PLAIN_BYTES
+        return 0
+    return (memory[3] - memory[5]) // 2
+
+
+cdef inline uint32_t half_large(const half_t *half, const side_t *sink, uint32_t limit) noexcept nogil:
+    # How much to read of a stream where TLS is on either side: what the destination would not take we would have to keep. 0: as usual.
+    cdef uint32_t room
+    if not half.full_reads:
+        return 0
+    room = side_room(sink)
+    if room > limit:
+        room = limit
+    if room > PLAIN_BYTES:
+        room = PLAIN_BYTES
+    if room < TLS_STEP_BYTES + 2 * TLS_READ_BYTES:
+        return 0
+    return (room - TLS_STEP_BYTES) & ~<uint32_t> (TLS_READ_BYTES - 1)
 
 
 cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t *moved, uint32_t limit) noexcept nogil:
@@ -295,8 +309,8 @@ cdef inline flow_t half_copy_tls(worker_t *worker, conn_t *conn, int h, uint32_t
     cdef side_t *source = &conn.side[h]
     cdef size_t length = 0
     cdef bint ended = False
-    cdef bint large = half.full_reads and limit >= PLAIN_BYTES and side_has_room(&conn.side[1 - h])
-    cdef size_t most = TLS_LARGE_BYTES if large else TLS_READ_BYTES
+    cdef uint32_t large = half_large(half, &conn.side[1 - h], limit)
+    cdef size_t most = large if large else TLS_READ_BYTES
     cdef ssize_t n
     cdef flow_t flow = FLOW_MORE, sent
     if source.tls != NULL:

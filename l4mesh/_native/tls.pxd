@@ -25,7 +25,7 @@ from l4mesh._native.types cimport (
     CHAINS, CHAIN_KEYS, CIPHER_BYTES, FLOW_BLOCKED, FLOW_DESTINATION_RESET, FLOW_EXHAUSTED, FLOW_MORE, FLOW_SOURCE_RESET,
     PLAIN_BYTES, SIDE_ERROR, SIDE_FIN_SEEN, SIDE_PENDING, SIDE_READABLE, SIDE_RESET, SIDE_URGENT, SIDE_WRITABLE, TLS_ABUSED,
     TLS_ANSWERED, TLS_BAD_CERTIFICATE, TLS_BAD_RECORD, TLS_BROKEN, TLS_EXPIRED, TLS_FULL_ONLY, TLS_HEARD, TLS_INTERNAL, TLS_KEY_UPDATES,
-    TLS_LARGE_BYTES, TLS_NOT_TLS, TLS_NOT_YET_VALID, TLS_NO_CERTIFICATE, TLS_NO_COMMON_PARAMETERS, TLS_OK, TLS_PEER_ALERT,
+    TLS_NOT_TLS, TLS_NOT_YET_VALID, TLS_NO_CERTIFICATE, TLS_NO_COMMON_PARAMETERS, TLS_OK, TLS_PEER_ALERT,
     TLS_PROTOCOL_VERSION, TLS_READY, TLS_READ_BYTES, TLS_RESUMED, TLS_REVOKED, TLS_SERVER, TLS_SHUT, TLS_STEP_BYTES, TLS_TRUNCATED,
     TLS_UNKNOWN_CA, TLS_WRONG_IDENTITY, chain_t, flow_t, plan_t, side_t, tls_context_t, tls_t, trust_t, worker_t,
 )
@@ -35,7 +35,7 @@ cdef enum:
     TICKET_LIFETIME_S = 3600
     CHAIN_DEPTH = CHAIN_KEYS - 2
     CHAIN_BYTES = 32768
-    OUT_MAX = 524288                 # of ciphertext that waits for the socket: a read's worth, and room for what TLS itself says
+    OUT_MAX = 786432                 # of ciphertext that waits for the socket: a read's worth, and room for what TLS itself says
 
 cdef enum handshake_t:
     HANDSHAKE_WAITS = 0
@@ -702,12 +702,13 @@ cdef inline handshake_t tls_handshake(worker_t *worker, side_t *side, int32_t *e
 
 
 cdef inline flow_t tls_read(
-    worker_t *worker, side_t *side, bint large, uint32_t limit, size_t *length, bint *ended, int32_t *error
+    worker_t *worker, side_t *side, uint32_t large, uint32_t limit, size_t *length, bint *ended, int32_t *error
 ) noexcept nogil:
-    # Into worker.plain: what OpenSSL has, and what comes of one large read; or up to TLS_STEP_BYTES, and no more than `limit`.
+    # Into worker.plain: what OpenSSL has, and what comes of one read of `large` bytes; or, where that is 0, up to TLS_STEP_BYTES and no
+    # more than `limit`.
     # FLOW_SOURCE_RESET: the peer broke off or broke the rules; `length` bytes before that are good. `ended`: the peer's close_notify.
     cdef tls_t *tls = side.tls
-    cdef size_t room = PLAIN_BYTES if large else TLS_STEP_BYTES if limit > TLS_STEP_BYTES else limit
+    cdef size_t room = large + TLS_STEP_BYTES if large else TLS_STEP_BYTES if limit > TLS_STEP_BYTES else limit
     cdef size_t n
     cdef int rc, why
     cdef flow_t flow = FLOW_BLOCKED
@@ -716,7 +717,7 @@ cdef inline flow_t tls_read(
         return FLOW_SOURCE_RESET
     tls_begin(worker, side)
     if large:
-        worker.feed_most = TLS_LARGE_BYTES
+        worker.feed_most = large
     while True:
         if length[0] == room:
             L4_BUG(worker.feed_length != 0, "a large read is larger than its step")

@@ -34,10 +34,10 @@ cdef enum:
     # can complete on top of it.
     TLS_READ_BYTES = 65536
     TLS_STEP_BYTES = 81920
-    # The same of a stream whose destination has room for all of it: fewer acknowledgements and wake-ups for as many bytes.
-    TLS_LARGE_BYTES = 262144
-    PLAIN_BYTES = 344064      # of one step: a large read on top of what OpenSSL had read before
-    CIPHER_BYTES = 360448     # what PLAIN_BYTES become at most, with the alerts and key updates before them
+    # The same at most of a stream whose destination has room for all of it: fewer acknowledgements and wake-ups for as many bytes.
+    TLS_LARGE_BYTES = 524288
+    PLAIN_BYTES = 606208      # of one step: a large read on top of what OpenSSL had read before
+    CIPHER_BYTES = 622592     # what PLAIN_BYTES become at most, with the alerts and key updates before them
 
 # errors.CloseReason has the same numbers; a test compares them.
 cdef enum close_reason_t:
