@@ -85,7 +85,7 @@ class Channel:
             packets.append(packet[1:])
             if packet[:1] == _LAST:
                 break
-            _close_all(descriptors)
+            close_all(descriptors)
             if packet[:1] != _MORE or length > MESSAGE_BYTES_MAX:
                 raise Garbled("what came is no message")
         try:
@@ -93,7 +93,7 @@ class Channel:
             if body["say"] not in expected:
                 raise Garbled(f"said {str(body['say'])[:50]!r} instead of {' or '.join(expected)}")
         except BaseException:
-            _close_all(descriptors)
+            close_all(descriptors)
             raise
         return Message(body, data, descriptors)
 
@@ -123,7 +123,7 @@ class Channel:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.frombytes(content[: len(content) // 4 * 4])
         if not packet or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-            _close_all(descriptors)
+            close_all(descriptors)
             if not packet:
                 raise PeerGone("the other process is gone")
             raise DescriptorsLost("descriptors run out") if flags & socket.MSG_CTRUNC else Garbled("what came is too long")
@@ -161,6 +161,6 @@ def _parse(whole: bytes) -> tuple[dict[str, Any], bytes]:
     raise Garbled("what came is no message")
 
 
-def _close_all(descriptors: Sequence[int]) -> None:
+def close_all(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)

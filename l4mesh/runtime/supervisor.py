@@ -44,7 +44,7 @@ from typing import Any
 from l4mesh.capture.host import Listing, apply_rules, check_rules, remove_rules, require_tools
 from l4mesh.capture.rules import FamilyRules, Rule, without_capture
 from l4mesh.errors import CommandError
-from l4mesh.runtime.channel import Channel, DescriptorsLost, Garbled, PeerGone
+from l4mesh.runtime.channel import Channel, DescriptorsLost, Garbled, PeerGone, close_all
 from l4mesh.runtime.notify import Heartbeat, notify
 
 CHANNEL = "L4MESH_SUPERVISOR"
@@ -229,7 +229,7 @@ class Child:
 
     def let_go(self) -> None:
         """Of the listening sockets: else connections that nobody accepts would wait there."""
-        _close_all(self.kept)
+        close_all(self.kept)
         self.kept = []
 
 
@@ -354,7 +354,7 @@ class Supervisor:
             raise
 
     def _let_go(self) -> None:
-        _close_all(self._kept)
+        close_all(self._kept)
         self._kept = []
 
     def _keep(self, child: Child) -> None:
@@ -533,11 +533,6 @@ class Supervisor:
                 child.signal(number)
         if not self._children():
             self._code = int(self._rules.left)
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _shown(code: int) -> str:

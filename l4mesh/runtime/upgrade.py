@@ -45,7 +45,7 @@ from l4mesh.errors import CommandError, L4meshError
 from l4mesh.model import SocketAddress
 from l4mesh.policy import outlier
 from l4mesh.runtime import health
-from l4mesh.runtime.channel import DESCRIPTORS_MAX, Channel, DescriptorsLost, Garbled, Message, PeerGone
+from l4mesh.runtime.channel import DESCRIPTORS_MAX, Channel, DescriptorsLost, Garbled, Message, PeerGone, close_all
 from l4mesh.runtime.listeners import Place
 from l4mesh.runtime.notify import notify
 from l4mesh.totals import Count, Totals, decode, dict_of
@@ -639,8 +639,7 @@ class Takeover:
             descriptors = []
             raise
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            close_all(descriptors)
         self._channel.send("not_taken")
 
     def fail(self, why: str) -> None:
