@@ -28,19 +28,23 @@ if mode not in MODES:
     raise SystemExit(f"L4MESH_BUILD={mode}: must be one of {', '.join(MODES)}")
 
 
-# For gcm.pxi; 1.3, the first that tests itself, or later.
-ipsec_mb_header = Path("/usr/include/intel-ipsec-mb.h")
-ipsec_mb = (
-    platform.machine() == "x86_64" and ipsec_mb_header.exists() and "IMB_FEATURE_SELF_TEST_PASS" in ipsec_mb_header.read_text("utf-8")
-)
+def has(header: str, word: str) -> bool:
+    """Whether this library can be used; ``word`` is something that the first version that will do has."""
+    path = Path("/usr/include") / header
+    return platform.machine() == "x86_64" and path.exists() and word in path.read_text("utf-8")
+
+
+# For gcm.pxi.
+ipsec_mb = has("intel-ipsec-mb.h", "IMB_FEATURE_SELF_TEST_PASS")
+gcrypt = has("gcrypt.h", "gcry_cipher_gettag")
 
 
 def extension(name: str, source: str, *options: str) -> Extension:
     return Extension(
         name,
         [source],
-        libraries=["ssl", "crypto", *(["IPSec_MB"] if ipsec_mb else [])],
-        define_macros=[("L4_IPSEC_MB", "1")] if ipsec_mb else [],
+        libraries=["ssl", "crypto", *(["IPSec_MB"] if ipsec_mb else []), *(["gcrypt"] if gcrypt else [])],
+        define_macros=[*([("L4_IPSEC_MB", "1")] if ipsec_mb else []), *([("L4_GCRYPT", "1")] if gcrypt else [])],
         extra_compile_args=[*MODES[mode]["compile"], *WARNINGS, *options],
         extra_link_args=MODES[mode]["link"],
     )

@@ -34,8 +34,10 @@ from l4mesh._native.bandwidth cimport (
     OWN_PER_S, OWN_QUANTUM_MIN, bucket_change, bucket_drop, bucket_quantum, bucket_set, bucket_t, lane_share, lane_t,
 )
 from l4mesh._native.debug cimport L4_BUG
+from l4mesh._native.gcrypt cimport *
 from l4mesh._native.handover cimport passage_pack, passage_unpack
 from l4mesh._native.hello cimport HELLO_FOUND, HELLO_INVALID, HELLO_NOT_TLS, HELLO_PARTIAL, hello_parse, hello_t
+from l4mesh._native.ipsec_mb cimport *
 from l4mesh._native.lanes cimport LANE_DIRECT, LANE_EVENTS, LANE_TURN, LANES_FULL, lane_is_in_use, lanes_init, lanes_pop, lanes_push
 from l4mesh._native.linux cimport *
 from l4mesh._native.openssl cimport *

@@ -469,8 +469,8 @@ def openssl_version() -> str:
     """The library in use, as it names itself, and whose AES-GCM where that is not its own."""
     cdef str version = (<const char *> OpenSSL_version(0)).decode()
     tls_library()
-    if gcm_manager != NULL:
-        version += f", AES-GCM of ipsec-mb {(<const char *> imb_get_version_str()).decode()}"
+    if gcm_library.name != NULL:
+        version += f", AES-GCM of {gcm_library.name.decode()} {gcm_library.version.decode()}"
     return version
 
 

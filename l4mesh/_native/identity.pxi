@@ -31,9 +31,9 @@ cdef void choose_algorithms(int operation, tuple names):
         name = offered.algorithm_names.split(b":")[0]
         if name in names and (operation != OSSL_OP_DECODER or b"structure=SubjectPublicKeyInfo" in offered.property_definition):
             chosen[0] = offered[0]
-            if gcm_manager != NULL and name == b"AES-128-GCM":
+            if gcm_library.name != NULL and name == b"AES-128-GCM":
                 gcm_take_over(chosen, &gcm_kinds[0], <cipher_function_t> gcm_new_128, provider)
-            elif gcm_manager != NULL and name == b"AES-256-GCM":
+            elif gcm_library.name != NULL and name == b"AES-256-GCM":
                 gcm_take_over(chosen, &gcm_kinds[1], <cipher_function_t> gcm_new_256, provider)
             chosen += 1
         offered += 1

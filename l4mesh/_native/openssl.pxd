@@ -29,6 +29,17 @@ cdef extern from *:
     static inline void l4_bio_no_retry(BIO *bio) { BIO_clear_retry_flags(bio); }
     static inline int l4_add_chain(SSL_CTX *ctx, X509 *cert) { return (int) SSL_CTX_add1_chain_cert(ctx, cert); }
     static inline int l4_peek_reason(void) { return ERR_GET_REASON(ERR_peek_last_error()); }
+    /* For AES-GCM: since 3.1, with AVX-512. */
+    static inline int l4_openssl_has_vaes(void)
+    {
+    #if defined(__x86_64__)
+        return OpenSSL_version_num() >= 0x30100000 && __builtin_cpu_supports("vaes") && __builtin_cpu_supports("vpclmulqdq")
+            && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+            && __builtin_cpu_supports("avx512vl");
+    #else
+        return 0;
+    #endif
+    }
     static inline void l4_raise_out_of_memory(void) { ERR_raise(ERR_LIB_PROV, ERR_R_MALLOC_FAILURE); }
     /* Whether OpenSSL has just failed for want of memory, whatever else it made of it. Empties the queue of errors. */
     static inline int l4_out_of_memory(void)
@@ -289,6 +300,7 @@ cdef extern from *:
     void ERR_clear_error() noexcept nogil
     int l4_peek_reason() noexcept nogil
     void l4_raise_out_of_memory() noexcept nogil
+    bint l4_openssl_has_vaes() noexcept nogil
     bint l4_out_of_memory() noexcept nogil
     const char *OpenSSL_version(int what) noexcept nogil
     unsigned long OpenSSL_version_num() noexcept nogil

@@ -41,7 +41,8 @@ static int add_range(struct dl_phdr_info *info, size_t size, void *context)
     (void) size; (void) context;
     name = name ? name + 1 : info->dlpi_name;
     if (strncmp(name, "_fastpath", 9) == 0) kind = OWN;
-    else if (strncmp(name, "libssl", 6) == 0 || strncmp(name, "libcrypto", 9) == 0 || strncmp(name, "libIPSec", 8) == 0) kind = OPENSSL;
+    else if (strncmp(name, "libssl", 6) == 0 || strncmp(name, "libcrypto", 9) == 0 || strncmp(name, "libIPSec", 8) == 0
+             || strncmp(name, "libgcrypt", 9) == 0) kind = OPENSSL;
     for (i = 0; kind && i < info->dlpi_phnum && n_ranges < MAX_RANGES; i++) {
         if (info->dlpi_phdr[i].p_type != PT_LOAD || !(info->dlpi_phdr[i].p_flags & PF_X)) continue;
         ranges[n_ranges].base = info->dlpi_addr;
