@@ -32,7 +32,7 @@ from bench.stage import Machine
 ENTRIES = (*PLAIN_PEERS, "l4mesh")
 RATE = 1000
 CONNECTIONS = 20
-STORM_RATE = 400
+STORM_RATE = 300
 STORM_AT_ONCE = 16
 SECONDS = 2
 REPEATS = 5

@@ -19,6 +19,12 @@ cdef inline bint address_equal(const address_t *a, const address_t *b) noexcept 
     return a.port == b.port and memcmp(a.ip, b.ip, 16) == 0
 
 
+cdef inline bint address_is_loopback(const address_t *a) noexcept nogil:
+    if address_is_v4(a):
+        return a.ip[12] == 127
+    return memcmp(a.ip, b"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01", 16) == 0
+
+
 cdef inline uint64_t mix64(uint64_t x) noexcept nogil:
     # The 64-bit finalizer of MurmurHash3 (Appleby): every input bit reaches every output bit.
     x ^= x >> 33

@@ -16,6 +16,16 @@ cdef str text_or_empty(const char *text):
     return text.decode("ascii", "replace") if text != NULL else ""
 
 
+cdef bint host_paces() noexcept nogil:
+    cdef char name[16]
+    cdef socklen_t size = sizeof(name)
+    cdef int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    cdef bint paces = getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &size) == 0 and memcmp(name, b"bbr", 3) == 0
+    if fd >= 0:
+        close(fd)
+    return paces
+
+
 cdef class Engine:
     """The workers and what they share. Owns their memory; the control loop owns the listening sockets."""
 
@@ -43,6 +53,7 @@ cdef class Engine:
         self.engine.handshakes = <sources_t *> memory(sizeof(sources_t))
         self.engine.given = <SSL_SESSION **> memory(GIVEN * sizeof(void *))
         self.engine.revocation_seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x5bf0a8b1457695b3)
+        self.engine.paces = host_paces()
         self.engine.seed = mix64(<uint64_t> seeds[0] ^ <uint64_t> 0x9e3779b97f4a7c15)
         self.engine.sources.seed = self.engine.handshakes.seed = self.engine.seed
         self.engine.wake_fds = <int *> calloc(n_workers, sizeof(int))

@@ -752,6 +752,7 @@ ctypedef struct engine_t:
     int64_t idle_cap_ms              # overload: a sweep ends what has been idle for longer; 0: nothing
     int64_t source_share             # overload: live connections that a source may have; 0: they need not be counted
     int64_t accept_budget            # overload: connections that a worker accepts between two pauses; 0: any number
+    uint8_t paces                    # the congestion control of this host's choice does
 
 ctypedef struct worker_t:
     engine_t *engine

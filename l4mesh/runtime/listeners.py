@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from l4mesh.errors import CommandError
-from l4mesh.model import Capture, Config, Keepalive, Listener, SocketAddress
+from l4mesh.model import Capture, Config, Direction, Keepalive, Listener, SocketAddress
 from l4mesh.netns import run_in_namespace
 
 IP_TRANSPARENT = 19
@@ -25,6 +26,8 @@ class SocketOptions:
     keepalive: Keepalive
     user_timeout_ms: int
     backlog: int
+    peers_are_here: bool
+    """All that connect are of this host."""
     owner: str
     """The listener, where the kernel chooses the port: two of them must not share a socket. Else ""."""
 
@@ -141,9 +144,10 @@ def _wanted(config: Config) -> set[SocketOptions]:
 
 
 def socket_options(listener: Listener, bind: SocketAddress) -> SocketOptions:
+    captures_here = listener.capture != Capture.NONE and listener.direction == Direction.OUTBOUND
     return SocketOptions(
         bind, listener.capture == Capture.TPROXY, listener.keepalive, listener.user_timeout_ms, listener.backlog,
-        "" if bind.port else listener.name,
+        captures_here or ipaddress.ip_address(bind.host).is_loopback, "" if bind.port else listener.name,
     )  # fmt: skip
 
 
@@ -223,6 +227,9 @@ def _tune(listening: socket.socket, options: SocketOptions) -> None:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, keepalive.interval_s)
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, keepalive.count)
     listening.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, options.user_timeout_ms)
+    if options.peers_are_here and listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
+        # See side_unpace in _fastpath.pyx.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def _explain(error: OSError) -> str:

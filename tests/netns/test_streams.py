@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -12,20 +13,86 @@ from tests.support.mesh import simple
 from tests.support.peers import DEADLINE_S, FIN, Server, connect, make_bytes, read_exactly, read_to_end
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.netns
-
 MB = 1 << 20
+AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text("ascii").split()
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif("bbr" not in AVAILABLE, reason="the kernel has no BBR, which is all that this is about"),
+]
 
 
-def congestion_control(host: Host, filters: str) -> str:
-    """Of the one established connection that ``ss`` finds."""
-    lines = host.run("ss", "-tinH", "state", "established", *filters.split()).splitlines()
-    (algorithm,) = [line.split()[0] for line in lines if line.startswith("\t")]
+def congestion_control(host: Host, filters: str, state: str = "established") -> str:
+    """Of the one connection, or the sockets of the one listener, that ``ss`` finds."""
+    lines = host.run("ss", "-tinH", "state", state, *filters.split()).splitlines()
+    (algorithm,) = {line.split()[0] for line in lines if line.startswith("\t")}
     return algorithm
 
 
+def echo(peer: socket.socket) -> None:
+    peer.sendall(read_exactly(peer, 1))
+    read_exactly(peer, 1)
+
+
+@pytest.mark.parametrize("v6", [False, True])
+def test_what_is_known_to_stay_here_is_never_paced(mesh: Factory, v6: bool) -> None:
+    loopback = "::1" if v6 else "127.0.0.1"
+    with Lab() as lab:
+        here = lab.host("here")
+        here.run("sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr")
+        with run_in_namespace(here.path, lambda: Server(echo, loopback)) as server:
+            m = mesh(
+                simple(server.address, listener={"bind": f"[{loopback}]:0" if v6 else f"{loopback}:0"}), prefix=tuple(here.command())
+            )
+            port = m.port()
+            with run_in_namespace(here.path, lambda: connect(port, loopback)) as client:
+                client.sendall(b"x")
+                assert read_exactly(client, 1) == b"x"
+                assert congestion_control(here, f"sport = :{port}") == "reno"
+                assert congestion_control(here, f"dport = :{server.port}") == "reno"
+                # The other ends are not ours.
+                assert congestion_control(here, f"dport = :{port}") == "bbr"
+                assert congestion_control(here, f"sport = :{server.port}") == "bbr"
+                client.sendall(b"x")
+                assert read_to_end(client) == (b"", FIN)
+        mesh.stack.close()
+
+
+def test_a_workload_is_here_and_what_else_comes_from_outside_is_not(mesh: Factory) -> None:
+    with Lab() as lab:
+        here, pod = lab.host("here"), lab.host("pod")
+        lab.link(here, "eth0", pod, "eth0")
+        here.run("ip", "address", "add", "10.9.0.1/24", "dev", "eth0")
+        pod.run("ip", "address", "add", "10.9.0.2/24", "dev", "eth0")
+        here.run("sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr")
+        with run_in_namespace(pod.path, lambda: Server(echo, "10.9.0.2")) as server:
+            config = simple(server.address, listener={"bind": "10.9.0.1:0"}) | {
+                "workloads": [{"name": "pod", "addresses": ["10.9.0.2"]}]
+            }
+            m = mesh(config, prefix=tuple(here.command()))
+            port = m.port()
+            with run_in_namespace(pod.path, lambda: connect(port, "10.9.0.1")) as client:
+                client.sendall(b"x")
+                assert read_exactly(client, 1) == b"x"
+                assert congestion_control(here, f"dport = :{server.port}") == "reno"
+                # Accepted before it is known from where.
+                assert congestion_control(here, f"sport = :{port}") == "bbr"
+                client.sendall(b"x")
+                assert read_to_end(client) == (b"", FIN)
+        mesh.stack.close()
+
+
+def test_a_listener_that_captures_what_leaves_has_neighbours_only(mesh: Factory) -> None:
+    with Lab() as lab:
+        here = lab.host("here")
+        here.run("sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr")
+        for direction, algorithm in (("outbound", "reno"), ("inbound", "bbr")):
+            listener = {"bind": "0.0.0.0:0", "capture": "redirect", "direction": direction}
+            m = mesh(simple("127.0.0.1:9", listener=listener), prefix=tuple(here.command()))
+            assert congestion_control(here, f"sport = :{m.port()}", "listening") == algorithm
+            mesh.stack.close()
+
+
 def test_a_stream_within_the_host_is_not_paced(mesh: Factory) -> None:
-    # The host's own choice is reno here, so that a change shows; in the wild it is BBR that costs a timer for every send.
     data = make_bytes(4 * MB)
 
     def serve(peer: socket.socket) -> None:
@@ -38,7 +105,7 @@ def test_a_stream_within_the_host_is_not_paced(mesh: Factory) -> None:
         lab.link(here, "eth0", far, "eth0")
         here.run("ip", "address", "add", "10.9.0.1/24", "dev", "eth0")
         far.run("ip", "address", "add", "10.9.0.2/24", "dev", "eth0")
-        here.run("sysctl", "-qw", "net.ipv4.tcp_congestion_control=reno")
+        here.run("sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr")
         with run_in_namespace(far.path, lambda: Server(serve, "10.9.0.2")) as server:
             m = mesh(simple(server.address, listener={"bind": "10.9.0.1:0"}), prefix=tuple(here.command()))
             port = m.port()
@@ -47,8 +114,8 @@ def test_a_stream_within_the_host_is_not_paced(mesh: Factory) -> None:
                 sender.start()
                 assert read_exactly(client, len(data)) == data
                 sender.join(DEADLINE_S)
-                wait_until(lambda: congestion_control(here, f"sport = :{port}") == "cubic", "the client's stream is local")
-                assert congestion_control(here, f"dport = :{server.port}") == "reno"
+                wait_until(lambda: congestion_control(here, f"sport = :{port}") == "reno", "the client's stream is local")
+                assert congestion_control(here, f"dport = :{server.port}") == "bbr"
                 client.sendall(b"x")
                 # The server has it: when it is closed before, it looks as if the byte were lost.
                 assert read_to_end(client) == (b"", FIN)
