@@ -58,6 +58,7 @@ def test_an_endpoint_that_was_away_comes_back_with_the_connections_that_it_still
                 talk(second)
                 assert is_refused(port)
             talk(client)
+        wait_until(lambda: not any(one["active"] for one in m.cluster()["endpoints"]), "both endpoints are free again")
         with connect(port) as client:
             talk(client)
         assert flaps.accepted + other.accepted == 3
@@ -172,8 +173,13 @@ def test_a_rewrite_without_a_change_is_none(mesh: Factory) -> None:
     with named(b"same") as server:
         config = simple(server.address)
         m = mesh(config)
-        m.write(config)
-        wait_until(lambda: m.status()["config"]["unchanged"] >= 1, "the rewrite is seen")
+
+        def seen() -> bool:
+            # Again and again: one before the watch is there is no change to it.
+            m.write(config)
+            return bool(m.status()["config"]["unchanged"] >= 1)
+
+        wait_until(seen, "the rewrite is seen", every_s=0.5)
         assert m.status()["generation"] == 1
 
 
@@ -225,6 +231,8 @@ def test_kubernetes_swaps_its_data_link(mesh: Factory, tmp_path: Path) -> None:
         publish("v1", simple(one.address, listener=listener))
         (folder / "mesh.yaml").symlink_to("..data/mesh.yaml")
         m.file.unlink()
+        # What is there before the watch is, is no change to it.
+        m.process.send_signal(signal.SIGHUP)
         wait_until(lambda: m.status()["config"]["last_error"] is None and m.status()["config"]["unchanged"], "v1 is seen")
         assert ask(port) == b"one"
         publish("v2", simple(two.address, listener=listener))

@@ -24,6 +24,7 @@ static struct { uintptr_t start, end, base; int kind; } ranges[MAX_RANGES];
 static int n_ranges;
 static unsigned armed;                     /* kinds that are counted */
 static long seen, first, last;             /* calls since it was armed; those from `first` to `last` fail */
+static uintptr_t only;                     /* or, if not 0, the first one from this place */
 static long failed;
 static int error_code;
 static uintptr_t sites[MAX_SITES];         /* by number of the call: offset in its library */
@@ -67,20 +68,22 @@ static int fails(unsigned kind, const void *caller)
     unsigned kinds = __atomic_load_n(&armed, __ATOMIC_ACQUIRE);
     int range;
     long number;
+    uintptr_t site;
     if (kinds == 0 || (kind && !(kinds & kind))) return 0;
     range = range_of(caller);
     if (range < 0 || (kind ? ranges[range].kind != OWN : !(kinds & ranges[range].kind))) return 0;
     number = __atomic_fetch_add(&seen, 1, __ATOMIC_RELAXED);
-    if (number < MAX_SITES) sites[number] = ((uintptr_t) caller - ranges[range].base) << 1 | (ranges[range].kind == OWN);
-    if (number < first || number > last) return 0;
-    __atomic_fetch_add(&failed, 1, __ATOMIC_RELAXED);
+    site = ((uintptr_t) caller - ranges[range].base) << 1 | (ranges[range].kind == OWN);
+    if (number < MAX_SITES) sites[number] = site;
+    if (only ? site != only : number < first || number > last) return 0;
+    if (__atomic_fetch_add(&failed, 1, __ATOMIC_RELAXED) && only) { __atomic_fetch_sub(&failed, 1, __ATOMIC_RELAXED); return 0; }
     errno = error_code;
     return 1;
 }
 
-void shortage_arm(unsigned kinds, long from, long to, int error)
+void shortage_arm(unsigned kinds, long from, long to, uintptr_t place, int error)
 {
-    seen = failed = 0; first = from; last = to; error_code = error;
+    seen = failed = 0; first = from; last = to; only = place; error_code = error;
     __atomic_store_n(&armed, kinds, __ATOMIC_RELEASE);
 }
 

@@ -63,9 +63,10 @@ class Shim:
         self._lib.shortage_disarm.restype = self._lib.shortage_live.restype = ctypes.c_long
         self._lib.shortage_site.restype = ctypes.c_uint64
 
-    def arm(self, kinds: int, first: int, last: int = -1, error: int = errno.ENOMEM) -> None:
-        """Fails the calls of these kinds from number ``first`` to ``last`` (default: that one alone), counted from 0."""
-        self._lib.shortage_arm(kinds, ctypes.c_long(first), ctypes.c_long(first if last < 0 else last), error)
+    def arm(self, kinds: int, first: int, last: int = -1, site: int = 0, error: int = errno.ENOMEM) -> None:
+        """Fails the calls of these kinds from number ``first`` to ``last`` (default: that one alone), counted from 0; or the first
+        one from ``site``."""
+        self._lib.shortage_arm(kinds, ctypes.c_long(first), ctypes.c_long(first if last < 0 else last), ctypes.c_uint64(site), error)
 
     def disarm(self) -> tuple[int, int]:
         """Calls seen and failed."""
@@ -476,11 +477,12 @@ class Stage:
         pipes = sum(node.datapath.snapshot().workers[0].pipes for node in self.nodes())
         return len(os.listdir("/proc/self/fd")) - 2 * pipes
 
-    def run(self, name: str, kind: int = 0, first: int = 0, error: int = 0) -> tuple[Play, list[int], int]:
-        """Plays a scenario with call ``first`` of ``kind`` failing: what clients saw, where calls came from, and how many failed."""
+    def run(self, name: str, kind: int = 0, first: int = 0, error: int = 0, site: int = 0) -> tuple[Play, list[int], int]:
+        """Plays a scenario with call ``first`` of ``kind``, or the first one from ``site``, failing: what clients saw, where calls
+        came from, and how many failed."""
         scenario: Callable[[], Play] = getattr(self, name)
         self.heir = Node(self.loop, self.far_config(connections_per_source=1000), self.far) if name == "moved" else None
-        self.shim.arm(kind, first, error=error)
+        self.shim.arm(kind, first, site=site, error=error)
         play = scenario()
         wait_until(lambda: all(node.active == 0 for node in self.nodes()), "all connections have ended")
         calls, failed = self.shim.disarm()
@@ -500,31 +502,31 @@ class Stage:
         for _ in range(2):
             whole, _, _ = self.run(name)
         _, sites, _ = self.run(name, kind, -2)
-        numbers = choose(sites, samples, rng)
+        todo = [(number, 0) for number in choose(sites, samples, rng)]
         for _ in range(3):
             live, descriptors = self.live(), self.descriptors()
         hit: set[int] = set()
         cuts = misnamed = rounds = 0
-        runs = len(numbers)
-        while numbers:
-            number = numbers.pop(0)
-            print(f"{name} {kind} {error} {number}", file=sys.stderr, flush=True)
+        runs = len(todo)
+        while todo:
+            number, site = todo.pop(0)
+            print(f"{name} {kind} {error} {number} {site}", file=sys.stderr, flush=True)
             before, blamed = self.closed(), self.blamed()
-            play, called, failed = self.run(name, kind, number, error)
-            hit.update(called[number : number + 1] if failed else [])
+            play, called, failed = self.run(name, kind, number, error, site)
+            hit.update([site or called[number]] if failed else [])
             if play.cut > whole.cut:
                 cuts += 1
                 reasons = self.closed() - before
                 if name in ("plain", "tls", "tls_large", "tls_parked") and not reasons[CloseReason.LOCAL_EXHAUSTED]:
                     misnamed += 1
-                    assert kind == OPENSSL, (number, reasons)
+                    assert kind == OPENSSL, (number, site, reasons)
             assert name != "plain" or self.blamed() == blamed, "our trouble is not the endpoint's fault"
             wait_until(lambda: self.descriptors() <= descriptors, "all descriptors are back")
-            wait_until(lambda: self.live() <= live, f"{name} {number}: all memory is free")
-            if not numbers and rounds < 5 and kind == OWN:
-                # Two workers and the loader don't always take turns alike: what was missed is looked for again.
+            wait_until(lambda: self.live() <= live, f"{name} {number} {site}: all memory is free")
+            if not todo and rounds < 5 and kind == OWN:
+                # Two workers and the loader don't always take turns alike: what was missed is looked for by its place.
                 _, sites, _ = self.run(name, kind, -2)
-                numbers = sorted({sites.index(site) for site in {*sites} - hit})
+                todo = [(-2, site) for site in sorted({*sites} - hit)]
                 rounds += 1
         after, _, _ = self.run(name)
         assert (after.exact, after.cut) == (whole.exact, whole.cut), "traffic does not go on as before"
