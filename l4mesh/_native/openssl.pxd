@@ -303,7 +303,6 @@ cdef extern from *:
     bint l4_openssl_has_vaes() noexcept nogil
     bint l4_out_of_memory() noexcept nogil
     const char *OpenSSL_version(int what) noexcept nogil
-    unsigned long OpenSSL_version_num() noexcept nogil
     void OPENSSL_cleanse(void *memory, size_t size) noexcept nogil
     int CRYPTO_memcmp(const void *one, const void *other, size_t size) noexcept nogil
     int OSSL_PARAM_get_size_t(const OSSL_PARAM *param, size_t *value) noexcept nogil

@@ -33,6 +33,16 @@ def echo(peer: socket.socket) -> None:
     read_exactly(peer, 1)
 
 
+def assert_used(port: int, address: str, client_host: Host, here: Host, wanted: dict[str, str]) -> None:
+    """Of a connection that has said one byte: which congestion control what each filter finds in ``here`` has."""
+    with run_in_namespace(client_host.path, lambda: connect(port, address)) as client:
+        client.sendall(b"x")
+        assert read_exactly(client, 1) == b"x"
+        assert {filters: congestion_control(here, filters) for filters in wanted} == wanted
+        client.sendall(b"x")
+        assert read_to_end(client) == (b"", FIN)
+
+
 @pytest.mark.parametrize("v6", [False, True])
 def test_what_is_known_to_stay_here_is_never_paced(mesh: Factory, v6: bool) -> None:
     loopback = "::1" if v6 else "127.0.0.1"
@@ -44,16 +54,9 @@ def test_what_is_known_to_stay_here_is_never_paced(mesh: Factory, v6: bool) -> N
                 simple(server.address, listener={"bind": f"[{loopback}]:0" if v6 else f"{loopback}:0"}), prefix=tuple(here.command())
             )
             port = m.port()
-            with run_in_namespace(here.path, lambda: connect(port, loopback)) as client:
-                client.sendall(b"x")
-                assert read_exactly(client, 1) == b"x"
-                assert congestion_control(here, f"sport = :{port}") == "reno"
-                assert congestion_control(here, f"dport = :{server.port}") == "reno"
-                # The other ends are not ours.
-                assert congestion_control(here, f"dport = :{port}") == "bbr"
-                assert congestion_control(here, f"sport = :{server.port}") == "bbr"
-                client.sendall(b"x")
-                assert read_to_end(client) == (b"", FIN)
+            ours = {f"sport = :{port}": "reno", f"dport = :{server.port}": "reno"}
+            others = {f"dport = :{port}": "bbr", f"sport = :{server.port}": "bbr"}
+            assert_used(port, loopback, here, here, ours | others)
         mesh.stack.close()
 
 
@@ -70,14 +73,8 @@ def test_a_workload_is_here_and_what_else_comes_from_outside_is_not(mesh: Factor
             }
             m = mesh(config, prefix=tuple(here.command()))
             port = m.port()
-            with run_in_namespace(pod.path, lambda: connect(port, "10.9.0.1")) as client:
-                client.sendall(b"x")
-                assert read_exactly(client, 1) == b"x"
-                assert congestion_control(here, f"dport = :{server.port}") == "reno"
-                # Accepted before it is known from where.
-                assert congestion_control(here, f"sport = :{port}") == "bbr"
-                client.sendall(b"x")
-                assert read_to_end(client) == (b"", FIN)
+            # Accepted before it is known from where.
+            assert_used(port, "10.9.0.1", pod, here, {f"dport = :{server.port}": "reno", f"sport = :{port}": "bbr"})
         mesh.stack.close()
 
 
