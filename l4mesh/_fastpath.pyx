@@ -2539,6 +2539,7 @@ cdef int worker_run(worker_t *worker) noexcept nogil:
 include "_native/counters.pxi"
 include "_native/buckets.pxi"
 include "_native/gcm.pxi"
+include "_native/p256.pxi"
 include "_native/identity.pxi"
 include "_native/plan.pxi"
 include "_native/engine.pxi"

@@ -28,7 +28,6 @@ cdef enum gcm_state_t:
 ctypedef int (*cipher_init_t)(void *, const uint8_t *, size_t, const uint8_t *, size_t, const OSSL_PARAM *) noexcept nogil
 ctypedef int (*cipher_update_t)(void *, uint8_t *, size_t *, size_t, const uint8_t *, size_t) noexcept nogil
 ctypedef int (*cipher_final_t)(void *, uint8_t *, size_t *, size_t) noexcept nogil
-ctypedef void (*cipher_function_t)() noexcept nogil
 
 # One length of key, and the default provider's functions for it, by the number of the function.
 ctypedef struct gcm_kind_t:
@@ -40,7 +39,7 @@ ctypedef struct gcm_kind_t:
     aes_gcm_enc_dec_finalize_t end[2]
     int cipher                            # this is libgcrypt's
     void *provider
-    cipher_function_t theirs[16]
+    dispatch_function_t theirs[16]
     OSSL_DISPATCH dispatch[24]
 
 ctypedef struct gcm_t:
@@ -419,13 +418,13 @@ cdef void gcm_open() noexcept nogil:
         gcrypt_open()
 
 
-cdef inline OSSL_DISPATCH *dispatch_add(OSSL_DISPATCH *at, int function, cipher_function_t implementation) noexcept nogil:
+cdef inline OSSL_DISPATCH *dispatch_add(OSSL_DISPATCH *at, int function, dispatch_function_t implementation) noexcept nogil:
     at.function_id = function
     at.function = implementation
     return at + 1
 
 
-cdef void gcm_take_over(OSSL_ALGORITHM *algorithm, gcm_kind_t *kind, cipher_function_t new, void *provider) noexcept nogil:
+cdef void gcm_take_over(OSSL_ALGORITHM *algorithm, gcm_kind_t *kind, dispatch_function_t new, void *provider) noexcept nogil:
     # What describes the cipher stays the default provider's; what works on a context becomes ours.
     cdef const OSSL_DISPATCH *offered = algorithm.implementation
     cdef OSSL_DISPATCH *at = kind.dispatch
@@ -440,12 +439,12 @@ cdef void gcm_take_over(OSSL_ALGORITHM *algorithm, gcm_kind_t *kind, cipher_func
             at = dispatch_add(at, offered.function_id, offered.function)
         offered += 1
     at = dispatch_add(at, OSSL_FUNC_CIPHER_NEWCTX, new)
-    at = dispatch_add(at, OSSL_FUNC_CIPHER_FREECTX, <cipher_function_t> gcm_free)
-    at = dispatch_add(at, OSSL_FUNC_CIPHER_ENCRYPT_INIT, <cipher_function_t> gcm_encrypt_init)
-    at = dispatch_add(at, OSSL_FUNC_CIPHER_DECRYPT_INIT, <cipher_function_t> gcm_decrypt_init)
-    at = dispatch_add(at, OSSL_FUNC_CIPHER_UPDATE, <cipher_function_t> gcm_update)
-    at = dispatch_add(at, OSSL_FUNC_CIPHER_FINAL, <cipher_function_t> gcm_final)
-    at = dispatch_add(at, OSSL_FUNC_CIPHER_GET_CTX_PARAMS, <cipher_function_t> gcm_get_params)
-    at = dispatch_add(at, OSSL_FUNC_CIPHER_SET_CTX_PARAMS, <cipher_function_t> gcm_set_params)
+    at = dispatch_add(at, OSSL_FUNC_CIPHER_FREECTX, <dispatch_function_t> gcm_free)
+    at = dispatch_add(at, OSSL_FUNC_CIPHER_ENCRYPT_INIT, <dispatch_function_t> gcm_encrypt_init)
+    at = dispatch_add(at, OSSL_FUNC_CIPHER_DECRYPT_INIT, <dispatch_function_t> gcm_decrypt_init)
+    at = dispatch_add(at, OSSL_FUNC_CIPHER_UPDATE, <dispatch_function_t> gcm_update)
+    at = dispatch_add(at, OSSL_FUNC_CIPHER_FINAL, <dispatch_function_t> gcm_final)
+    at = dispatch_add(at, OSSL_FUNC_CIPHER_GET_CTX_PARAMS, <dispatch_function_t> gcm_get_params)
+    at = dispatch_add(at, OSSL_FUNC_CIPHER_SET_CTX_PARAMS, <dispatch_function_t> gcm_set_params)
     dispatch_add(at, 0, NULL)
     algorithm.implementation = kind.dispatch

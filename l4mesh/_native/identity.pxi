@@ -3,7 +3,8 @@
 
 # OpenSSL 3.0 builds its list of decoders anew for each public key of each certificate that a peer sends, and for that walks over all
 # algorithms that it has, of every kind: twice as much work as all of a handshake's cryptography. So we use a library context of our
-# own, whose one provider is the default one with only what a handshake of a mesh can need. Random numbers it has all of.
+# own, whose one provider is the default one with only what a handshake of a mesh can need. Random numbers it has all of. What reads a
+# key of any kind and names it ("DER" of the decoders) isn't needed, for a certificate says of what kind its key is.
 cdef OSSL_PROVIDER *default_provider = NULL
 cdef OSSL_LIB_CTX *own_library = NULL
 cdef OSSL_ALGORITHM own_algorithms[OSSL_OP__HIGHEST + 1][16]
@@ -17,7 +18,7 @@ cdef dict NEEDED = {
     OSSL_OP_KEYMGMT: (b"RSA", b"RSA-PSS", b"EC", b"X25519", b"ED25519", b"HMAC"),
     OSSL_OP_KEYEXCH: (b"ECDH", b"X25519"),
     OSSL_OP_SIGNATURE: (b"RSA", b"ECDSA", b"ED25519", b"HMAC"),
-    OSSL_OP_DECODER: (b"RSA", b"RSA-PSS", b"EC", b"ED25519", b"DER"),
+    OSSL_OP_DECODER: (b"RSA", b"RSA-PSS", b"EC", b"ED25519"),
 }
 
 
@@ -32,9 +33,13 @@ cdef void choose_algorithms(int operation, tuple names):
         if name in names and (operation != OSSL_OP_DECODER or b"structure=SubjectPublicKeyInfo" in offered.property_definition):
             chosen[0] = offered[0]
             if gcm_library.name != NULL and name == b"AES-128-GCM":
-                gcm_take_over(chosen, &gcm_kinds[0], <cipher_function_t> gcm_new_128, provider)
+                gcm_take_over(chosen, &gcm_kinds[0], <dispatch_function_t> gcm_new_128, provider)
             elif gcm_library.name != NULL and name == b"AES-256-GCM":
-                gcm_take_over(chosen, &gcm_kinds[1], <cipher_function_t> gcm_new_256, provider)
+                gcm_take_over(chosen, &gcm_kinds[1], <dispatch_function_t> gcm_new_256, provider)
+            elif operation == OSSL_OP_KEYMGMT and name == b"EC":
+                p256_take_over_manager(chosen, provider)
+            elif operation == OSSL_OP_DECODER and name == b"EC":
+                p256_take_over_decoder(chosen)
             chosen += 1
         offered += 1
     chosen.algorithm_names = NULL
@@ -56,6 +61,7 @@ cdef int provider_capabilities(
 cdef int provider_init(
     const OSSL_CORE_HANDLE *core, const OSSL_DISPATCH *offered, const OSSL_DISPATCH **ours, void **context
 ) noexcept nogil:
+    p256_connect(offered)
     ours[0] = own_dispatch
     context[0] = OSSL_PROVIDER_get0_provider_ctx(default_provider)
     return 1
@@ -73,9 +79,9 @@ cdef OSSL_LIB_CTX *tls_library():
     for operation, names in NEEDED.items():
         choose_algorithms(operation, names)
     own_dispatch[0].function_id = OSSL_FUNC_PROVIDER_QUERY_OPERATION
-    own_dispatch[0].function = <void (*)() noexcept nogil> provider_query
+    own_dispatch[0].function = <dispatch_function_t> provider_query
     own_dispatch[1].function_id = OSSL_FUNC_PROVIDER_GET_CAPABILITIES
-    own_dispatch[1].function = <void (*)() noexcept nogil> provider_capabilities
+    own_dispatch[1].function = <dispatch_function_t> provider_capabilities
     own_library = OSSL_LIB_CTX_new()
     if own_library != NULL and (
         OSSL_PROVIDER_add_builtin(own_library, b"l4mesh", provider_init) != 1 or OSSL_PROVIDER_load(own_library, b"l4mesh") == NULL

@@ -7,6 +7,7 @@ cdef extern from *:
     #include <openssl/bio.h>
     #include <openssl/core_dispatch.h>
     #include <openssl/core_names.h>
+    #include <openssl/core_object.h>
     #include <openssl/crypto.h>
     #include <openssl/err.h>
     #include <openssl/params.h>
@@ -60,6 +61,7 @@ cdef extern from *:
     static inline int l4_chain_length(const STACK_OF(X509) *chain) { return sk_X509_num(chain); }
     static inline X509 *l4_chain_at(const STACK_OF(X509) *chain, int i) { return sk_X509_value(chain, i); }
     typedef STACK_OF(X509) l4_chain_t;
+    typedef void (*l4_dispatch_function_t)(void);
     /* The URI names of a certificate: their number, and the first. General names are a stack, which only macros can walk. */
     static inline int l4_uri_names(X509 *cert, GENERAL_NAMES **owner, const unsigned char **text, int *length)
     {
@@ -110,9 +112,10 @@ cdef extern from *:
         pass
     ctypedef struct OSSL_CORE_HANDLE:
         pass
+    ctypedef void (*dispatch_function_t "l4_dispatch_function_t")() noexcept nogil
     ctypedef struct OSSL_DISPATCH:
         int function_id
-        void (*function)() noexcept nogil
+        dispatch_function_t function
     ctypedef struct OSSL_ALGORITHM:
         const char *algorithm_names
         const char *property_definition
@@ -142,11 +145,19 @@ cdef extern from *:
         OSSL_FUNC_CIPHER_GET_CTX_PARAMS, OSSL_FUNC_CIPHER_GETTABLE_CTX_PARAMS, OSSL_FUNC_CIPHER_SET_CTX_PARAMS
         OSSL_FUNC_CIPHER_SETTABLE_CTX_PARAMS
         OSSL_FUNC_PROVIDER_QUERY_OPERATION, OSSL_FUNC_PROVIDER_GET_CAPABILITIES
+        OSSL_FUNC_KEYMGMT_NEW, OSSL_FUNC_KEYMGMT_FREE, OSSL_FUNC_KEYMGMT_LOAD, OSSL_FUNC_KEYMGMT_IMPORT, OSSL_FUNC_KEYMGMT_SET_PARAMS
+        OSSL_FUNC_KEYMGMT_DUP, OSSL_FUNC_DECODER_DECODE, OSSL_FUNC_BIO_READ_EX, OSSL_FUNC_BIO_CTRL
+        OSSL_KEYMGMT_SELECT_ALL_PARAMETERS, OSSL_OBJECT_PKEY, BIO_C_FILE_SEEK, BIO_C_FILE_TELL
         EXFLAG_CA, EXFLAG_INVALID, KU_KEY_CERT_SIGN, KU_CRL_SIGN, BIO_CTRL_FLUSH, BIO_TYPE_SOURCE_SINK, SSL3_RT_HANDSHAKE
         SSL3_MT_KEY_UPDATE, SSL_CB_READ_ALERT, SSL_CB_WRITE_ALERT, SSL_AD_INTERNAL_ERROR
         SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE, SSL_R_NO_SHARED_CIPHER, SSL_R_UNSUPPORTED_PROTOCOL, SSL_R_VERSION_TOO_LOW
         SSL_R_WRONG_VERSION_NUMBER, SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST
         SSL_R_NO_SUITABLE_KEY_SHARE, SSL_R_NO_SHARED_GROUPS, SSL_R_UNKNOWN_PROTOCOL, SSL_R_NO_PROTOCOLS_AVAILABLE
+    const char *OSSL_OBJECT_PARAM_TYPE
+    const char *OSSL_OBJECT_PARAM_DATA_TYPE
+    const char *OSSL_OBJECT_PARAM_REFERENCE
+    const char *OSSL_PKEY_PARAM_GROUP_NAME
+    const char *OSSL_PKEY_PARAM_ENCODED_PUBLIC_KEY
     const char *OSSL_CIPHER_PARAM_AEAD_TAG
     const char *OSSL_CIPHER_PARAM_AEAD_TAGLEN
     const char *OSSL_CIPHER_PARAM_KEYLEN
@@ -298,6 +309,8 @@ cdef extern from *:
     EVP_PKEY *PEM_read_bio_PrivateKey(BIO *bio, EVP_PKEY **out, void *callback, void *arg) noexcept nogil
 
     void ERR_clear_error() noexcept nogil
+    int ERR_set_mark() noexcept nogil
+    int ERR_pop_to_mark() noexcept nogil
     int l4_peek_reason() noexcept nogil
     void l4_raise_out_of_memory() noexcept nogil
     bint l4_openssl_has_vaes() noexcept nogil
@@ -305,6 +318,10 @@ cdef extern from *:
     const char *OpenSSL_version(int what) noexcept nogil
     void OPENSSL_cleanse(void *memory, size_t size) noexcept nogil
     int CRYPTO_memcmp(const void *one, const void *other, size_t size) noexcept nogil
+    OSSL_PARAM OSSL_PARAM_construct_int(const char *key, int *value) noexcept nogil
+    OSSL_PARAM OSSL_PARAM_construct_utf8_string(const char *key, const char *value, size_t size) noexcept nogil
+    OSSL_PARAM OSSL_PARAM_construct_octet_string(const char *key, const void *value, size_t size) noexcept nogil
+    OSSL_PARAM OSSL_PARAM_construct_end() noexcept nogil
     int OSSL_PARAM_get_size_t(const OSSL_PARAM *param, size_t *value) noexcept nogil
     int OSSL_PARAM_set_size_t(OSSL_PARAM *param, size_t value) noexcept nogil
     int OSSL_PARAM_set_octet_string(OSSL_PARAM *param, const void *value, size_t size) noexcept nogil

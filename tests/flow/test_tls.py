@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 
 from tests.conftest import Factory
-from tests.support.certificates import REDIS, WEB, Authority, Files
+from tests.support.certificates import REDIS, WEB, Authority, Files, hostile
 from tests.support.mesh import Config, Mesh
 from tests.support.peers import (
     FIN,
@@ -451,6 +453,20 @@ def test_a_port_has_a_mode_of_its_own(mesh: Factory, web: Files, redis: Files) -
         with connect(m.port()) as client:
             client.sendall(b"plain")
             assert read_exactly(client, 5) == b"plain"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate()],
+    ids=["RSA", "P-384", "Ed25519"],
+)
+def test_a_certificate_may_have_a_key_of_another_kind(
+    mesh: Factory, ca: Authority, web: Files, redis: Files, tmp_path: Path, key: CertificateIssuerPrivateKeyTypes
+) -> None:
+    client, server_side = (hostile(ca, tmp_path, name, uris=[uri], key=key) for name, uri in (("client", WEB), ("server", REDIS)))
+    with Server(echo) as server:
+        ping(pair(mesh, client, redis, server.address)[0])
+        ping(pair(mesh, web, server_side, server.address)[0])
 
 
 def test_tls_1_2_is_opt_in(mesh: Factory, web: Files, redis: Files) -> None:
