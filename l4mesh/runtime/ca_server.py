@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -42,6 +43,8 @@ BURST = 256
 """That it may make at once: a node that starts asks for all its workloads."""
 CRL_REFRESH_S = 86_400.0
 SIGNER_WARNING = timedelta(days=30)
+DESCRIPTORS_SHORT = 0.9
+"""Share of RLIMIT_NOFILE."""
 NODE: web.RequestKey[str] = web.RequestKey("node", str)
 
 T = TypeVar("T")
@@ -51,6 +54,8 @@ log = structlog.get_logger()
 def serve(folder: Path, bind: SocketAddress, life: timedelta, timeout_s: float) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit code. Raises CommandError or ConfigError when it can't begin."""
     configure_logging()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     server = CaServer(folder, life, timeout_s)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(server.run(bind))
@@ -97,6 +102,8 @@ class CaServer:
         self._crl_at_s = 0.0
         self._handshakes_failed = 0
         self._handshake_error = ""
+        self._is_short = False
+        """Of descriptors."""
         self._failure = ""
         """Of the last look at the folder."""
 
@@ -156,6 +163,7 @@ class CaServer:
                     connection.force_close()
             self._buckets = {node: bucket for node, bucket in self._buckets.items() if now_s - bucket.filled_s < BURST / REQUESTS_PER_S}
             self._log_handshakes()
+            self._log_descriptors()
             try:
                 await self._maintain()
                 self._failure = ""
@@ -226,6 +234,22 @@ class CaServer:
         if self._handshakes_failed:
             log.warning("handshakes_failed", count=self._handshakes_failed, last_error=self._handshake_error)
             self._handshakes_failed = 0
+
+    def _log_descriptors(self) -> None:
+        """Without a free one the loop closes whoever comes, and says nothing."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        try:
+            in_use = len(os.listdir("/proc/self/fd"))
+        except OSError:
+            in_use = limit
+        was_short, self._is_short = self._is_short, in_use > limit * DESCRIPTORS_SHORT
+        if self._is_short and not was_short:
+            log.warning(
+                "descriptors_short",
+                in_use=in_use,
+                limit=limit,
+                means="whoever comes when none is left is turned away: raise the hard limit of open files, or see who connects",
+            )
 
     # -- requests ------------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """`l4mesh ca serve` and the nodes that live from it: fetching, renewing, refusals, a CA that is away, a root that is rotated."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -275,6 +276,24 @@ def test_strangers_and_slow_clients_hold_up_nobody(authority: Authority, tmp_pat
         silent.close()
         assert node.ask(ca.address)[0] == 200
         wait_until(lambda: ca.events("handshakes_failed"), "strangers are counted")
+
+
+def test_strangers_who_take_all_descriptors_are_said_and_gone_after_their_time(authority: Authority, tmp_path: Path) -> None:
+    node = Node(tmp_path / "a", authority)
+    with CaProcess(tmp_path, authority, timeout="2s", prefix=("prlimit", "--nofile=64:64")) as ca, contextlib.ExitStack() as strangers:
+        host, port = ca.address.split(":")
+        for _ in range(100):
+            strangers.enter_context(connect(int(port), host))
+        wait_until(lambda: ca.events("descriptors_short"), "it is said")
+        # They are still there; their time is over.
+        wait_until(lambda: answers(node, ca), "a node is served again")
+
+
+def answers(node: Node, ca: CaProcess) -> bool:
+    try:
+        return bool(node.ask(ca.address)[0] == 200)
+    except OSError:
+        return False
 
 
 def read_to_close(peer: ssl.SSLSocket) -> bytes:
