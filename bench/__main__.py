@@ -77,7 +77,9 @@ def choose(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 @click.option("--only", callback=choose(NAMES), metavar="ROW,…", help=f"Of {', '.join(NAMES)}.")
 @click.option("--proxies", callback=choose(PROXIES), metavar="NAME,…", help=f"Of {', '.join(PROXIES)}.")
 @click.option("--blocks", type=click.IntRange(2), help=f"Blocks that count; {FULL.blocks} unless told.")
-@click.option("--storm-seconds", type=click.IntRange(1), help="One storm of this length instead of several short ones.")
+@click.option(
+    "--storm-seconds", type=click.IntRange(1), help="As long for each proxy, in turns of a minute, instead of several short ones."
+)
 @click.option(
     "--churn-seconds", type=click.IntRange(1), default=CHURN_SECONDS, show_default=True, help="How long endpoints come and go."
 )

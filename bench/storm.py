@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import random
 import socket
 import ssl
@@ -36,6 +37,8 @@ STORM_RATE = 300
 STORM_AT_ONCE = 16
 SECONDS = 2
 REPEATS = 5
+TURN_S = 60
+"""So that a machine which is slower for some minutes is so for all."""
 CALM_S_MAX = 10
 ANSWER_S = 5.0
 SHARE_OF_RATE_MIN = 0.8
@@ -63,15 +66,16 @@ class Storm:
 
 
 def run_storm(machine: Machine, proxies: Sequence[str], seconds: int | None, repeats: int, seed: int) -> list[Storm]:
-    """``seconds``: of one storm a proxy; None: ``repeats`` short ones. Raises Void when a check fails."""
+    """``seconds``: of storm for each proxy, in turns of ``TURN_S`` at most; None: ``repeats`` short ones. Raises Void when a check fails."""
     entries = [entry for entry in ENTRIES if entry in proxies]
     stranger = make_credentials(Path(mkdtemp(prefix="stranger-", dir=machine.folder)), "client")[0]
     storms = []
     shuffle = random.Random(seed).shuffle
     with Chain(machine, entries, resumption=True, inbound_only=True) as stage:
-        for _ in range(1 if seconds else repeats):
+        turns = math.ceil(seconds / TURN_S) if seconds else repeats
+        for _ in range(turns):
             shuffle(entries)
-            storms += [_measure(stage, entry, stranger, seconds or SECONDS) for entry in entries]
+            storms += [_measure(stage, entry, stranger, seconds // turns if seconds else SECONDS) for entry in entries]
     return storms
 
 
