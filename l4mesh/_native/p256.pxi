@@ -107,7 +107,8 @@ cdef void *p256_load(const void *reference, size_t size) noexcept nogil:
 
 
 cdef void p256_take_over_manager(OSSL_ALGORITHM *algorithm, void *provider) noexcept nogil:
-    # Changes nothing where a key can't be made in this way: tried with the generator of the curve.
+    # Changes nothing where a key can't be made in this way, which is tried with the generator of the curve, or where more is offered
+    # than there is place for.
     cdef const OSSL_DISPATCH *offered = algorithm.implementation
     cdef OSSL_DISPATCH *at = p256.manager
     cdef key_new_t new = NULL
@@ -133,7 +134,10 @@ cdef void p256_take_over_manager(OSSL_ALGORITHM *algorithm, void *provider) noex
         offered += 1
         at += 1
     at.function_id = 0
-    if new == NULL or import_from == NULL or p256.free == NULL or p256.load == NULL or p256.set_params == NULL or p256.dup == NULL:
+    if (
+        offered.function_id or new == NULL or import_from == NULL or p256.free == NULL or p256.load == NULL
+        or p256.set_params == NULL or p256.dup == NULL
+    ):
         return
     curve = new(provider)
     params[0] = OSSL_PARAM_construct_utf8_string(OSSL_PKEY_PARAM_GROUP_NAME, b"prime256v1", 0)
@@ -164,7 +168,7 @@ cdef void p256_take_over_decoder(OSSL_ALGORITHM *algorithm) noexcept nogil:
         offered += 1
         at += 1
     at.function_id = 0
-    if p256.decode != NULL:
+    if p256.decode != NULL and not offered.function_id:
         algorithm.implementation = p256.decoder
 
 
