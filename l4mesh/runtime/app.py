@@ -7,7 +7,6 @@ import gc
 import math
 import os
 import random
-import resource
 import signal
 import socket
 import sys
@@ -25,6 +24,7 @@ from l4mesh.identity.svid import Material
 from l4mesh.model import Config, SocketAddress
 from l4mesh.runtime.access_log import AccessLog, configure_logging
 from l4mesh.runtime.admin import AdminServer, Facts
+from l4mesh.runtime.descriptors import raise_descriptor_limit
 from l4mesh.runtime.endpoints import EndpointRegistry, OutCause
 from l4mesh.runtime.health import HealthChecker
 from l4mesh.runtime.listeners import Listeners, Place, by_place
@@ -85,15 +85,6 @@ def usable_cpus(root: Path = Path("/")) -> int:
         if quota != "max":
             cpus = max(1, min(cpus, math.ceil(int(quota) / int(period))))
     return cpus
-
-
-def raise_descriptor_limit() -> int:
-    """Raises RLIMIT_NOFILE to its hard limit and gives it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
-        hard = 1 << 20
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def checks_within(descriptors: int) -> int:

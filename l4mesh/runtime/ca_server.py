@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import resource
 import signal
 import socket
 import ssl
@@ -33,6 +32,7 @@ from l4mesh.identity.svid import IdentityError, read_spiffe_id
 from l4mesh.identity.tls import server_context
 from l4mesh.model import SocketAddress
 from l4mesh.runtime.access_log import configure_logging
+from l4mesh.runtime.descriptors import raise_descriptor_limit
 from l4mesh.runtime.notify import notify
 
 MAX_REQUEST_BYTES = 16 << 10
@@ -54,9 +54,7 @@ log = structlog.get_logger()
 def serve(folder: Path, bind: SocketAddress, life: timedelta, timeout_s: float) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit code. Raises CommandError or ConfigError when it can't begin."""
     configure_logging()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    server = CaServer(folder, life, timeout_s)
+    server = CaServer(folder, life, timeout_s, raise_descriptor_limit())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(server.run(bind))
     return 0
@@ -79,9 +77,10 @@ class Bucket:
 
 
 class CaServer:
-    """``life``: of the certificates that it issues. ``timeout_s``: of a handshake, and of a whole connection after it."""
+    """``life``: of the certificates that it issues. ``timeout_s``: of a handshake, and of a whole connection after it.
+    ``descriptors``: how many it may have open."""
 
-    def __init__(self, folder: Path, life: timedelta, timeout_s: float) -> None:
+    def __init__(self, folder: Path, life: timedelta, timeout_s: float, descriptors: int) -> None:
         self._authority = CertificateAuthority(folder)
         self._server_id = f"spiffe://{self._authority.trust_domain}/l4mesh/ca"
         self._grants = load_grants(self._authority.nodes_path, self._authority.trust_domain)
@@ -102,6 +101,7 @@ class CaServer:
         self._crl_at_s = 0.0
         self._handshakes_failed = 0
         self._handshake_error = ""
+        self._descriptors = descriptors
         self._is_short = False
         """Of descriptors."""
         self._failure = ""
@@ -237,17 +237,16 @@ class CaServer:
 
     def _log_descriptors(self) -> None:
         """Without a free one the loop closes whoever comes, and says nothing."""
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         try:
             in_use = len(os.listdir("/proc/self/fd"))
         except OSError:
-            in_use = limit
-        was_short, self._is_short = self._is_short, in_use > limit * DESCRIPTORS_SHORT
+            in_use = self._descriptors
+        was_short, self._is_short = self._is_short, in_use > self._descriptors * DESCRIPTORS_SHORT
         if self._is_short and not was_short:
             log.warning(
                 "descriptors_short",
                 in_use=in_use,
-                limit=limit,
+                limit=self._descriptors,
                 means="whoever comes when none is left is turned away: raise the hard limit of open files, or see who connects",
             )
 

@@ -29,7 +29,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import select
 import signal
 import socket
@@ -45,6 +44,7 @@ from l4mesh.capture.host import Listing, apply_rules, check_rules, remove_rules,
 from l4mesh.capture.rules import FamilyRules, Rule, without_capture
 from l4mesh.errors import CommandError
 from l4mesh.runtime.channel import Channel, DescriptorsLost, Garbled, PeerGone, close_all
+from l4mesh.runtime.descriptors import raise_descriptor_limit
 from l4mesh.runtime.notify import Heartbeat, notify
 
 CHANNEL = "L4MESH_SUPERVISOR"
@@ -259,8 +259,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Until told to stop. Raises CommandError when the rules can't be put in place the first time."""
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        raise_descriptor_limit()
         signals, wake = socket.socketpair()
         for end in (signals, wake):
             end.setblocking(False)

@@ -15,7 +15,7 @@ def test_a_request_that_comes_while_it_stops_is_told_so(tmp_path: Path) -> None:
     authority.nodes_path.write_text("nodes: []\n")
 
     async def stop() -> None:
-        server = CaServer(tmp_path / "ca", timedelta(hours=1), 1.0)
+        server = CaServer(tmp_path / "ca", timedelta(hours=1), 1.0, 1024)
         assert await server._off_loop(len, "abc") == 3
         server._executor.shutdown()
         # Without a reason it is a mistake of ours, and no less.
